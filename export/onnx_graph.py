@@ -1,0 +1,175 @@
+"""One lowered FX graph -> one ONNX graph.
+
+All decisions were made by passes; this file writes the graph down with torch.onnx. Parameters are fake tensors and come
+out as initializers without a value, which weights.py then points into the package's external data file.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
+from popcompile.passes.ops import REFERENCE
+
+OPSET = 21
+
+
+def input_names(num_layers: int) -> list[str]:
+    """Names of the graph's inputs, those of onnxruntime-genai and optimum."""
+    cache = [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
+    return ["input_ids", "attention_mask", *cache]
+
+
+def output_names(num_layers: int) -> list[str]:
+    return ["logits", *(f"present.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value"))]
+
+
+def to_onnx(gm: fx.GraphModule, num_layers: int, name: str) -> ir.Model:
+    """The graph as an ONNX model whose parameters have no value yet."""
+    with _quiet():
+        exported = _reexport(gm)
+        program = torch.onnx.export(
+            exported,
+            input_names=input_names(num_layers),
+            output_names=output_names(num_layers),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    model.graph.name = name
+    parameters = {n: v for n, v in model.graph.initializers.items() if _is_fake(v.const_value)}
+    for value in parameters.values():
+        value.const_value = None
+    for rewrite in (
+        CommonSubexpressionEliminationPass(),
+        IdentityEliminationPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+    ):
+        rewrite(model)
+    _name_nodes(model)
+    NameFixPass()(model)
+    _name_dimensions(model)
+    return model
+
+
+def _reexport(gm: fx.GraphModule) -> torch.export.ExportedProgram:
+    """Trace the lowered graph once more: operators of our own vocabulary dissolve into their reference code."""
+    gm = clone_module(gm)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in REFERENCE:
+            node.target = REFERENCE[node.target]
+    gm.recompile()
+    mode = FakeTensorMode()
+    for module in gm.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in list(store.items()):
+                if tensor is not None:
+                    with mode:
+                        store[key] = _fake_like(tensor, store is module._parameters)
+    inputs = list(inputs_of(gm).values())
+    dims: dict[Any, torch.export.Dim] = {}
+    arguments, shapes = [], []
+    for node in inputs:
+        symbols = {i: d for i, d in enumerate(shape_of(node)) if isinstance(d, torch.SymInt)}
+        shapes.append({i: dims.setdefault(str(d), torch.export.Dim(f"d{len(dims)}")) for i, d in symbols.items()})
+        sizes = [3 + list(dims).index(str(d)) if i in symbols else d for i, d in enumerate(shape_of(node))]
+        with mode:
+            arguments.append(torch.zeros(sizes, dtype=value_of(node).dtype))
+    with torch.no_grad():
+        return torch.export.export(gm, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
+
+
+def _fake_like(tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
+    fake = torch.empty(tuple(tensor.shape), dtype=tensor.dtype)
+    return torch.nn.Parameter(fake, requires_grad=False) if parameter else fake
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(getattr(value, "raw", None), torch.Tensor) and type(value.raw).__name__ != "Tensor"
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name nodes by where they live: /model/layers.3/self_attn/q_proj/MatMul."""
+    used: dict[str, int] = {}
+    for node in model.graph:
+        scopes = [s for s in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))[:-1] if s]
+        path = (scopes[-1] if scopes else "").removeprefix("decoder").strip(".")
+        parts: list[str] = []
+        for part in path.split(".") if path and "empty_nn_module" not in path else []:
+            if part.isdigit() and parts:
+                parts[-1] += f".{part}"
+            else:
+                parts.append(part)
+        name = "/" + "/".join([*parts, node.op_type])
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}_{used[name] - 1}"
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    """Free dimensions under the names that runtimes and their users know."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        free = {
+            "input_ids": ("batch_size", "sequence_length"),
+            "attention_mask": ("batch_size", "total_sequence_length"),
+        }
+        for dim, name in zip(
+            value.shape, free.get(value.name or "", ("batch_size", "", "past_sequence_length", "")), strict=True
+        ):
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                names[dim.value] = name
+
+    def renamed(dim: Any) -> Any:
+        return names.get(dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value not in names.values() else dim
+
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([renamed(d) for d in value.shape])
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([renamed(d) for d in value.shape or ()])
+    for value in model.graph.outputs:
+        if value.name != "logits":
+            assert value.shape is not None
+            value.shape = ir.Shape(["batch_size", value.shape[1], "total_sequence_length", value.shape[3]])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch.onnx's progress lines and its warnings about packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

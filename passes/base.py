@@ -1,0 +1,151 @@
+"""A pass, its contract, and the manager that runs passes and keeps the record which `popcompile inspect` shows.
+
+A pass is one idea in one file: `requires` states what the graph must look like before, `call` rewrites it in place,
+`ensures` states what holds after. `stages` names the graphs of the program that it works on. The manager lints the
+graph after every pass and counts matches, nodes and FLOPs of both stages, so the report is a by-product of compiling
+and not a second bookkeeping.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from .flops import total_flops
+from .graph import call_nodes
+from .parameters import Derived
+from .printing import print_graph
+
+
+class ContractError(RuntimeError):
+    """A graph that a pass cannot take (requires), or that it should not have produced (ensures)."""
+
+
+@dataclass
+class Program:
+    """What is being compiled: one graph, "model", until SplitStages makes "prefill" and "decode" of it."""
+
+    graphs: dict[str, fx.GraphModule]
+    num_layers: int
+    max_positions: int
+    #: real values of the model's computed buffers (RoPE frequencies, embedding scales), by attribute name
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: initializers that are computed from checkpoint tensors or constants when weights are written
+    derived: dict[str, Derived] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did. Dictionaries are per stage; FLOPs are those of the stage's reference sizes (flops.py)."""
+
+    name: str
+    summary: str
+    matches: int
+    nodes_before: dict[str, int]
+    nodes_after: dict[str, int]
+    flops_before: dict[str, int]
+    flops_after: dict[str, int]
+    seconds: float
+
+
+class Pass(PassBase):
+    """One transformation. Subclasses count what they matched in `self.matches`."""
+
+    #: graphs that the pass runs on, those that exist
+    stages: tuple[str, ...] = ("model",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matches = 0
+        self.program: Program
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def summary(self) -> str:
+        """First line of the module's docstring."""
+        return (sys.modules[type(self).__module__].__doc__ or "").strip().splitlines()[0]
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        raise NotImplementedError  # every pass rewrites; PassBase's contract
+
+    def check(self, holds: bool, message: str) -> None:
+        """Raise ContractError, naming the pass, unless `holds`."""
+        if not holds:
+            raise ContractError(f"{self.name}: {message}")
+
+
+class PassManager:
+    """Runs passes over a program in order; `observe(index, pass, stage, text before, text after)` sees every graph."""
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        observe: Callable[[int, Pass, str, str, str], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.passes = passes
+        self.observe = observe
+        self.progress = progress
+
+    def run(self, program: Program) -> list[PassRecord]:
+        """Transform `program` in place and return one record per pass. Raises ContractError."""
+        records: list[PassRecord] = []
+        nodes, flops = self._measure(program)
+        texts = self._texts(program)
+        for index, compiler_pass in enumerate(self.passes):
+            if self.progress:
+                self.progress(compiler_pass.name)
+            compiler_pass.program = program
+            started = time.perf_counter()
+            changed = False
+            for stage in [s for s in compiler_pass.stages if s in program.graphs]:
+                gm = program.graphs[stage]
+                result = compiler_pass(gm)
+                assert result is not None
+                changed |= result.modified
+                if stage in program.graphs:
+                    program.graphs[stage] = result.graph_module
+                for graph_module in program.graphs.values():
+                    graph_module.graph.lint()
+                    graph_module.recompile()
+            seconds = time.perf_counter() - started
+            nodes_after, flops_after = self._measure(program) if changed else (nodes, flops)
+            records.append(
+                PassRecord(
+                    name=compiler_pass.name,
+                    summary=compiler_pass.summary,
+                    matches=compiler_pass.matches,
+                    nodes_before=nodes,
+                    nodes_after=nodes_after,
+                    flops_before=flops,
+                    flops_after=flops_after,
+                    seconds=round(seconds, 3),
+                )
+            )
+            nodes, flops = nodes_after, flops_after
+            if self.observe:
+                texts_after = self._texts(program) if changed else texts
+                for stage, text in texts_after.items():
+                    self.observe(index, compiler_pass, stage, texts.get(stage, texts.get("model", "")), text)
+                texts = texts_after
+        return records
+
+    def _measure(self, program: Program) -> tuple[dict[str, int], dict[str, int]]:
+        """Node counts and FLOPs of both stages. Before the split, the one graph is what both stages would run."""
+        stages = {stage: program.graphs.get(stage) or program.graphs["model"] for stage in ("prefill", "decode")}
+        return (
+            {stage: len(call_nodes(gm)) for stage, gm in stages.items()},
+            {stage: total_flops(gm, stage) for stage, gm in stages.items()},
+        )
+
+    def _texts(self, program: Program) -> dict[str, str]:
+        return {stage: print_graph(gm, stage) for stage, gm in program.graphs.items()} if self.observe else {}

@@ -1,0 +1,89 @@
+"""FLOPs of a stage, from shapes.
+
+Matrix products are counted by torch.utils.flop_counter's formulas (2 x multiply-adds). Attention is counted by its
+formula too, scaled to the (query, key) pairs that the causal mask and the sliding window leave: a query at
+position p of a full layer reads p + 1 keys. Element-wise work is not counted (below 1% in a decoder).
+
+Reference sizes: prefill is one prompt of 1,024 tokens without a past, decode is one token after 1,024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+from torch import fx
+from torch.utils.flop_counter import addmm_flop, bmm_flop, mm_flop, sdpa_flop_count
+
+from . import ops
+from .graph import call_nodes, dimension_symbols, evaluate_dim, layer_of, shape_of
+from .onnx_ops import attributes_of, onnx_op_type
+
+REFERENCE_SIZES: dict[str, dict[str, int]] = {
+    "prefill": {"batch": 1, "sequence": 1024, "past": 0, "total": 1024},
+    "decode": {"batch": 1, "sequence": 1, "past": 1024, "total": 1025},
+    "model": {"batch": 1, "sequence": 1024, "past": 0, "total": 1024},
+}
+
+
+def total_flops(gm: fx.GraphModule, stage: str) -> int:
+    """FLOPs of one run of the graph at the stage's reference sizes."""
+    return sum(flops_by_layer(gm, stage).values())
+
+
+def flops_by_layer(gm: fx.GraphModule, stage: str, sizes: dict[str, int] | None = None) -> dict[int | None, int]:
+    """FLOPs of every layer (None: embedding and head) at given sizes, by default the stage's reference sizes."""
+    sizes = sizes or REFERENCE_SIZES[stage]
+    values = {symbol: sizes[name] for name, symbol in dimension_symbols(gm).items()}
+    counts: dict[int | None, int] = {}
+    for node in call_nodes(gm):
+        if flops := node_flops(node, values, sizes["total"]):
+            counts[layer_of(node)] = counts.get(layer_of(node), 0) + flops
+    return counts
+
+
+def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int:
+    """FLOPs of one node; `total` is the sequence length, past included."""
+
+    def shape(n: object) -> tuple[int, ...]:
+        assert isinstance(n, fx.Node)
+        return tuple(evaluate_dim(d, sizes) for d in shape_of(n))
+
+    name = str(node.target)
+    if name == "aten.linear.default":
+        x, w = shape(node.args[0]), shape(node.args[1])
+        return mm_flop((product(x[:-1]), x[-1]), (w[1], w[0]))
+    if name == "aten.mm.default":
+        return mm_flop(shape(node.args[0]), shape(node.args[1]))
+    if name == "aten.addmm.default":
+        return addmm_flop(shape(node.args[0]), shape(node.args[1]), shape(node.args[2]))
+    if name == "aten.bmm.default":
+        return bmm_flop(shape(node.args[0]), shape(node.args[1]))
+    if name == "aten.matmul.default" or onnx_op_type(node) in ("MatMul", "FusedMatMul"):
+        a, b = (shape(n) for n in node.all_input_nodes[:2])
+        out = shape(node)
+        return mm_flop((product(out[:-1]), a[-1]), (a[-1], out[-1])) if b else 0
+    if node.target == ops.attention:
+        query, value = shape(node.args[0]), shape(node.args[2])
+        return attention_flops(query, value[3], total, int(node.args[5]))  # type: ignore[arg-type]
+    if onnx_op_type(node) == "GroupQueryAttention":
+        batch, new, width = shape(node.all_input_nodes[0])
+        attributes = attributes_of(node)
+        heads, window = attributes["num_heads"], max(attributes.get("local_window_size", -1), 0)
+        return attention_flops((batch, heads, new, width // heads), width // heads, total, window)
+    return 0
+
+
+def attention_flops(query: tuple[int, ...], value_size: int, total: int, window: int) -> int:
+    """FLOPs of causal attention: query [B, H, S, D], the last S of `total` positions, window 0 = unlimited."""
+    batch, heads, new, size = query
+    rectangle = sdpa_flop_count(query, (batch, heads, total, size), (batch, heads, total, value_size))
+    seen = sum(min(p + 1, window or total) for p in range(total - new, total))
+    return rectangle * seen // (new * total)
+
+
+def product(values: Iterable[int]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result

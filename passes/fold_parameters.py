@@ -1,0 +1,82 @@
+"""Turn expressions of parameters into initializers.
+
+A transposed weight or Gemma's 1 + norm weight is computed once, when weights are written, and not on every run. The
+initializer keeps the parameter's name unless the parameter is also read as it is.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from .base import Pass
+from .graph import call_nodes, dependencies, register_parameter, replace, value_of
+from .parameters import Derived, extract
+
+
+class FoldParameters(Pass):
+    stages = ("prefill", "decode")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read_as_is: set[str] = set()
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        graph_module.graph.lint()
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        folded = _foldable(graph_module)
+        self._read_as_is = set().union(*(self._parameters_read_as_is(gm) for gm in self.program.graphs.values()))
+        for node in [n for n in call_nodes(graph_module) if n in folded]:
+            if all(user in folded for user in node.users):
+                continue
+            self._fold(graph_module, node)
+            self.matches += 1
+        graph_module.graph.eliminate_dead_code()
+        return PassResult(graph_module, self.matches > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        self.check(not _foldable(graph_module), "an expression of parameters alone is left")
+
+    def _fold(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        needed = dependencies([node], lambda n: True)
+        ordered = [n for n in gm.graph.nodes if n in needed]
+        parameters = [n for n in ordered if n.op == "get_attr"]
+        body = [n for n in ordered if n.op == "call_function"]
+        derived = Derived(tuple(str(n.target) for n in parameters), extract([node], parameters, body))
+        name = self._name(derived, parameters[0])
+        self.program.derived[name] = derived
+        register_parameter(gm, name, value_of(node))
+        with gm.graph.inserting_before(node):
+            attribute = gm.graph.get_attr(name)
+        attribute.meta["val"] = value_of(node)
+        replace(node, attribute)
+
+    def _parameters_read_as_is(self, gm: fx.GraphModule) -> set[str]:
+        foldable = _foldable(gm)
+        return {
+            str(n.target)
+            for n in gm.graph.nodes
+            if n.op == "get_attr" and n.target not in self.program.derived and any(u not in foldable for u in n.users)
+        }
+
+    def _name(self, derived: Derived, parameter: fx.Node) -> str:
+        """The parameter's own name where nothing else has it, else one with a suffix."""
+        stem = str(parameter.target)
+        number = 0
+        while True:
+            name = f"{stem}_{number}" if number else stem
+            existing = self.program.derived.get(name)
+            if name not in self._read_as_is and (existing is None or existing.same_as(derived)):
+                return name
+            number += 1
+
+
+def _foldable(gm: fx.GraphModule) -> set[fx.Node]:
+    """Calls that depend on parameters alone."""
+    foldable: set[fx.Node] = set()
+    for node in call_nodes(gm):
+        inputs = node.all_input_nodes
+        if inputs and all(n.op == "get_attr" or n in foldable for n in inputs):
+            foldable.add(node)
+    return foldable

@@ -1,0 +1,149 @@
+"""Fuse rotary position embedding into one node that reads a precomputed table.
+
+    x * cos(positions) + cat(-x[half:], x[:half]) * sin(positions)   =>   rotary_embedding(x, positions, cos, sin)
+
+The traced graph computes cos and sin from the RoPE frequencies for every prompt. They depend on the position only, so
+they become two tables [max positions, half], evaluated by running those very nodes: llama3, linear or any other
+scaling comes out right without a case for it.
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from . import ops
+from .base import Pass
+from .graph import dependencies, emit, find, register_parameter, replace, shape_of, value_of
+from .parameters import Derived, extract
+
+aten = torch.ops.aten
+
+
+class FuseRotaryEmbedding(Pass):
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node] | None] = {}
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        self.check(len(find(graph_module, op=ops.token_positions)) == 1, "the graph needs one token_positions node")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        positions = find(graph_module, op=ops.token_positions)[0]
+        for add in find(graph_module, op=aten.add.Tensor):
+            if match := _match(add):
+                x, cos, sin = match
+                if (cos, sin) not in self._tables:
+                    self._tables[cos, sin] = self._make_tables(graph_module, positions, cos, sin)
+                tables = self._tables[cos, sin]
+                if tables is not None:
+                    with graph_module.graph.inserting_before(add):
+                        fused = emit(
+                            graph_module.graph, ops.rotary_embedding, x, positions, *tables, like=_first_mul(add)
+                        )
+                    replace(add, fused)
+                    self.matches += 1
+        graph_module.graph.eliminate_dead_code()
+        return PassResult(graph_module, self.matches > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        self.check(len(find(graph_module, op=ops.rotary_embedding)) == self.matches, "a fused embedding is missing")
+
+    def _make_tables(
+        self, gm: fx.GraphModule, positions: fx.Node, cos: fx.Node, sin: fx.Node
+    ) -> tuple[fx.Node, fx.Node] | None:
+        """Initializers for the cos and sin tables, or None if they depend on more than positions and constants."""
+        needed = dependencies([cos, sin], lambda n: n is not positions)
+        constants = sorted((n for n in needed if n.op == "get_attr"), key=lambda n: str(n.target))
+        body = [n for n in gm.graph.nodes if n in needed and n.op == "call_function"]
+        if any(n.op == "placeholder" for n in needed) or any(
+            str(n.target) not in self.program.constants for n in constants
+        ):
+            return None
+        half = shape_of(cos)[-1] // 2
+        sources = tuple(str(n.target) for n in constants)
+        stem = sources[0].removesuffix(".inv_freq").removesuffix("_inv_freq") if sources else "rotary_embedding"
+        nodes = []
+        for value, kind in ((cos, "cos_cache"), (sin, "sin_cache")):
+            only = dependencies([value], lambda n: n is not positions)
+            graph = extract([value], [*constants, positions], [n for n in body if n in only])
+            table = Derived(sources, _table_of(graph, len(constants), self.program.max_positions, half))
+            name = f"{stem}.{kind}"
+            self.program.derived[name] = table
+            with value_of(cos).fake_mode:
+                fake = torch.empty((self.program.max_positions, half), dtype=value_of(cos).dtype)
+            register_parameter(gm, name, fake)
+            with gm.graph.inserting_after(positions):
+                node = gm.graph.get_attr(name)
+            node.meta["val"] = fake
+            nodes.append(node)
+        return nodes[0], nodes[1]
+
+
+def _table_of(rotary: fx.GraphModule, constants: int, length: int, half: int) -> fx.GraphModule:
+    """Wrap a graph (constants..., positions) -> [1, length, 2 * half] into constants -> [length, half]."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"constant_{i}") for i in range(constants)]
+    positions = graph.call_function(torch.arange, (length,))
+    row = graph.call_function(aten.unsqueeze.default, (positions, 0))
+    mapping = dict(zip((n for n in rotary.graph.nodes if n.op == "placeholder"), [*inputs, row], strict=True))
+    result = graph.graph_copy(rotary.graph, mapping)  # type: ignore[arg-type]
+    table = graph.call_function(aten.reshape.default, (result, [length, 2 * half]))  # type: ignore[arg-type]
+    graph.output(graph.call_function(aten.slice.Tensor, (table, 1, 0, half)))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _match(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(x, cos, sin) of one rotation, cos and sin as they were before the head dimension was added."""
+    if not all(isinstance(a, fx.Node) and a.target == aten.mul.Tensor for a in add.args):
+        return None
+    straight, crossed = add.args
+    for straight, crossed in ((straight, crossed), (crossed, straight)):
+        for rotated, sin in (crossed.args, reversed(crossed.args)):  # type: ignore[union-attr]
+            x = _rotated_half_of(rotated)
+            if x is None or x not in straight.args:  # type: ignore[union-attr]
+                continue
+            cos = straight.args[1] if straight.args[0] is x else straight.args[0]  # type: ignore[union-attr]
+            tables = _without_head_dim(cos), _without_head_dim(sin)
+            if tables[0] is not None and tables[1] is not None:
+                return x, tables[0], tables[1]
+    return None
+
+
+def _rotated_half_of(node: object) -> fx.Node | None:
+    """x, where node is cat(-x[..., half:], x[..., :half])."""
+    if not isinstance(node, fx.Node) or node.target != aten.cat.default:
+        return None
+    parts = node.args[0]
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        return None
+    negated, first = parts
+    if not isinstance(negated, fx.Node) or negated.target != aten.neg.default or not isinstance(first, fx.Node):
+        return None
+    second = negated.args[0]
+    if not isinstance(second, fx.Node) or second.target != aten.slice.Tensor or first.target != aten.slice.Tensor:
+        return None
+    x = first.args[0]
+    if x is not second.args[0] or not isinstance(x, fx.Node):
+        return None
+    size = shape_of(x)[-1]
+    last_dim = len(shape_of(x)) - 1
+    dims = [d % len(shape_of(x)) for d in (first.args[1], second.args[1])]  # type: ignore[operator]
+    covers = first.args[2:4] == (0, size // 2) and second.args[2] == size // 2 and second.args[3] >= size  # type: ignore[operator]
+    return x if covers and dims == [last_dim, last_dim] else None
+
+
+def _without_head_dim(node: object) -> fx.Node | None:
+    if not isinstance(node, fx.Node) or node.target != aten.unsqueeze.default or node.args[1] != 1:
+        return None
+    before = node.args[0]
+    assert isinstance(before, fx.Node)
+    return before if len(shape_of(before)) == 3 else None
+
+
+def _first_mul(add: fx.Node) -> fx.Node:
+    node = add.args[0]
+    assert isinstance(node, fx.Node)
+    return node

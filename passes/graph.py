@@ -1,0 +1,185 @@
+"""Small helpers over FX graphs that the passes share: roles, layers, symbolic sizes, building nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+
+def layer_of(node: fx.Node) -> int | None:
+    """The decoder layer that a node belongs to, or None (embedding, head, inputs)."""
+    return node.meta.get("layer")
+
+
+def role_of(node: fx.Node) -> str | None:
+    """What a node does in the decoder ("k_proj", "attention", ...), set by AnnotateLayers."""
+    return node.meta.get("role")
+
+
+def find(gm: fx.GraphModule, *, op: Any = None, role: str | None = None, layer: int | None = None) -> list[fx.Node]:
+    """Nodes by operator overload, role and layer, in graph order."""
+    return [
+        n
+        for n in gm.graph.nodes
+        if (op is None or (n.op == "call_function" and n.target == op))
+        and (role is None or role_of(n) == role)
+        and (layer is None or layer_of(n) == layer)
+    ]
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value (shape and dtype) that a node computes."""
+    return node.meta["val"]
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def inputs_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """Placeholders by name, in order."""
+    return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
+
+
+def output_of(gm: fx.GraphModule) -> fx.Node:
+    return next(iter(reversed(gm.graph.nodes)))
+
+
+def outputs_of(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """The values that the graph returns, flat: logits, then key and value of every layer."""
+    returned = output_of(gm).args[0]
+    assert isinstance(returned, list | tuple)
+    return tuple(returned)  # type: ignore[arg-type]  # flat by construction
+
+
+def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Nodes that compute something."""
+    return [n for n in gm.graph.nodes if n.op == "call_function"]
+
+
+# --- symbolic sizes --------------------------------------------------------------------------------------------
+
+
+def dimension_symbols(gm: fx.GraphModule) -> dict[str, sympy.Symbol]:
+    """The graph's free dimensions: batch, sequence, total (= past + sequence) and past, as sympy symbols."""
+    inputs = inputs_of(gm)
+    tokens, mask = shape_of(next(iter(inputs.values()))), shape_of(inputs["attention_mask"])
+    past = next((shape_of(n) for name, n in inputs.items() if name.startswith("past_key_values")), None)
+    dims = {"batch": tokens[0], "sequence": tokens[1], "total": mask[1], "past": past[2] if past else 0}
+    return {name: dim.node.expr for name, dim in dims.items() if isinstance(dim, torch.SymInt)}
+
+
+def dimension_names(gm: fx.GraphModule) -> dict[str, str]:
+    return {str(symbol): name for name, symbol in dimension_symbols(gm).items()}
+
+
+def has_symbol(dim: Any, symbol: sympy.Symbol) -> bool:
+    return isinstance(dim, torch.SymInt) and symbol in dim.node.expr.free_symbols
+
+
+def evaluate_dim(dim: Any, sizes: dict[sympy.Symbol, int]) -> int:
+    """A possibly symbolic dimension as a number, for given sizes of the free dimensions."""
+    return int(dim.node.expr.subs(sizes)) if isinstance(dim, torch.SymInt) else int(dim)
+
+
+# --- building --------------------------------------------------------------------------------------------------
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    return next(v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
+
+
+def emit(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    *args: Any,
+    like: fx.Node | None = None,
+    **kwargs: Any,
+) -> fx.Node:
+    """Append a call at the graph's insertion point and compute its fake value.
+
+    `like` passes on the metadata of another node (layer, role, module path).
+    """
+    schema = getattr(target, "_schema", None)
+    name = schema.name.split("::")[1] if schema else None
+    if target.__name__.startswith("symbolic"):
+        name = str(args[0]).rpartition("::")[2]
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    if like is not None:
+        node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    set_value(node)
+    return node
+
+
+def set_value(node: fx.Node) -> None:
+    """Recompute a call's fake value from those of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), value_of)
+    assert callable(node.target)
+    with fake_mode_of(node.graph), torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def replace(node: fx.Node, by: fx.Node) -> None:
+    """Let every user of `node` use `by` instead, and drop `node`."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def clone_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same parameters."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(gm.graph, mapping)
+    graph.output(returned)  # type: ignore[arg-type]
+    clone = fx.GraphModule(gm, graph)
+    clone.meta = dict(gm.meta)
+    return clone
+
+
+def dependencies(roots: Iterable[fx.Node], within: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Everything that `roots` are computed from, walking backwards through nodes for which `within` holds."""
+    found: set[fx.Node] = set()
+    stack = [n for n in roots if within(n)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(n for n in node.all_input_nodes if within(n))
+    return found
+
+
+def walk_back(node: fx.Node, stop: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The nearest node at or before `node`, along first inputs, for which `stop` holds."""
+    current: fx.Node | None = node
+    while current is not None and not stop(current):
+        current = next((n for n in current.all_input_nodes if n.op != "get_attr"), None)
+    return current
+
+
+def runs(layers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive numbers: [1, 2, 5] -> (1, 2), (5, 5)."""
+    ordered = sorted(layers)
+    start = 0
+    for i, layer in enumerate(ordered):
+        if i + 1 == len(ordered) or ordered[i + 1] != layer + 1:
+            yield ordered[start], layer
+            start = i + 1
+
+
+def register_parameter(gm: fx.GraphModule, name: str, fake: torch.Tensor) -> None:
+    """Make `name` (dotted) an attribute of the graph module, in place of what has the name, for get_attr nodes."""
+    path, _, leaf = name.rpartition(".")
+    module: torch.nn.Module = gm
+    for part in path.split(".") if path else []:
+        if not isinstance(child := getattr(module, part, None), torch.nn.Module):
+            child = torch.nn.Module()
+            module.add_module(part, child)
+        module = child
+    if hasattr(module, leaf):
+        delattr(module, leaf)
+    module.register_buffer(leaf, fake)

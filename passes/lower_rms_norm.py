@@ -1,0 +1,45 @@
+"""Lower RMSNorm to ONNX Runtime's SimplifiedLayerNormalization, which every provider has a kernel for."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from . import ops
+from .base import Pass
+from .graph import emit, find, replace, shape_of, value_of
+from .onnx_ops import emit_onnx
+
+
+class LowerRMSNorm(Pass):
+    stages = ("prefill", "decode")
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        graph_module.graph.lint()
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        for node in find(graph_module, op=ops.rms_norm):
+            x, weight, eps = node.args
+            assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+            with graph.inserting_before(node):
+                shape = [
+                    d if isinstance(d, int) else emit(graph, torch.ops.aten.sym_size.int, x, i)
+                    for i, d in enumerate(shape_of(x))
+                ]
+                lowered = emit_onnx(
+                    graph,
+                    "SimplifiedLayerNormalization",
+                    [x, weight],
+                    {"axis": -1, "epsilon": eps, "stash_type": 1},
+                    shape=shape,
+                    dtype=value_of(x).dtype,
+                    like=node,
+                )
+            replace(node, lowered)
+            self.matches += 1
+        return PassResult(graph_module, self.matches > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        self.check(not find(graph_module, op=ops.rms_norm), "an rms_norm is left")

@@ -1,0 +1,71 @@
+"""Drop what tracing leaves behind and computes nothing.
+
+Metadata assertions, casts to the dtype a tensor already has, dropout in evaluation, full slices, aliases:
+
+    to = aten.to(x, float32)  # x is float32   ->   x
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from .base import Pass
+from .graph import call_nodes, replace
+
+aten = torch.ops.aten
+
+#: operators that return their first argument unchanged whenever shape and dtype are unchanged
+_IDENTITIES = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.view.default,
+    aten.reshape.default,
+}
+_ASSERTIONS = {aten._assert_tensor_metadata.default}
+
+
+class Normalize(Pass):
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        self.check(
+            all(n.op in ("placeholder", "get_attr", "call_function", "output") for n in graph_module.graph.nodes),
+            "the graph must be one flat torch.export graph",
+        )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        for node in call_nodes(graph_module):
+            if node.target in _ASSERTIONS:
+                graph_module.graph.erase_node(node)
+                self.matches += 1
+            elif self._is_identity(node):
+                replace(node, node.args[0])  # type: ignore[arg-type]  # the tensor that is handed through
+                self.matches += 1
+        graph_module.graph.eliminate_dead_code()
+        return PassResult(graph_module, self.matches > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        self.check(
+            not any(n.target in _ASSERTIONS or self._is_identity(n) for n in call_nodes(graph_module)),
+            "an identity is left",
+        )
+
+    @staticmethod
+    def _is_identity(node: fx.Node) -> bool:
+        if node.target == aten.dropout.default:
+            return node.args[2] is False
+        if node.target not in _IDENTITIES:
+            return False
+        before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]  # a tensor node
+        return before.dtype == after.dtype and tuple(before.shape) == tuple(after.shape)

@@ -1,0 +1,176 @@
+"""The node vocabulary: operators that a traced decoder keeps as single nodes.
+
+Each has a reference implementation in plain PyTorch (so every graph that passes produce can be run, and
+differentiated, as it is) and a shape rule (so graphs of models of any size are built without weights).
+
+The cache is defined by positions alone: **slot j of a cache row holds the token at position j**. A batch of
+unequal rows is padded on the right, and a query at position p reads slots 0..p. No mask is needed; a padded token
+computes garbage that nobody reads. This is also how ONNX Runtime's GroupQueryAttention counts.
+
+Shapes: B batch, S new tokens, P past length, T = P + S, H heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("popcompile", "FRAGMENT")
+
+#: operator overload -> its reference implementation, a plain differentiable PyTorch function
+REFERENCE: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
+
+
+def _operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
+    """Register the decorated reference implementation as `popcompile::<schema>`; returns the overload."""
+
+    def register(reference: Callable[..., Tensor]) -> torch._ops.OpOverload:
+        name = schema.split("(", 1)[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"popcompile::{name}", fake, lib=_LIBRARY)
+        overload = getattr(torch.ops.popcompile, name).default
+        REFERENCE[overload] = reference
+        return overload
+
+    return register
+
+
+def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --- positions -------------------------------------------------------------------------------------------------
+
+
+def _positions_shape(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    return attention_mask.new_empty((tokens.shape[0], tokens.shape[1]), dtype=torch.int64)
+
+
+@_operator("token_positions(Tensor attention_mask, Tensor tokens) -> Tensor", _positions_shape)
+def token_positions(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    """Position of every new token, [B, S] int64.
+
+    attention_mask: [B, T], 1 for the past and the new tokens that count, padded on the right.
+    tokens: [B, S, ...], the new tokens; only its shape is read.
+
+    A row's past length is min(valid tokens - 1, T - S): with one new token the rows may have different pasts, with
+    several new tokens they share one past length T - S and may be padded.
+    """
+    new, total = tokens.shape[1], attention_mask.shape[1]
+    valid = attention_mask.to(torch.int64).sum(1)
+    past = torch.minimum(valid - 1, torch.full_like(valid, total - new))
+    return past[:, None] + torch.arange(new, device=attention_mask.device)[None, :]
+
+
+def _index_shape(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    return attention_mask.new_empty((tokens.shape[0],), dtype=torch.int64)
+
+
+@_operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
+def boundary_index(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    """Index of each row's boundary token (its last valid one) among the new tokens, [B] int64."""
+    new, total = tokens.shape[1], attention_mask.shape[1]
+    valid = attention_mask.to(torch.int64).sum(1)
+    return torch.clamp(valid - 1 - torch.full_like(valid, total - new), min=0)
+
+
+def _one_token_shape(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], 1, *x.shape[2:]))
+
+
+@_operator("select_boundary(Tensor x, Tensor index) -> Tensor", _one_token_shape)
+def select_boundary(x: Tensor, index: Tensor) -> Tensor:
+    """The boundary token's row of x: [B, S, ...] -> [B, 1, ...]; index [B] from boundary_index."""
+    shape = [index.shape[0], 1] + [1] * (x.dim() - 2)
+    return torch.gather(x, 1, index.view(shape).expand(-1, -1, *x.shape[2:]))
+
+
+@_operator("insert_boundary(Tensor x, Tensor boundary, Tensor index) -> Tensor", _like_first)
+def insert_boundary(x: Tensor, boundary: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, ...] with the boundary token's row replaced by boundary [B, 1, ...]."""
+    is_boundary = torch.arange(x.shape[1], device=x.device)[None, :] == index[:, None]
+    return torch.where(is_boundary.view(*is_boundary.shape, *[1] * (x.dim() - 2)), boundary, x)
+
+
+@_operator("skip_layers(Tensor x, int first, int last) -> Tensor", _like_first)
+def skip_layers(x: Tensor, first: int, last: int) -> Tensor:
+    """The residual stream [B, S, hidden] handed past the pruned layers first..last (inclusive): the identity."""
+    return x.clone()
+
+
+# --- cache and attention ---------------------------------------------------------------------------------------
+
+
+def _appended_shape(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    return new.new_empty((new.shape[0], new.shape[1], past.shape[2] + new.shape[2], new.shape[3]))
+
+
+@_operator("append_kv(Tensor past, Tensor new, Tensor positions) -> Tensor", _appended_shape)
+def append_kv(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """Grow a cache: past [B, G, P, D], new [B, G, S, D] -> [B, G, P + S, D], new tokens at their positions [B, S]."""
+    return write_kv_reference(torch.cat((past, torch.zeros_like(new)), dim=2), new, positions)
+
+
+def write_kv_reference(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """cache [B, G, T, D] with new [B, G, S, D] written at the slots that positions [B, S] names."""
+    slots = positions[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    return torch.scatter(cache, 2, slots, new)
+
+
+write_kv = _operator("write_kv(Tensor cache, Tensor new, Tensor positions) -> Tensor", _like_first)(write_kv_reference)
+
+
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@_operator(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor positions, float scale, int window, float softcap)"
+    " -> Tensor",
+    _attention_shape,
+)
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Causal grouped-query attention over a cache.
+
+    query [B, H, S, D] at positions [B, S]; key, value [B, G, T, D] with slot = position. window > 0 limits a query
+    to the last `window` positions, itself included (sliding window); softcap > 0 caps scores at ±softcap (Gemma 2).
+    Returns [B, H, S, D].
+    """
+    slots = torch.arange(key.shape[2], device=query.device)
+    visible = slots <= positions[:, :, None]
+    if window > 0:
+        visible = visible & (slots > positions[:, :, None] - window)
+    visible = visible[:, None]
+    if softcap == 0.0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    scores = scores.masked_fill(~visible, float("-inf")).float().softmax(-1).to(query.dtype)
+    return scores @ value
+
+
+# --- fused element-wise patterns -------------------------------------------------------------------------------
+
+
+@_operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in fp32 and returned in x's dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (y * weight.float()).to(x.dtype)
+
+
+@_operator("rotary_embedding(Tensor x, Tensor positions, Tensor cos, Tensor sin) -> Tensor", _like_first)
+def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + R/2) of the first R features of x [B, H, S, D]; cos, sin [positions, R/2] are tables."""
+    half = cos.shape[1]
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1)

@@ -1,0 +1,45 @@
+"""Initializers that are computed from checkpoint tensors: a transposed weight, 1 + norm weight, a RoPE table.
+
+A small graph states how, and it is run with the real tensors only when weights are written, one initializer at a
+time. So passes may fold anything that depends on parameters alone without ever holding a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Derived:
+    """An initializer and how to compute it.
+
+    sources: names of checkpoint tensors or of the program's constants, one per placeholder of `graph`.
+    graph: returns the initializer.
+    """
+
+    sources: tuple[str, ...]
+    graph: fx.GraphModule
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The initializer's value for the sources' values, contiguous."""
+        with torch.no_grad():
+            return self.graph(*tensors).contiguous()
+
+    def same_as(self, other: Derived) -> bool:
+        return self.sources == other.sources and self.graph.code == other.graph.code
+
+
+def extract(roots: Sequence[fx.Node], inputs: Sequence[fx.Node], body: Sequence[fx.Node]) -> fx.GraphModule:
+    """The nodes of `body` as a graph of their own: placeholders for `inputs`, returns the one root (or a tuple)."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
+    for i, node in enumerate(body):
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        mapping[node]._rename(f"step_{i}")  # equal expressions read the same, wherever they come from
+    values = [mapping[r] for r in roots]
+    graph.output(values[0] if len(values) == 1 else tuple(values))
+    return fx.GraphModule(torch.nn.Module(), graph)
