@@ -52,7 +52,7 @@ def _attention(
             " sliding-window attention"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = torch.ops.popcompile.attention(
+    out = ops.attention(
         query, key, value, _positions[-1], float(scale), int(sliding_window or 0), float(softcap or 0.0)
     )
     return out.transpose(1, 2), None
@@ -72,8 +72,8 @@ class _TracedLayer(DynamicLayer):
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         positions = _positions[-1]
-        self.keys = torch.ops.popcompile.append_kv(self.past_key, key_states, positions)
-        self.values = torch.ops.popcompile.append_kv(self.past_value, value_states, positions)
+        self.keys = ops.append_kv(self.past_key, key_states, positions)
+        self.values = ops.append_kv(self.past_value, value_states, positions)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -91,7 +91,7 @@ class _Decoder(torch.nn.Module):
         self.decoder = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
-        positions = torch.ops.popcompile.token_positions(attention_mask, input_ids)
+        positions = ops.token_positions(attention_mask, input_ids)
         cache = Cache(layers=[_TracedLayer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)])
         _positions.append(positions)
         try:

@@ -1,0 +1,63 @@
+"""Find a traced parameter's tensor in a checkpoint, and check before any work that they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from popcompile.errors import PopcompileError
+from popcompile.passes import Program
+from popcompile.source import Source, random_tensor
+
+
+class Checkpoint:
+    """The tensors of a source by the names that the traced graph uses."""
+
+    def __init__(self, source: Source, program: Program, dtype: torch.dtype) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._shapes = parameter_shapes(program)
+        self._names = {} if source.kind == "random" else self._resolve(source.tensors())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of a traced parameter, in the checkpoint's dtype. Raises PopcompileError."""
+        if self._source.kind == "random":
+            return random_tensor(name, self._shapes[name], self._dtype)
+        return self._source.read(self._names[name])
+
+    def _resolve(self, tensors: Mapping[str, object]) -> dict[str, str]:
+        """Traced name -> checkpoint name, where every parameter is there in the right shape."""
+        names: dict[str, str] = {}
+        for name, shape in self._shapes.items():
+            found = next((n for n in _spellings(name) if n in tensors), None)
+            if found is None:
+                raise PopcompileError(
+                    f"{self._source.name}: the checkpoint has no tensor {name}; its config describes another model,"
+                    " or files are missing"
+                )
+            stored = tuple(tensors[found].shape)  # type: ignore[attr-defined]  # a TensorInfo
+            if stored != shape:
+                raise PopcompileError(
+                    f"{self._source.name}: tensor {found} has shape {list(stored)}, its config asks for {list(shape)};"
+                    " config and weights belong to different models"
+                )
+            names[name] = found
+        return names
+
+
+def parameter_shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that the traced graph reads, by name, without computed buffers."""
+    return {
+        str(n.target): tuple(n.meta["val"].shape)
+        for n in program.graphs["model"].graph.nodes
+        if n.op == "get_attr" and n.users and n.target not in program.constants
+    }
+
+
+def _spellings(name: str) -> list[str]:
+    """How checkpoints spell a parameter: tied weights under either name, with or without the base model's prefix."""
+    spellings = [name]
+    if name.endswith("embed_tokens.weight"):
+        spellings.append("lm_head.weight")
+    return spellings + [s.partition(".")[2] for s in spellings if "." in s]
