@@ -85,11 +85,12 @@ def _reexport(gm: fx.GraphModule) -> torch.export.ExportedProgram:
     gm.recompile()
     mode = FakeTensorMode()
     for module in gm.modules():
-        for store in (module._parameters, module._buffers):
-            for key, tensor in list(store.items()):
-                if tensor is not None:
-                    with mode:
-                        store[key] = _fake_like(tensor, store is module._parameters)
+        tensors = {**module._parameters, **module._buffers}
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                delattr(module, key)
+                with mode:
+                    module.register_buffer(key, torch.empty(tuple(tensor.shape), dtype=tensor.dtype))
     inputs = list(inputs_of(gm).values())
     dims: dict[Any, torch.export.Dim] = {}
     arguments, shapes = [], []
@@ -101,11 +102,6 @@ def _reexport(gm: fx.GraphModule) -> torch.export.ExportedProgram:
             arguments.append(torch.zeros(sizes, dtype=value_of(node).dtype))
     with torch.no_grad():
         return torch.export.export(gm, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
-
-
-def _fake_like(tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
-    fake = torch.empty(tuple(tensor.shape), dtype=tensor.dtype)
-    return torch.nn.Parameter(fake, requires_grad=False) if parameter else fake
 
 
 def _is_fake(value: Any) -> bool:
@@ -147,7 +143,9 @@ def _name_dimensions(model: ir.Model) -> None:
                 names[dim.value] = name
 
     def renamed(dim: Any) -> Any:
-        return names.get(dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value not in names.values() else dim
+        if not isinstance(dim, ir.SymbolicDim) or not dim.value:
+            return dim
+        return " + ".join(names.get(term, term) for term in dim.value.split(" + "))
 
     for node in model.graph:
         for value in node.outputs:

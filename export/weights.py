@@ -83,7 +83,7 @@ def write_weights(
     with path.open("wb") as file:
         for name, value in pending.items():
             data = _value(name, value, program, read)
-            view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+            view = data.reshape(-1).view(torch.uint8).numpy().data
             padding = bytes(-file.tell() % ALIGNMENT)
             for chunk in (padding, view):
                 file.write(chunk)

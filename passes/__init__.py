@@ -6,8 +6,9 @@
 from collections.abc import Iterable
 
 from .annotate_layers import AnnotateLayers
-from .base import ContractError, Pass, PassManager, PassRecord, Program
+from .base import Pass, PassManager, PassRecord, Program
 from .cleanup import Cleanup
+from .contract import ContractError
 from .fold_parameters import FoldParameters
 from .fuse_rms_norm import FuseRMSNorm
 from .fuse_rotary_embedding import FuseRotaryEmbedding
@@ -27,7 +28,7 @@ __all__ = ["ContractError", "Pass", "PassManager", "PassRecord", "Program", "low
 
 def transformations(pruned: Iterable[int]) -> list[Pass]:
     """The passes that keep graphs runnable in PyTorch: canonical form, stage split, pruning."""
-    layers = sorted(pruned)
+    layers = sorted(set(pruned))
     return [
         Normalize(),
         FuseRMSNorm(),

@@ -68,7 +68,7 @@ class AnnotateLayers(Pass):
             if len(set(projections)) < 3:  # one matrix product makes several of q, k and v
                 for projection in projections:
                     projection.meta["role"] = "qkv_proj"
-            norm = walk_back(projections[1].args[0], lambda n: _is_norm(n))  # type: ignore[arg-type]
+            norm = walk_back(projections[1].args[0], lambda n: _is_norm(n))
             if norm is not None and layer_of(norm) == layer_of(attention):
                 norm.meta["role"] = "input_norm"
             self._mark_after(attention)

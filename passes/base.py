@@ -17,14 +17,11 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from .contract import ContractError
 from .flops import total_flops
 from .graph import call_nodes
 from .parameters import Derived
 from .printing import print_graph
-
-
-class ContractError(RuntimeError):
-    """A graph that a pass cannot take (requires), or that it should not have produced (ensures)."""
 
 
 @dataclass
@@ -74,8 +71,19 @@ class Pass(PassBase):
         """First line of the module's docstring."""
         return (sys.modules[type(self).__module__].__doc__ or "").strip().splitlines()[0]
 
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """What the pass needs of a graph. Raises ContractError; by default, where the graph is malformed."""
+        self.check_form(graph_module)
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         raise NotImplementedError  # every pass rewrites; PassBase's contract
+
+    def check_form(self, graph_module: fx.GraphModule) -> None:
+        """Raise ContractError, naming the pass, unless torch.fx's lint accepts the graph."""
+        try:
+            graph_module.graph.lint()
+        except RuntimeError as error:  # its message goes on with the whole graph
+            raise ContractError(f"{self.name}: {str(error).splitlines()[0]}") from error
 
     def check(self, holds: bool, message: str) -> None:
         """Raise ContractError, naming the pass, unless `holds`."""
@@ -115,7 +123,7 @@ class PassManager:
                 if stage in program.graphs:
                     program.graphs[stage] = result.graph_module
                 for graph_module in program.graphs.values():
-                    graph_module.graph.lint()
+                    compiler_pass.check_form(graph_module)
                     graph_module.recompile()
             seconds = time.perf_counter() - started
             nodes_after, flops_after = self._measure(program) if changed else (nodes, flops)

@@ -13,13 +13,11 @@ from .graph import call_nodes
 class Cleanup(Pass):
     stages = ("model", "prefill", "decode")
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.lint()
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         before = len(call_nodes(graph_module))
         graph_module.graph.eliminate_dead_code()
         result = CSEPass()(graph_module)
+        assert result is not None
         cleaned = result.graph_module
         cleaned.graph.eliminate_dead_code()
         cleaned.meta = dict(graph_module.meta)
@@ -27,4 +25,4 @@ class Cleanup(Pass):
         return PassResult(cleaned, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.lint()
+        self.check_form(graph_module)

@@ -65,7 +65,7 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
         return mm_flop((product(out[:-1]), a[-1]), (a[-1], out[-1])) if b else 0
     if node.target == ops.attention:
         query, value = shape(node.args[0]), shape(node.args[2])
-        return attention_flops(query, value[3], total, int(node.args[5]))  # type: ignore[arg-type]
+        return attention_flops(query, value[3], total, int(node.args[5]))
     if onnx_op_type(node) == "GroupQueryAttention":
         batch, new, width = shape(node.all_input_nodes[0])
         attributes = attributes_of(node)

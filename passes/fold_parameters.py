@@ -21,9 +21,6 @@ class FoldParameters(Pass):
         super().__init__()
         self._read_as_is: set[str] = set()
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.lint()
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         folded = _foldable(graph_module)
         self._read_as_is = set().union(*(self._parameters_read_as_is(gm) for gm in self.program.graphs.values()))

@@ -23,9 +23,6 @@ _CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
 
 
 class FuseRMSNorm(Pass):
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.lint()
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         for rsqrt in find(graph_module, op=aten.rsqrt.default):
             if self._fuse(rsqrt):
@@ -85,7 +82,7 @@ def _skip_casts_forward(node: fx.Node) -> fx.Node:
 
 def _skip_casts_back(node: fx.Node) -> fx.Node:
     while node.target in _CASTS:
-        node = node.args[0]  # type: ignore[assignment]  # a tensor node
+        node = node.args[0]
     return node
 
 

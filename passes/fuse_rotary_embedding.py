@@ -9,7 +9,6 @@ scaling comes out right without a case for it.
 
 from __future__ import annotations
 
-
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -89,8 +88,8 @@ def _table_of(rotary: fx.GraphModule, constants: int, length: int, half: int) ->
     positions = graph.call_function(torch.arange, (length,))
     row = graph.call_function(aten.unsqueeze.default, (positions, 0))
     mapping = dict(zip((n for n in rotary.graph.nodes if n.op == "placeholder"), [*inputs, row], strict=True))
-    result = graph.graph_copy(rotary.graph, mapping)  # type: ignore[arg-type]
-    table = graph.call_function(aten.reshape.default, (result, [length, 2 * half]))  # type: ignore[arg-type]
+    result = graph.graph_copy(rotary.graph, mapping)
+    table = graph.call_function(aten.reshape.default, (result, [length, 2 * half]))
     graph.output(graph.call_function(aten.slice.Tensor, (table, 1, 0, half)))
     return fx.GraphModule(torch.nn.Module(), graph)
 
@@ -99,13 +98,13 @@ def _match(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(x, cos, sin) of one rotation, cos and sin as they were before the head dimension was added."""
     if not all(isinstance(a, fx.Node) and a.target == aten.mul.Tensor for a in add.args):
         return None
-    straight, crossed = add.args
-    for straight, crossed in ((straight, crossed), (crossed, straight)):
-        for rotated, sin in (crossed.args, reversed(crossed.args)):  # type: ignore[union-attr]
+    one, other = add.args
+    for straight, crossed in ((one, other), (other, one)):
+        for rotated, sin in (crossed.args, reversed(crossed.args)):
             x = _rotated_half_of(rotated)
-            if x is None or x not in straight.args:  # type: ignore[union-attr]
+            if x is None or x not in straight.args:
                 continue
-            cos = straight.args[1] if straight.args[0] is x else straight.args[0]  # type: ignore[union-attr]
+            cos = straight.args[1] if straight.args[0] is x else straight.args[0]
             tables = _without_head_dim(cos), _without_head_dim(sin)
             if tables[0] is not None and tables[1] is not None:
                 return x, tables[0], tables[1]
@@ -130,8 +129,8 @@ def _rotated_half_of(node: object) -> fx.Node | None:
         return None
     size = shape_of(x)[-1]
     last_dim = len(shape_of(x)) - 1
-    dims = [d % len(shape_of(x)) for d in (first.args[1], second.args[1])]  # type: ignore[operator]
-    covers = first.args[2:4] == (0, size // 2) and second.args[2] == size // 2 and second.args[3] >= size  # type: ignore[operator]
+    dims = [d % len(shape_of(x)) for d in (first.args[1], second.args[1])]
+    covers = first.args[2:4] == (0, size // 2) and second.args[2] == size // 2 and second.args[3] >= size
     return x if covers and dims == [last_dim, last_dim] else None
 
 

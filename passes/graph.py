@@ -54,7 +54,7 @@ def outputs_of(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
     """The values that the graph returns, flat: logits, then key and value of every layer."""
     returned = output_of(gm).args[0]
     assert isinstance(returned, list | tuple)
-    return tuple(returned)  # type: ignore[arg-type]  # flat by construction
+    return tuple(returned)
 
 
 def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
@@ -135,7 +135,7 @@ def clone_module(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     returned = graph.graph_copy(gm.graph, mapping)
-    graph.output(returned)  # type: ignore[arg-type]
+    graph.output(returned)
     clone = fx.GraphModule(gm, graph)
     clone.meta = dict(gm.meta)
     return clone

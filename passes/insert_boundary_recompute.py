@@ -3,7 +3,9 @@
 The last prompt token predicts the first new one, so it takes the whole model (POP, arXiv 2602.03295, section 3.3).
 For each run of pruned layers:
 
-    b = select_boundary(x);  per layer: b = layer(b), attending to the projected K/V and itself;  x = insert_boundary(x, b)
+    b = select_boundary(x)
+    b = layer(b)                  for each layer of the run, attending to the projected K/V and itself
+    x = insert_boundary(x, b)
 
 The layers are copied from the decode graph. A value that they read from outside with a token dimension (positions,
 for instance) is selected at the boundary too, so the pass needs to know nothing about the model family. The boundary
@@ -21,6 +23,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
+from .contract import ContractError
 from .graph import (
     call_nodes,
     dimension_symbols,
@@ -90,9 +93,9 @@ class _LayerCopier:
             if node.target == ops.append_kv:
                 mapping[node] = self._write_cache(node, args)
             elif not any(isinstance(a, fx.Node) for a in torch.utils._pytree.tree_leaves((args, kwargs))):
-                mapping[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes
+                mapping[node] = node.target(*args, **kwargs)
             else:
-                mapping[node] = copied = emit(self.target.graph, node.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
+                mapping[node] = copied = emit(self.target.graph, node.target, *args, like=node, **kwargs)
                 copied.meta["role"] = "boundary" + (f"/{role}" if (role := role_of(node)) else "")
         return mapping[end]
 
@@ -116,7 +119,7 @@ class _LayerCopier:
         if node.op == "placeholder" or not any(has_symbol(d, self.sequence) for d in shape_of(node)):
             return outside
         if not has_symbol(shape_of(node)[1], self.sequence):
-            raise ValueError(f"{node.name} {shape_of(node)}: its token dimension is not dimension 1")
+            raise ContractError(f"{node.name} {shape_of(node)}: its token dimension is not dimension 1")
         if outside not in self.selected:
             with self.target.graph.inserting_after(max(outside, self.index)):
                 self.selected[outside] = emit(self.target.graph, ops.select_boundary, outside, self.index)
@@ -141,4 +144,4 @@ class _LayerCopier:
             size = other.meta.get("val")
             if isinstance(size, torch.SymInt) and size.node.expr == expression:
                 return other
-        raise ValueError(f"{node.name} = {value}: no such size for one token")
+        raise ContractError(f"{node.name} = {value}: no such size for one token")

@@ -29,7 +29,7 @@ class InsertKVProjection(Pass):
 
     def __init__(self, layers: Iterable[int]) -> None:
         super().__init__()
-        self.layers = sorted(layers)
+        self.layers = sorted(set(layers))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         for layer in self.layers:

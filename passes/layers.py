@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 from . import ops
+from .contract import ContractError
 from .graph import call_nodes, emit, find, inputs_of, layer_of, shape_of
 
 
 def layer_output(gm: fx.GraphModule, layer: int) -> fx.Node:
     """The residual stream that a layer hands on, [B, S, hidden]: its one value that is read outside the layer.
 
-    Raises ValueError where there is none or more than one.
+    Raises ContractError where there is none or more than one.
     """
     outside = [
         n
@@ -19,14 +20,14 @@ def layer_output(gm: fx.GraphModule, layer: int) -> fx.Node:
         if layer_of(n) == layer and any(u.op != "output" and layer_of(u) != layer for u in n.users)
     ]
     if len(outside) != 1:
-        raise ValueError(f"layer {layer} hands on {len(outside)} values: {[n.name for n in outside]}")
+        raise ContractError(f"layer {layer} hands on {len(outside)} values: {[n.name for n in outside]}")
     return outside[0]
 
 
 def layer_input(gm: fx.GraphModule, layer: int) -> fx.Node:
     """The residual stream that a layer reads, [B, S, hidden].
 
-    Raises ValueError where it is not one value.
+    Raises ContractError where it is not one value.
     """
     shape = shape_of(layer_output(gm, layer))
     found = dict.fromkeys(
@@ -37,7 +38,7 @@ def layer_input(gm: fx.GraphModule, layer: int) -> fx.Node:
         if n.op == "call_function" and layer_of(n) != layer and _is_stream(n, shape)
     )
     if len(found) != 1:
-        raise ValueError(f"layer {layer} reads {len(found)} hidden states: {[n.name for n in found]}")
+        raise ContractError(f"layer {layer} reads {len(found)} hidden states: {[n.name for n in found]}")
     return next(iter(found))
 
 

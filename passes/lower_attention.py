@@ -1,7 +1,9 @@
 """Lower attention and its cache update to ONNX Runtime's GroupQueryAttention.
 
-    attention(q, append_kv(past_k, k), append_kv(past_v, v))  =>  GroupQueryAttention(q, k, v, past_k, past_v) -> out, present
-    attention(q, write_kv(cache_k, k), write_kv(cache_v, v))  =>  the same with the cache as past: the boundary token
+    attention(q, append_kv(past_k, k), append_kv(past_v, v))
+        => out, present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v)
+    attention(q, write_kv(cache_k, k), write_kv(cache_v, v))    the boundary token
+        => the same, with the cache as the past
 
 The operator takes and returns [B, S, heads x head size], so the transposes around attention go away; RoPE on the way
 is lowered in the same layout. It counts valid keys with seqlens_k [B] (position of the last query) from the left,
@@ -132,7 +134,7 @@ class _Lowering:
     def _tokens_first(self, node: fx.Node) -> fx.Node:
         """[B, H, S, D] as [B, S, H, D]; a norm over D commutes with the transpose."""
         if node.target == aten.transpose.int and set(node.args[1:]) == {1, 2}:
-            return node.args[0]  # type: ignore[return-value]  # a tensor node
+            return node.args[0]
         if node.target == ops.rms_norm:
             x, weight, eps = node.args
             assert isinstance(x, fx.Node)

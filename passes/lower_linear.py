@@ -21,9 +21,6 @@ aten = torch.ops.aten
 class LowerLinear(Pass):
     stages = ("prefill", "decode")
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.lint()
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         shared = {
@@ -51,7 +48,7 @@ class LowerLinear(Pass):
                         like=node,
                     )
                 else:
-                    transposed = emit(graph, aten.permute.default, weight, [1, 0])
+                    transposed = emit(graph, aten.permute.default, weight, [1, 0], like=node)
                     out = emit(graph, aten.matmul.default, x, transposed, like=node)
                 if isinstance(bias, fx.Node):
                     out = emit(graph, aten.add.Tensor, out, bias, like=node)

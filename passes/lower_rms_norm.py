@@ -15,9 +15,6 @@ from .onnx_ops import emit_onnx
 class LowerRMSNorm(Pass):
     stages = ("prefill", "decode")
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.lint()
-
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         for node in find(graph_module, op=ops.rms_norm):

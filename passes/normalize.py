@@ -50,7 +50,7 @@ class Normalize(Pass):
                 graph_module.graph.erase_node(node)
                 self.matches += 1
             elif self._is_identity(node):
-                replace(node, node.args[0])  # type: ignore[arg-type]  # the tensor that is handed through
+                replace(node, node.args[0])
                 self.matches += 1
         graph_module.graph.eliminate_dead_code()
         return PassResult(graph_module, self.matches > 0)
@@ -67,5 +67,5 @@ class Normalize(Pass):
             return node.args[2] is False
         if node.target not in _IDENTITIES:
             return False
-        before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]  # a tensor node
+        before, after = node.args[0].meta["val"], node.meta["val"]
         return before.dtype == after.dtype and tuple(before.shape) == tuple(after.shape)

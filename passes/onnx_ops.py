@@ -68,9 +68,9 @@ def onnx_op_type(node: fx.Node) -> str | None:
 
 
 def onnx_inputs(node: fx.Node) -> Sequence[fx.Node | None]:
-    return node.args[1]  # type: ignore[return-value]  # a list of nodes by construction
+    return node.args[1]
 
 
 def attributes_of(node: fx.Node) -> dict[str, Any]:
     """The attributes of an ONNX operator node."""
-    return dict(node.args[2])  # type: ignore[arg-type]  # a dictionary by construction
+    return dict(node.args[2])

@@ -27,7 +27,7 @@ class PrunePrefill(Pass):
 
     def __init__(self, layers: Iterable[int]) -> None:
         super().__init__()
-        self.layers = sorted(layers)
+        self.layers = sorted(set(layers))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         unknown = [layer for layer in self.layers if not 0 <= layer < self.program.num_layers]
@@ -43,7 +43,8 @@ class PrunePrefill(Pass):
             skip.meta["role"] = "skip"
             for layer, end in ends.items():
                 by = skip if layer == last else entry
-                end.replace_all_uses_with(by, delete_user_cb=lambda user, at=layer: layer_of(user) != at)
+                for user in [u for u in end.users if layer_of(u) != layer]:
+                    user.replace_input_with(end, by)
                 self.matches += 1
             skip.args = (entry, first, last)
         graph_module.graph.eliminate_dead_code()

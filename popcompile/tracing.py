@@ -12,6 +12,7 @@ sequence and past length free. Parameters keep their names.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -92,13 +93,14 @@ class _Decoder(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
         positions = ops.token_positions(attention_mask, input_ids)
-        cache = Cache(layers=[_TracedLayer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)])
+        layers = [_TracedLayer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         _positions.append(positions)
         try:
+            cache = Cache(layers=list(layers))
             out = self.decoder(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             _positions.pop()
-        return out.logits, [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return out.logits, [t for layer in layers for t in (layer.keys, layer.values)]
 
 
 def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Program:
@@ -106,6 +108,7 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Progr
 
     Raises PopcompileError where the model cannot be built from its config or traced.
     """
+    config = copy.deepcopy(config)  # building a model writes to its config
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, dtype=dtype).eval()
@@ -170,13 +173,13 @@ def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
         if node.op == "get_attr":
             node.target = node.target.removeprefix("decoder.")
     root = gm.get_submodule("decoder")
-    names_of = {}  # tied parameters appear under their first name
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        names_of[name] = names_of.get(id(parameter), name)
-        names_of.setdefault(id(parameter), name)
+    first_name: dict[int, str] = {}  # tied parameters appear under their first name
+    spelled = dict(root.named_parameters(remove_duplicate=False))
+    for name, parameter in spelled.items():
+        first_name.setdefault(id(parameter), name)
     for node in graph.nodes:
-        if node.op == "get_attr":
-            node.target = names_of.get(node.target, node.target)
+        if node.op == "get_attr" and node.target in spelled:
+            node.target = first_name[id(spelled[node.target])]
     flat = fx.GraphModule(root, graph)
     flat.graph.eliminate_dead_code()
     flat.recompile()

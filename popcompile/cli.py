@@ -1,0 +1,240 @@
+"""The command line: `popcompile COMMAND`.
+
+Exit status 0 on success, 2 for what the user got wrong (one line on stderr, cause and mend), 1 for a failure of ours.
+Results go to stdout, progress to stderr and only on a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from popcompile.errors import PopcompileError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        sys.stdout.flush()
+    except PopcompileError as error:
+        print(f"popcompile: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
+        return 0
+    except Exception as error:
+        if os.environ.get("POPCOMPILE_DEBUG"):
+            raise
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        print(
+            f"popcompile: internal error: {line}; a bug of popcompile, POPCOMPILE_DEBUG=1 shows where",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="popcompile",
+        description="Compile a Hugging Face decoder into an ONNX Runtime package whose prefill skips the layers that"
+        " prompts do not need.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_convert(commands)
+    _add_run(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        _convert,
+        "Convert a model into a package.",
+        "popcompile convert HuggingFaceTB/SmolLM2-135M-Instruct out/ --prune 1/3",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder that the package appears at")
+    parser.add_argument("--prune", metavar="N", help="layers that prefill skips: a count or a fraction (default 1/3)")
+    parser.add_argument("--layers", metavar="LIST", help="which layers to skip, for example 20-29,17")
+    parser.add_argument("--kv-projection", default="layer", metavar="KIND", help="layer: the layer's own weights")
+    parser.add_argument("--layout", default="split", metavar="KIND", help="split: prefill.onnx and decode.onnx")
+    parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default) or fp16")
+    parser.add_argument(
+        "--provider", default="cpu", metavar="NAME", help="what genai_config.json names: cpu (default) or cuda"
+    )
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
+    parser.add_argument("--random-weights", action="store_true", help="take only the config, for measurements")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
+    parser.add_argument("--force", action="store_true", help="replace the package at OUT")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from popcompile.convert import convert
+    from popcompile.progress import progress_bar
+    from popcompile.selection import format_layers
+
+    with progress_bar() as progress:
+        manifest = convert(
+            options.model,
+            options.out,
+            prune=options.prune,
+            layers=options.layers,
+            kv_projection=options.kv_projection,
+            layout=options.layout,
+            dtype=options.dtype,
+            provider=options.provider,
+            gguf_file=options.gguf_file,
+            random_weights=options.random_weights,
+            trust_remote_code=options.trust_remote_code,
+            force=options.force,
+            progress=progress,
+        )
+    print(
+        f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
+        f" ({format_layers(manifest.pruned)}); see `popcompile inspect {options.out}`"
+    )
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "run",
+        _run,
+        "Answer a prompt, streaming, and print time to first token and tokens/s.",
+        'popcompile run out/ --prompt "What is a B-tree?"',
+    )
+    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="the prompt; a chat template is applied where there is one")
+    what.add_argument("--prompt-file", metavar="FILE", type=Path, help="a UTF-8 file with the prompt")
+    what.add_argument("--chat", action="store_true", help="talk, a message a line, until end of input")
+    parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    _add_session_options(parser)
+    parser.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128, help="default 128")
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
+    parser.add_argument("--temperature", metavar="T", type=_temperature, default=0.7, help="default 0.7")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="with --sample (default 0)")
+
+
+def _add_session_options(parser: Any) -> None:
+    parser.add_argument("--prefill", default="auto", metavar="HOW", help="auto (default), pop or full")
+    parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    if not 0 < (value := float(text)) < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100")
+    return value
+
+
+def _run(options: argparse.Namespace) -> None:
+    from popcompile.chat import answer, chat
+
+    if options.chat:
+        chat(options.package, options)
+    else:
+        answer(options.package, options)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands, "inspect", _inspect, "Show what every pass did to a package.", "popcompile inspect out/"
+    )
+    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the graph before and after a pass")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from popcompile.inspection import inspect_json, inspect_pass, inspect_text
+
+    if options.pass_name and options.json:
+        raise PopcompileError("--pass prints code and --json a document; give one of them")
+    if options.json:
+        print(json.dumps(inspect_json(options.package), indent=2))
+    else:
+        print(inspect_pass(options.package, options.pass_name) if options.pass_name else inspect_text(options.package))
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        _verify,
+        "Check a package: hashes, graphs, and prefill against decode in numbers.",
+        "popcompile verify out/",
+    )
+    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from popcompile.verify import verify
+
+    checks = verify(options.package, provider=options.provider)
+    if options.json:
+        print(json.dumps({"package": str(options.package), "checks": checks}, indent=2))
+    else:
+        print("\n".join(f"ok  {check['check']}: {check['detail']}" for check in checks))
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "Convert SmolLM2-135M-Instruct, inspect it, and answer a long prompt with full and pruned prefill.",
+        "popcompile demo",
+    )
+    parser.add_argument("--out", metavar="OUT", type=Path, default=Path("popcompile-demo"), help="package folder")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from popcompile.demo import demo
+
+    demo(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

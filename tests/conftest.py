@@ -1,0 +1,139 @@
+"""Shared by tests: tiny models whose weights matter, and running a graph of a compiled program in PyTorch.
+
+`pytest --update-graphs` rewrites the expected texts in tests/graphs; read the diff before you commit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, fx
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from popcompile.passes import Program
+from popcompile.passes.graph import clone_module, register_parameter
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-graphs", action="store_true", help="rewrite the expected texts in tests/graphs")
+
+
+# --- tiny models -----------------------------------------------------------------------------------------------
+
+_SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def tiny_llama(**changes: object) -> LlamaConfig:
+    return LlamaConfig(**_SIZES | changes)
+
+
+def tiny_gemma3(**changes: object) -> Gemma3TextConfig:
+    """Sliding and full attention with RoPE bases of their own, q and k norms, tied embeddings."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    gemma = {"num_hidden_layers": 3, "layer_types": kinds, "sliding_window": 8, "query_pre_attn_scalar": 8}
+    return Gemma3TextConfig(**_SIZES | gemma | changes)
+
+
+def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """transformers' own module with random weights.
+
+    transformers' initialisation leaves layers that add about 1e-3 to the residual stream, where a wrong layer passes
+    every tolerance; here a layer changes logits by more than 0.1.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases
+                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+            else:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+# --- running graphs --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """Right-padded prompts after a past, of one length unless there is one new token; slot j holds position j."""
+
+    ids: Tensor  # [batch, sequence]
+    mask: Tensor  # [batch, total]
+    past: list[Tensor]  # key and value of every layer [batch, kv_heads, past, head]
+    lengths: Sequence[int]  # new tokens of every row
+
+    @property
+    def valid_slots(self) -> list[int]:
+        return self.mask.sum(1).tolist()
+
+    def cache(self, row: int) -> DynamicCache:
+        """The past of one row, for transformers."""
+        cache, past = DynamicCache(), self.valid_slots[row] - self.lengths[row]
+        for i in range(len(self.past) // 2):
+            key, value = (t[row : row + 1, :, :past] for t in self.past[2 * i : 2 * i + 2])
+            cache.update(key, value, i)
+        return cache
+
+
+def make_inputs(model: PreTrainedModel, lengths: Sequence[int], past: int = 0, seed: int = 0) -> Inputs:
+    """Random prompts of `lengths` tokens, padded on the right, after `past` random tokens."""
+    config = model.config
+    random = torch.Generator().manual_seed(seed)
+    batch, longest = len(lengths), max(lengths)
+    ids = torch.randint(config.vocab_size, (batch, past + longest), generator=random)
+    mask = (torch.arange(past + longest)[None] < past + torch.tensor(lengths)[:, None]).long()
+    empty = torch.zeros(batch, config.num_key_value_heads, 0, config.head_dim)
+    tensors = [empty] * (2 * config.num_hidden_layers)
+    if past:
+        tensors = transformers_forward(model, ids[:, :past])[1]
+    return Inputs(ids[:, past:], mask, tensors, lengths)
+
+
+@torch.no_grad()
+def transformers_forward(
+    model: PreTrainedModel, ids: Tensor, cache: DynamicCache | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of every token and the cache after them, from transformers' module."""
+    cache = cache if cache is not None else DynamicCache()
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return logits, cache_tensors(cache)
+
+
+def cache_tensors(cache: DynamicCache) -> list[Tensor]:
+    return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+def materialise(gm: fx.GraphModule, program: Program, weights: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A copy of the graph with real tensors in place of its fake parameters, as weights.py computes them."""
+
+    def source(name: str) -> Tensor:
+        return program.constants[name] if name in program.constants else weights[name]
+
+    real = clone_module(gm)
+    for name in {str(n.target) for n in real.graph.nodes if n.op == "get_attr"}:
+        derived = program.derived.get(name)
+        register_parameter(
+            real, name, derived.compute([source(s) for s in derived.sources]) if derived else source(name)
+        )
+    return real
+
+
+@torch.no_grad()
+def run_graph(gm: fx.GraphModule, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """Logits and cache of a materialised graph."""
+    logits, *cache = gm(inputs.ids, inputs.mask, *inputs.past)
+    return logits, cache
