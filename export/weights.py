@@ -93,7 +93,7 @@ def write_weights(
                 progress(name, len(view))
         size = file.tell()
     for model in models.values():
-        _point_to_file(model, path, placements)
+        point_to_file(model, path, placements)
     return {"sha256": digest.hexdigest(), "size": size}
 
 
@@ -127,7 +127,8 @@ def _torch_dtype(dtype: ir.DataType) -> torch.dtype:
     }[dtype]
 
 
-def _point_to_file(model: ir.Model, path: Path, placements: Mapping[str, Placement]) -> None:
+def point_to_file(model: ir.Model, path: Path, placements: Mapping[str, Placement]) -> None:
+    """Give the initializers that have no value their place in the data file at `path`."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.dtype is not None and value.shape is not None

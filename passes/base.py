@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .contract import ContractError
 from .flops import total_flops
-from .graph import call_nodes
+from .graph import call_nodes, is_size
 from .parameters import Derived
 from .printing import print_graph
 
@@ -151,7 +151,7 @@ class PassManager:
         """Node counts and FLOPs of both stages. Before the split, the one graph is what both stages would run."""
         stages = {stage: program.graphs.get(stage) or program.graphs["model"] for stage in ("prefill", "decode")}
         return (
-            {stage: len(call_nodes(gm)) for stage, gm in stages.items()},
+            {stage: sum(not is_size(n) for n in call_nodes(gm)) for stage, gm in stages.items()},
             {stage: total_flops(gm, stage) for stage, gm in stages.items()},
         )
 

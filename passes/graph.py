@@ -32,6 +32,11 @@ def find(gm: fx.GraphModule, *, op: Any = None, role: str | None = None, layer: 
     ]
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node computes a size and not a tensor."""
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
+
+
 def value_of(node: fx.Node) -> Any:
     """The fake value (shape and dtype) that a node computes."""
     return node.meta["val"]

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from .graph import dimension_names, inputs_of, layer_of, output_of, value_of
+from .graph import dimension_names, inputs_of, is_size, layer_of, output_of, value_of
 from .onnx_ops import attributes_of, onnx_inputs, onnx_op_type
 
 _DTYPES = {
@@ -35,7 +35,7 @@ def print_graph(gm: fx.GraphModule, name: str = "graph") -> str:
     lines.append("):")
     layer: Any = "start"
     for node in gm.graph.nodes:
-        if node.op != "call_function" or _is_size(node):
+        if node.op != "call_function" or is_size(node):
             continue
         if layer_of(node) != layer:
             layer = layer_of(node)
@@ -43,10 +43,6 @@ def print_graph(gm: fx.GraphModule, name: str = "graph") -> str:
         lines.append(f"    {node.name} = {_call(node, names)}  # {_comment(node, names)}")
     lines.append(f"    return {_argument(output_of(gm).args[0], names)}")
     return "\n".join(lines) + "\n"
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def _call(node: fx.Node, names: dict[str, str]) -> str:
@@ -71,7 +67,7 @@ def _argument(value: Any, names: dict[str, str]) -> str:
     if isinstance(value, fx.Node):
         if value.op == "get_attr":
             return str(value.target)
-        if _is_size(value):
+        if is_size(value):
             return _dim(value_of(value), names)
         return value.name
     if isinstance(value, list | tuple):

@@ -1,0 +1,29 @@
+"""Compile Hugging Face decoders into ONNX Runtime packages with Prefill-Only Pruning (arXiv 2602.03295).
+
+import popcompile
+
+manifest = popcompile.convert("path/or/hub-id", "out/", prune="1/3")
+model = popcompile.load("out/", provider="cpu", prefill="auto")
+model.generate(**inputs, max_new_tokens=64)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from popcompile.errors import PopcompileError
+
+if TYPE_CHECKING:
+    from popcompile.conversion import convert
+    from popcompile.generation import PopForCausalLM, load
+
+__all__ = ["PopForCausalLM", "PopcompileError", "convert", "load"]
+
+_LAZY = {"convert": "popcompile.conversion", "load": "popcompile.generation", "PopForCausalLM": "popcompile.generation"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch, transformers and onnxruntime when they are first needed: `popcompile --help` is quick."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'popcompile' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,11 @@ class Checkpoint:
         self._dtype = dtype
         self._shapes = parameter_shapes(program)
         self._names = {} if source.kind == "random" else self._resolve(source.tensors())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights in the package's dtype."""
+        return sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a traced parameter, in the checkpoint's dtype. Raises PopcompileError."""
@@ -41,6 +47,11 @@ class Checkpoint:
                 raise PopcompileError(
                     f"{self._source.name}: tensor {found} has shape {list(stored)}, its config asks for {list(shape)};"
                     " config and weights belong to different models"
+                )
+            if not tensors[found].dtype.is_floating_point:  # type: ignore[attr-defined]
+                raise PopcompileError(
+                    f"{self._source.name}: tensor {found} holds {str(tensors[found].dtype).removeprefix('torch.')};"  # type: ignore[attr-defined]
+                    " give an unquantized checkpoint"
                 )
             names[name] = found
         return names

@@ -7,6 +7,8 @@ Results go to stdout, progress to stderr and only on a terminal.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import os
 import sys
@@ -21,25 +23,34 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character of a path or answer
     try:
-        options.command(options)
-        sys.stdout.flush()
+        try:
+            options = _parser().parse_args(arguments)
+            options.command(options)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except PopcompileError as error:
         print(f"popcompile: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
+        _discard_output()  # the reader has left
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG):
+            _discard_output()
+            print("popcompile: error: the disk is full that the output goes to; free some space", file=sys.stderr)
+            return 2
         if os.environ.get("POPCOMPILE_DEBUG"):
             raise
         line = " ".join(f"{type(error).__name__}: {error}".split())[:400]
@@ -49,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+def _discard_output() -> None:
+    """Let the interpreter's own flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +119,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from popcompile.convert import convert
+    from popcompile.conversion import convert
     from popcompile.progress import progress_bar
     from popcompile.selection import format_layers
 
@@ -156,14 +172,18 @@ def _add_session_options(parser: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not text.isdecimal() or len(text) > 9 or (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return value
 
 
 def _temperature(text: str) -> float:
-    if not 0 < (value := float(text)) < 100:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 100")
     return value
 
 
@@ -188,12 +208,13 @@ def _add_inspect(commands: Any) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from popcompile.inspection import inspect_json, inspect_pass, inspect_text
 
-    if options.pass_name and options.json:
+    if options.pass_name is not None and options.json:
         raise PopcompileError("--pass prints code and --json a document; give one of them")
     if options.json:
         print(json.dumps(inspect_json(options.package), indent=2))
     else:
-        print(inspect_pass(options.package, options.pass_name) if options.pass_name else inspect_text(options.package))
+        show_pass = options.pass_name is not None
+        print(inspect_pass(options.package, options.pass_name) if show_pass else inspect_text(options.package))
 
 
 def _add_verify(commands: Any) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from popcompile.decoders import CAUSAL_LMS, require_decoder
+from popcompile.decoders import require_decoder
 from popcompile.errors import PopcompileError
 from popcompile.loading import quiet, reading
 from popcompile.source import Source, TensorInfo, no_tensor, plain, write_tokenizer

@@ -42,7 +42,7 @@ def layer_table(program: Program, pruned: list[int]) -> list[dict[str, Any]]:
         attention = find(prefill, op=ops.attention, layer=layer)
         boundary_only = all((role_of(n) or "").startswith("boundary") for n in attention)
         projected = any((role_of(n) or "").startswith("kv_projection") for n in projection_nodes(prefill, layer))
-        source = f"KV projection of the hidden state entering layer {entry.get(layer)}" if projected else "its own layer"
+        source = f"KV projection of x entering layer {entry[layer]}" if projected else "its own layer"
         rows.append(
             LayerRow(
                 layer=layer,

@@ -3,22 +3,30 @@
     prefill.onnx  decode.onnx  weights.onnx.data  popcompile.json  report.json  genai_config.json
     config.json  generation_config.json  tokenizer files  passes/
 
-popcompile.json, the manifest, names every other file with its size and SHA-256.
+popcompile.json, the manifest, names every other file with its size and SHA-256, and carries a checksum of itself.
+What finds which damage:
+
+    every use       `read_manifest`, `check_files`: the manifest, a missing file, a changed byte in any file but the
+                    weights; of the weights the size and 64 samples, which tells two models apart
+                    `check_external_data`: graphs that read files outside the package
+    verify          also every byte of the weights: `check_files(full=True)`
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, get_args, get_origin, get_type_hints
 
 from popcompile.errors import PopcompileError
 
@@ -26,6 +34,9 @@ MANIFEST = "popcompile.json"
 REPORT = "report.json"
 WEIGHTS = "weights.onnx.data"
 FORMAT_VERSION = 1
+
+
+_CHECKSUM = "manifest_sha256"
 
 
 @dataclass(frozen=True)
@@ -60,63 +71,112 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        content = asdict(self)
+        return json.dumps(content | {_CHECKSUM: _checksum(content)}, indent=2) + "\n"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its checksum."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the package in `folder`.
 
-    Raises PopcompileError where there is none, or one that this version cannot read.
+    Raises PopcompileError where there is none, one that was changed, or one that this version cannot read.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise PopcompileError(f"{folder}: no such package folder; make one with `popcompile convert MODEL {folder}`")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PopcompileError(f"{folder}: not a popcompile package, it has no {MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PopcompileError(f"{path}: cannot be read ({error}); convert the model again") from error
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_dir():
+            raise PopcompileError(
+                f"{folder}: not a popcompile package, it has no {MANIFEST}; give the folder that"
+                " `popcompile convert` made"
+            ) from None
+        raise PopcompileError(
+            f"{folder}: no such package folder; make one with `popcompile convert MODEL {folder}`"
+        ) from None
+    except OSError as error:
+        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from error
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PopcompileError(f"{path}: is not JSON ({error}); convert the model again") from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise PopcompileError(f"{path}: not a popcompile manifest, it has no format_version; convert the model again")
     if version > FORMAT_VERSION:
         raise PopcompileError(
             f"{path}: format version {version} is newer than this popcompile reads ({FORMAT_VERSION});"
             " upgrade popcompile"
         )
-    try:
-        manifest = Manifest(**data)
-    except TypeError as error:
-        raise PopcompileError(f"{path}: fields are missing or unknown ({error}); convert the model again") from error
-    for name in (*manifest.files, *manifest.graphs.values(), manifest.weights):
+    checksum = data.pop(_CHECKSUM, None)
+    if problem := _wrong_fields(data):
+        raise PopcompileError(f"{path}: {problem}; convert the model again")
+    if checksum != _checksum(data):
+        raise PopcompileError(f"{path}: was changed after the package was made; convert the model again")
+    manifest = Manifest(**data)
+    used = (*manifest.graphs.values(), manifest.weights)
+    for name in (*manifest.files, *used):
         _require_inside(folder, name)
+    if unlisted := sorted(set(used) - set(manifest.files)):
+        raise PopcompileError(f"{path}: does not list {unlisted[0]} among its files; convert the model again")
     return manifest
 
 
+def _wrong_fields(data: dict[str, Any]) -> str:
+    """What is wrong with a manifest's fields, or ""."""
+    kinds = _field_types()
+    if missing := sorted(set(kinds) - set(data)):
+        return f"has no field {missing[0]}"
+    if unknown := sorted(set(data) - set(kinds)):
+        return f"has an unknown field {unknown[0]}"
+    return next((f"field {name} has a wrong value" for name, kind in kinds.items() if not _fits(data[name], kind)), "")
+
+
+@functools.cache
+def _field_types() -> dict[str, Any]:
+    return get_type_hints(Manifest)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has the type of a manifest field, its items included."""
+    if kind is Any:
+        return True
+    if type(value) is not (get_origin(kind) or kind):
+        return False
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_fits(item, get_args(kind)[-1]) for item in items)
+
+
 def _require_inside(folder: Path, name: str) -> None:
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise PopcompileError(f"{folder}: the manifest names {name}, which is outside the package; do not use it")
+    path = PureWindowsPath(name)  # takes both kinds of slashes
+    if path.anchor or ".." in path.parts or not path.parts:
+        raise PopcompileError(f"{folder}: the manifest names {name!r}, which is outside the package; do not use it")
 
 
 def check_files(folder: Path, manifest: Manifest, *, full: bool = False) -> None:
     """Check that every file of the package is there and is the one that the manifest means.
 
-    Graphs are hashed and the others compared by size; `full` hashes them all, weights included.
+    All are hashed, but of the weights only samples are; `full` hashes the weights too.
     Raises PopcompileError naming the first file that differs.
     """
     for name, expected in manifest.files.items():
         path = folder / name
+        sampled = not full and name == manifest.weights and "sample_sha256" in expected
         try:
-            size = path.stat().st_size
-        except OSError:
+            same = path.stat().st_size == expected.get("size") and (
+                sample_sha256(path) == expected["sample_sha256"]
+                if sampled
+                else file_sha256(path) == expected.get("sha256")
+            )
+        except (FileNotFoundError, NotADirectoryError):
             raise PopcompileError(f"{folder}: {name} is missing; convert the model again") from None
-        same = size == expected["size"]
-        if same and (full or name in manifest.graphs.values()):
-            same = file_sha256(path) == expected["sha256"]
-        elif same and name == manifest.weights and "sample_sha256" in expected:
-            same = sample_sha256(path) == expected["sample_sha256"]
+        except OSError as error:
+            raise PopcompileError(
+                f"{folder}: {name} cannot be read ({error.strerror}); make it readable for this user"
+            ) from error
         if not same:
             raise PopcompileError(
                 f"{folder}: {name} is not the file that this package was made with (changed, damaged, or of another"
@@ -127,21 +187,33 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False) -> None
 def check_external_data(folder: Path, manifest: Manifest) -> None:
     """Check that the graphs read external data from the package's own weights file only. Raises PopcompileError."""
     import onnx
-    from onnx.external_data_helper import uses_external_data
 
     for name in manifest.graphs.values():
         try:
             model = onnx.load(folder / name, load_external_data=False)
         except Exception as error:
             raise PopcompileError(f"{folder}: {name} is not a readable ONNX file; convert the model again") from error
-        for tensor in model.graph.initializer:
-            if uses_external_data(tensor):
-                entries = {e.key: e.value for e in tensor.external_data}
-                if entries.get("location") != manifest.weights:
-                    raise PopcompileError(
-                        f"{folder}: {name} reads {tensor.name} from {entries.get('location')}, outside the package's"
-                        f" {manifest.weights}; do not use it"
-                    )
+        for tensor in _tensors(model):
+            if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
+                continue
+            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if locations != [manifest.weights]:
+                raise PopcompileError(
+                    f"{folder}: {name} reads {tensor.name} from {', '.join(locations) or 'nowhere'} and not from the"
+                    f" package's {manifest.weights}; do not use it, convert the model again"
+                )
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every TensorProto in an ONNX model, wherever it is: initializers, attributes, subgraphs, functions."""
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        for item in value if isinstance(value, Sequence) else [value]:
+            if descriptor.message_type.name == "TensorProto":
+                yield item
+            else:
+                yield from _tensors(item)
 
 
 def file_sha256(path: Path) -> str:
@@ -176,61 +248,102 @@ def describe_files(folder: Path, known: dict[str, str] | None = None) -> dict[st
 
 def require_writable(out: Path, force: bool) -> None:
     """Check, before any work, that a package can be put at `out`. Raises PopcompileError."""
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise PopcompileError(f"{out}: the folder {parent} does not exist; create it first")
-    if out.is_symlink() or out.exists():
-        if not force:
-            raise PopcompileError(f"{out} exists already; give another folder, or --force to replace it")
-        if not out.is_dir() or out.is_symlink():
-            raise PopcompileError(f"{out} is no folder; --force replaces packages only")
-        if any(out.iterdir()) and not (out / MANIFEST).is_file():
-            raise PopcompileError(f"{out} is not a popcompile package; --force replaces packages only")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PopcompileError(f"{out}: no permission to write in {parent}")
+    place = _absolute(out)
+    parent = place.parent
     try:
-        probe = parent / f".{out.name}.probe-{os.getpid()}"
+        if not parent.is_dir():
+            raise PopcompileError(f"{out}: there is no folder {parent}; create it first")
+        _require_replaceable(out, place, force)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PopcompileError(f"{out}: no permission to write in {parent}; choose another place")
+        probe = parent / f".{place.name}.probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise PopcompileError(f"{out}: cannot write in {parent} ({error.strerror})") from error
+        raise PopcompileError(f"{out}: cannot write in {parent} ({error.strerror}); choose another place") from error
 
 
-def require_disk_space(folder: Path, size: int) -> None:
-    """Check that `size` bytes can be written below `folder`. Raises PopcompileError."""
-    free = shutil.disk_usage(folder).free
+def _require_replaceable(out: Path, place: Path, force: bool) -> None:
+    if not (place.is_symlink() or place.exists()):
+        return
+    if not force:
+        raise PopcompileError(f"{out} exists already; give another folder, or --force to replace it")
+    if place.is_symlink() or not place.is_dir():
+        raise PopcompileError(f"{out} is no folder, and --force replaces packages only; give another folder")
+    if place.is_mount():
+        raise PopcompileError(f"{out} is a mount point, which no folder can replace; give a folder in it")
+    if any(place.iterdir()) and not (place / MANIFEST).is_file():
+        raise PopcompileError(f"{out} is no package, and --force replaces packages only; give another folder")
+
+
+def _absolute(out: Path) -> Path:
+    return Path(os.path.abspath(out))
+
+
+def require_disk_space(path: Path, size: int) -> None:
+    """Check that `size` bytes can be written beside `path`. Raises PopcompileError."""
+    parent = _absolute(path).parent
+    free = shutil.disk_usage(parent).free
     if free < size:
         raise PopcompileError(
-            f"{folder.parent}: the disk is full, the weights need {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free;"
+            f"{parent}: the disk is full, the weights need {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are free;"
             " free some space and convert again"
         )
 
 
+_FULL = {
+    errno.ENOSPC: "the disk is full; free some space and convert again",
+    errno.EDQUOT: "the disk quota is used up; free some space and convert again",
+    errno.EFBIG: "a file gets larger than this process or disk allows; raise the limit (ulimit -f) and convert again",
+}
+#: what the user can mend where writing fails, by errno; another OSError is a failure of ours
+_WRITE_ERRORS = _FULL | {
+    errno.EACCES: "no permission to write there; choose another place",
+    errno.EPERM: "no permission to write there; choose another place",
+    errno.EROFS: "the disk is read-only; choose another place",
+    errno.EIO: "the disk fails (input/output error); choose another place",
+    errno.EBUSY: "something is mounted there, which no folder can replace; give a folder in it",
+    errno.EEXIST: "something appeared there meanwhile; give another folder, or --force to replace it",
+    errno.ENOTEMPTY: "something appeared there meanwhile; give another folder, or --force to replace it",
+}
+
+
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place, flushed and at once, when the block ends well.
 
     A process that is killed leaves `out` as it was, and a hidden folder that the next conversion removes.
-    Raises PopcompileError where the disk is full or not writable.
+    Raises PopcompileError where the disk is full or not writable, or, without `force`, `out` exists by then.
     """
-    out = out.absolute()
-    _remove_abandoned(out)
-    temporary = out.parent / f".{out.name}.partial-{os.getpid()}"
+    place = _absolute(out)
+    _remove_abandoned(place)
+    temporary = place.parent / f".{place.name}.partial-{os.getpid()}"
     try:
         temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
-        _put_in_place(temporary, out)
-        _flush(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PopcompileError(f"{out}: the disk is full; free some space and convert again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PopcompileError(f"{out}: cannot be written ({error.strerror})") from error
+        _put_in_place(temporary, place, force)
+        _flush(place.parent)
+    except Exception as error:
+        if message := _write_error(error, place):
+            raise PopcompileError(f"{out}: {message}") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_error(error: BaseException | None, place: Path) -> str | None:
+    """The message for an exception that is, or was made from, a failure to write at `place`; None for any other."""
+    while error is not None:
+        if isinstance(error, OSError):
+            beside = str(place.with_name(f".{place.name}."))
+            ours = error.filename is None or f"{error.filename}{os.sep}".startswith((f"{place}{os.sep}", beside))
+            return (_WRITE_ERRORS if ours else _FULL).get(error.errno or 0)
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # the tokenizers library, written in Rust
+            return _FULL.get(int(match[1]))
+        error = error.__cause__
+    return None
 
 
 def _flush(path: Path) -> None:
@@ -243,16 +356,22 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, out: Path) -> None:
+def _put_in_place(temporary: Path, out: Path, force: bool) -> None:
     """Rename; where a package is replaced, the two are exchanged in one step if the system can."""
     if not out.exists():
         temporary.rename(out)
         return
+    if not force:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
     if _exchange(temporary, out):
         return  # what was replaced is now under the temporary name, and is removed
     backup = out.parent / f".{out.name}.replaced-{os.getpid()}"
     out.rename(backup)
-    temporary.rename(out)
+    try:
+        temporary.rename(out)
+    except OSError:
+        backup.rename(out)
+        raise
     shutil.rmtree(backup, ignore_errors=True)
 
 
@@ -268,10 +387,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _remove_abandoned(out: Path) -> None:
     """Remove what killed conversions left beside `out`; put back a package that one had moved aside."""
-    for path in out.parent.glob(f".{out.name}.*-*"):
-        kind, _, pid = path.name.removeprefix(f".{out.name}.").partition("-")
-        if kind not in ("partial", "replaced") or not pid.isdigit() or _is_running(int(pid)):
+    for path in list(out.parent.iterdir()):
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(partial|replaced|probe)-(\d{{1,9}})", path.name)
+        if not match or _is_running(int(match[2])):
             continue
+        kind = match[1]
         if kind == "replaced" and not out.exists():
             path.rename(out)
         else:

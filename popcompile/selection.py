@@ -25,17 +25,26 @@ def select_layers(num_layers: int, prune: str | int | float | None, layers: str 
     return list(range(num_layers - count, num_layers))
 
 
+_COUNT = re.compile(r"[+-]?\d{1,9}")
+_FRACTION = re.compile(r"[+-]?(\d{1,9}/\d{1,9}|\d{0,9}\.\d{1,20}|\d{1,9}(\.\d{1,20})?e-\d{1,2})")
+
+
 def _parse_count(num_layers: int, text: str) -> int:
+    text = text.strip()
+    is_count = _COUNT.fullmatch(text) is not None
     try:
-        value = Fraction(text.strip())
+        if not is_count and not _FRACTION.fullmatch(text):
+            raise ValueError(text)
+        value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise PopcompileError(
             f"--prune {text}: neither a count nor a fraction; for example --prune 10 or --prune 1/3"
         ) from None
-    whole = value.denominator == 1 and "." not in text and "/" not in text
-    if value < 0 or (not whole and value >= 1):
-        raise PopcompileError(f"--prune {text}: out of range; a fraction is at least 0 and below 1")
-    count = int(value) if whole else round(value * num_layers)
+    if value < 0 or (not is_count and value >= 1):
+        raise PopcompileError(
+            f"--prune {text}: out of range; give a count from 0 to {num_layers - 1}, or a fraction from 0 to below 1"
+        )
+    count = int(value) if is_count else round(value * num_layers)
     if count >= num_layers:
         raise PopcompileError(
             f"--prune {text}: the model has {num_layers} layers and at least one must encode the prompt;"
@@ -46,7 +55,7 @@ def _parse_count(num_layers: int, text: str) -> int:
 
 def _parse_layers(num_layers: int, text: str) -> list[int]:
     chosen: set[int] = set()
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in (p.strip() for p in text.split(",")):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
         if not match:
             raise PopcompileError(f"--layers {text}: {part!r} is neither a layer nor a range; {_EXAMPLE}")
@@ -54,10 +63,12 @@ def _parse_layers(num_layers: int, text: str) -> list[int]:
         if last < first:
             raise PopcompileError(f"--layers {text}: the range {part} runs backwards; {_EXAMPLE}")
         if last >= num_layers:
-            raise PopcompileError(f"--layers {text}: the model has layers 0 to {num_layers - 1}, there is no {last}")
+            raise PopcompileError(f"--layers {text}: there is no layer {last}; the model has 0 to {num_layers - 1}")
         chosen.update(range(first, last + 1))
     if len(chosen) == num_layers:
-        raise PopcompileError(f"--layers {text}: at least one of the {num_layers} layers must encode the prompt")
+        raise PopcompileError(
+            f"--layers {text}: at least one of the {num_layers} layers must encode the prompt; prune fewer"
+        )
     return sorted(chosen)
 
 

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from popcompile.conversion import convert
 from popcompile.passes import Program
 from popcompile.passes.graph import clone_module, register_parameter
+from popcompile.samples import sample_checkpoint, sample_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -137,3 +141,37 @@ def run_graph(gm: fx.GraphModule, inputs: Inputs) -> tuple[Tensor, list[Tensor]]
     """Logits and cache of a materialised graph."""
     logits, *cache = gm(inputs.ids, inputs.mask, *inputs.past)
     return logits, cache
+
+
+# --- real models -----------------------------------------------------------------------------------------------
+
+
+def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFactory) -> Path:
+    """A package of a real model, a third pruned; taken from the environment while developing."""
+    if ready := os.environ.get(variable):
+        return Path(ready)
+    out = factory.mktemp("packages") / name
+    convert(model, out, prune="1/3")
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder, in the cache folder that tests share."""
+    return sample_checkpoint("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma_checkpoint() -> Path:
+    """Gemma-3-270M as a transformers folder, in the cache folder that tests share."""
+    return sample_checkpoint("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _package("smollm2", "POPCOMPILE_TEST_SMOLLM2", sample_model("smollm2"), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def gemma_package(gemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _package("gemma", "POPCOMPILE_TEST_GEMMA", gemma_checkpoint, tmp_path_factory)

@@ -31,7 +31,7 @@ from popcompile.package import (
     require_writable,
     staged,
 )
-from popcompile.passes import Pass, PassManager, PassRecord, Program, lowering, transformations
+from popcompile.passes import ContractError, Pass, PassManager, PassRecord, Program, lowering, transformations
 from popcompile.passes.flops import REFERENCE_SIZES, total_flops
 from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
@@ -47,7 +47,7 @@ GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 
 #: tokens below which the whole model encodes a prompt in the time that the pruned one takes: both are bound by reading
 #: the weights then (README, "Short prompts")
-PREFILL_THRESHOLD = 64
+PREFILL_THRESHOLD = 16
 
 #: progress(step, done, total): done and total in the step's own unit
 Progress = Callable[[str, int, int], Any]
@@ -91,8 +91,15 @@ def convert(
     program = trace(source.config, DTYPES[dtype])
     checkpoint = Checkpoint(source, program, DTYPES[dtype])
     shapes = _ModelShapes(program)
-    with staged(out) as folder:
-        report = _compile(program, pruned, folder, report_progress)
+    require_disk_space(out, checkpoint.size)
+    with staged(out, force) as folder:
+        try:
+            report = _compile(program, pruned, folder, report_progress)
+        except ContractError as error:
+            raise PopcompileError(
+                f"{source.name}: {source.config.model_type} has a structure that popcompile does not know ({error});"
+                " it supports decoders of attention and feed-forward layers"
+            ) from error
         models = {}
         for i, stage in enumerate(GRAPHS):
             report_progress("export", i, len(GRAPHS))

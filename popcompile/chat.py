@@ -1,0 +1,179 @@
+"""Answer prompts on the terminal, streaming, with time to first token and tokens/s: `popcompile run`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from popcompile.errors import PopcompileError
+from popcompile.generation import PopForCausalLM, load
+from popcompile.loading import quiet
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long an answer took. Seconds; prompt and new in tokens; prefill is the path taken, "pop" or "full"."""
+
+    prompt: int
+    new: int
+    first_token: float
+    total: float
+    prefill: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: tokens after the first, over the time that they took."""
+        return (self.new - 1) / (self.total - self.first_token) if self.new > 1 else 0.0
+
+    def __str__(self) -> str:
+        speed = f", {self.tokens_per_second:.1f} tokens/s" if self.new > 1 else ""
+        return (
+            f"{self.prompt} prompt tokens, {self.prefill} prefill:"
+            f" time to first token {self.first_token * 1e3:.0f} ms{speed} ({self.new} new tokens)"
+        )
+
+
+class _TimedStreamer(BaseStreamer):
+    """Writes text as it comes and remembers when the first token did."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
+        self._text = _Stream(tokenizer, out)
+        self._prompt_seen = False
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen and self.first_token is None:
+            self.first_token = time.perf_counter()
+        self._prompt_seen = True
+        self._text.put(value)
+
+    def end(self) -> None:
+        self._text.end()
+
+
+class _Stream(TextStreamer):
+    """TextStreamer to any stream."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._out.write(text + ("\n" if stream_end else ""))
+        self._out.flush()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The package's tokenizer. Raises PopcompileError where it has none."""
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            raise PopcompileError(
+                f"{folder}: the package has no usable tokenizer; convert a model that comes with one"
+            ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], raw: bool) -> torch.Tensor:
+    """Token ids [1, S] of a conversation, through the chat template where there is one and `raw` is false."""
+    if tokenizer.chat_template and not raw:
+        try:
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            raise PopcompileError(f"the chat template refuses the prompt ({error}); try --raw") from error
+        return encoded["input_ids"]
+    text = "\n".join(m["content"] for m in messages)
+    return tokenizer(text, return_tensors="pt")["input_ids"].to(torch.int64)  # type: ignore[union-attr]
+
+
+def generate(
+    model: PopForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    *,
+    prefill: str,
+    out: TextIO | None = None,
+    **arguments: Any,
+) -> tuple[str, Timing, Any]:
+    """Stream an answer to `out` (default: stdout); returns its text, its timing and the cache after it."""
+    streamer = _TimedStreamer(tokenizer, out or sys.stdout)
+    cached = arguments["past_key_values"].get_seq_length() if arguments.get("past_key_values") is not None else 0
+    path = model.choose_prefill(input_ids.shape[1] - cached, prefill)
+    started = time.perf_counter()
+    result = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        streamer=streamer,
+        prefill=prefill,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    total = time.perf_counter() - started
+    new = result.sequences[0, input_ids.shape[1] :]
+    first = (streamer.first_token or time.perf_counter()) - started
+    timing = Timing(int(input_ids.shape[1]), len(new), first, total, path)
+    return str(tokenizer.decode(new, skip_special_tokens=True)), timing, result
+
+
+def answer(folder: Path, options: Namespace) -> None:
+    """`popcompile run --prompt`. Raises PopcompileError."""
+    prompt = options.prompt if options.prompt is not None else _read_prompt(options.prompt_file)
+    if not prompt.strip():
+        raise PopcompileError("the prompt is empty; give some text")
+    model = load(folder, provider=options.provider, prefill=options.prefill)
+    tokenizer = load_tokenizer(folder)
+    input_ids = encode(tokenizer, [{"role": "user", "content": prompt}], options.raw)
+    _, timing, _ = generate(model, tokenizer, input_ids, prefill=options.prefill, **_sampling(options))
+    print(timing, file=sys.stderr)
+
+
+def chat(folder: Path, options: Namespace) -> None:
+    """`popcompile run --chat`: a message a line; every turn prefills only what is new. Raises PopcompileError."""
+    model = load(folder, provider=options.provider, prefill=options.prefill)
+    tokenizer = load_tokenizer(folder)
+    messages: list[dict[str, str]] = []
+    cache, known = None, torch.zeros((1, 0), dtype=torch.int64)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        input_ids = encode(tokenizer, messages, options.raw)
+        held = cache.get_seq_length() if cache is not None else 0
+        if not torch.equal(input_ids[:, :held], known[:, :held]):
+            cache = None  # the template writes an earlier turn differently now that another follows
+        text, timing, result = generate(
+            model, tokenizer, input_ids, prefill=options.prefill, past_key_values=cache, **_sampling(options)
+        )
+        messages.append({"role": "assistant", "content": text})
+        cache, known = result.past_key_values, result.sequences
+        print(timing, file=sys.stderr)
+
+
+def _sampling(options: Namespace) -> dict[str, Any]:
+    if not options.sample:
+        return {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    torch.manual_seed(options.seed)
+    return {"max_new_tokens": options.max_new_tokens, "do_sample": True, "temperature": options.temperature}
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PopcompileError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
+    except OSError as error:
+        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); give a text file") from error

@@ -1,0 +1,62 @@
+"""`popcompile demo`: a real model converted, inspected, and answering with full and with pruned prefill."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from pathlib import Path
+
+from popcompile.chat import Timing, encode, generate, load_tokenizer
+from popcompile.conversion import convert
+from popcompile.errors import PopcompileError
+from popcompile.generation import load
+from popcompile.inspection import inspect_text
+from popcompile.package import MANIFEST
+from popcompile.progress import progress_bar
+from popcompile.samples import sample_model
+
+_QUESTION = "\n\nSummarize the text above in one sentence."
+_CHARACTERS = 4800
+
+
+def demo(out: Path) -> None:
+    """Convert SmolLM2-135M-Instruct to `out` unless it is there, inspect it, and compare both prefills.
+
+    Raises PopcompileError.
+    """
+    if not (out / MANIFEST).is_file():
+        started = time.perf_counter()
+        print("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...", flush=True)
+        model = sample_model("smollm2")
+        print(f"popcompile convert {model} {out} --prune 1/3", flush=True)
+        with progress_bar() as progress:
+            convert(model, out, prune="1/3", progress=progress)
+        print(f"done in {time.perf_counter() - started:.0f} s\n", flush=True)
+    print(f"popcompile inspect {out}\n\n{inspect_text(out)}", flush=True)
+    timings = {how: _answer(out, how) for how in ("full", "pop")}
+    full, pop = (timings[how].first_token for how in ("full", "pop"))
+    print(
+        f"time to first token: full prefill {full * 1e3:.0f} ms, pruned prefill {pop * 1e3:.0f} ms"
+        f" ({full / pop:.2f}x sooner)"
+    )
+
+
+def _answer(out: Path, how: str) -> Timing:
+    """Answer once to warm up, unheard, then once to be timed."""
+    model, tokenizer = load(out), load_tokenizer(out)
+    input_ids = encode(tokenizer, [{"role": "user", "content": _document() + _QUESTION}], raw=False)
+    generate(model, tokenizer, input_ids, prefill=how, out=io.StringIO(), max_new_tokens=1, do_sample=False)
+    print(f"--- {how} prefill", flush=True)
+    _, timing, _ = generate(model, tokenizer, input_ids, prefill=how, max_new_tokens=48, do_sample=False)
+    print(f"{timing}\n", flush=True)
+    return timing
+
+
+def _document() -> str:
+    """About a thousand tokens of English prose that Python itself ships: its reference on objects, without markup."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise PopcompileError("this Python has no pydoc_data; install its full standard library") from error
+    return re.sub(r'[*`="]+', "", " ".join(topics["objects"].split()))[:_CHARACTERS]

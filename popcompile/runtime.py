@@ -1,0 +1,377 @@
+"""Run a package's graphs with ONNX Runtime: two sessions, one mapping of the weights, a cache that never leaves them.
+
+Tokens come in as rows of unequal length and are padded on the right. Slot j of a cache row holds the token at position
+j, which is how the graphs count (passes/ops.py). ONNX Runtime's GroupQueryAttention takes a batch in three cases:
+
+    first tokens (empty cache)     rows of any lengths, padded
+    one token per row (decode)     rows with pasts of any lengths
+    several tokens after a past    one row at a time
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import ctypes.util
+import io
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import torch.utils.dlpack
+from onnx.external_data_helper import uses_external_data
+from torch import Tensor
+
+from popcompile.errors import PopcompileError
+from popcompile.loading import one_line
+from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+
+Stage = Literal["prefill", "decode"]
+
+#: bytes of logits that a full prefill makes at once where only the last token's are asked for
+_LOGITS_BYTES = 256 << 20
+#: slots by which a cache grows, at least
+_CACHE_STEP = 256
+_SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What differs between execution providers.
+
+    device: where weights and cache live, in ONNX Runtime's words.
+    in_place: decode writes into the cache's buffers instead of returning longer copies of them.
+    """
+
+    name: str
+    device: str
+    in_place: bool
+
+
+PROVIDERS = {
+    "cpu": Provider("CPUExecutionProvider", "cpu", in_place=True),
+    # On a device we have no allocator of our own for wider buffers, and copying them there takes microseconds.
+    "cuda": Provider("CUDAExecutionProvider", "cuda", in_place=False),
+}
+
+
+# --- the cache -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, in the order of the graphs' inputs.
+
+    values: [batch, kv_heads, slots, head_size] each, on the provider's device.
+    lengths: tokens of every row; slots past them hold nothing that is read.
+    """
+
+    values: list[ort.OrtValue]
+    lengths: list[int]
+    device: str = "cpu"
+    step: Any = field(default=None, repr=False)  # the binding of the decode session to `values`, while they stay
+
+    @property
+    def slots(self) -> int:
+        return int(self.values[0].shape()[2])
+
+    def tensors(self) -> list[Tensor]:
+        """The values as torch tensors on the CPU, without a copy where they live there."""
+        return [_to_torch(v) for v in self.values]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        self.values = [_to_ort(t, self.device) for t in tensors]
+        self.step = None
+
+    def resize(self, slots: int) -> None:
+        """Keep the first `slots` slots, or add empty ones."""
+        if slots < self.slots:
+            self.replace([t[:, :, :slots].contiguous() for t in self.tensors()])
+        elif slots > self.slots:
+            self.replace([torch.nn.functional.pad(t, (0, 0, 0, slots - t.shape[2])) for t in self.tensors()])
+
+    def row(self, index: int) -> KVCache:
+        """A cache of one row, without the slots that it does not use."""
+        length = self.lengths[index]
+        values = [t[index : index + 1, :, :length].contiguous() for t in self.tensors()]
+        return KVCache([_to_ort(t, self.device) for t in values], [length], self.device)
+
+    def assign(self, rows: Sequence[KVCache]) -> None:
+        """Take the rows of other caches, one each, in place of those held."""
+        self.lengths = [r.lengths[0] for r in rows]
+        slots = max(self.lengths)
+        for r in rows:
+            r.resize(slots)
+        self.replace([torch.cat(parts) for parts in zip(*(r.tensors() for r in rows), strict=True)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        values = [_to_ort(t.clone(), self.device) for t in self.tensors()]
+        return KVCache(values, copy.copy(self.lengths), self.device)
+
+
+def _to_torch(value: ort.OrtValue) -> Tensor:
+    if value.device_name() == "cpu":
+        return torch.utils.dlpack.from_dlpack(value)
+    return torch.from_numpy(value.numpy())  # copies from the device
+
+
+def _to_ort(tensor: Tensor, device: str = "cpu") -> ort.OrtValue:
+    if device == "cpu":
+        return ort.OrtValue.from_dlpack(tensor)  # owns the tensor, and so do torch tensors made of it later
+    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy(), device)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+class SharedWeights:
+    """The package's data file, mapped once, as initializers for any number of sessions.
+
+    On the CPU the values are views of the mapping: pages of the file, shared by every session and process and given
+    back by the system when memory is short. On another device each tensor is copied there once.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        self._file = np.memmap(path, dtype=np.uint8, mode="r")
+        self._device = device
+        self._values: dict[tuple[int, int, tuple[int, ...]], ort.OrtValue] = {}
+
+    def add_to(self, options: ort.SessionOptions, graph: Path) -> None:
+        """Give a session the external initializers of its graph. The values must outlive the session."""
+        for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+            if uses_external_data(tensor):
+                options.add_initializer(tensor.name, self._value(tensor))
+
+    def _value(self, tensor: onnx.TensorProto) -> ort.OrtValue:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        start, shape = int(place.get("offset", 0)), tuple(tensor.dims)
+        key = (start, tensor.data_type, shape)
+        if key not in self._values:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            end = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            if end > self._file.size:
+                raise PopcompileError(f"{tensor.name} lies outside the weights file; convert the model again")
+            array = self._file[start:end].view(dtype).reshape(shape)
+            self._values[key] = ort.OrtValue.ortvalue_from_numpy(array, self._device)
+        return self._values[key]
+
+    def release_pages(self) -> None:
+        """Let go of the pages read so far; they are mapped again when something reads them."""
+        mapping = getattr(self._file, "_mmap", None)
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+# --- sessions --------------------------------------------------------------------------------------------------
+
+
+def find_provider(name: str) -> Provider:
+    """The provider called `name`. Raises PopcompileError where there is none, or where it cannot run here."""
+    if name not in PROVIDERS:
+        raise PopcompileError(f"provider {name}: unknown; choose one of {', '.join(PROVIDERS)}")
+    provider = PROVIDERS[name]
+    if provider.name not in ort.get_available_providers():
+        raise PopcompileError(
+            f"provider {name}: this onnxruntime {ort.__version__} has no {provider.name};"
+            ' pip uninstall onnxruntime, then pip install onnxruntime-gpu, or use provider="cpu"'
+        )
+    if name == "cuda" and not _has_cuda_device():
+        raise PopcompileError(
+            'provider cuda: no NVIDIA GPU with a working driver was found; install the driver, or use provider="cpu"'
+        )
+    if name == "cuda":
+        try:
+            _load_cuda_libraries()
+        except OSError as error:
+            raise PopcompileError(_unusable(provider, one_line(error))) from error
+    return provider
+
+
+def _unusable(provider: Provider, reason: str) -> str:
+    return (
+        f"provider {provider.device}: onnxruntime {ort.__version__} cannot use it ({reason}); pip install"
+        ' "onnxruntime-gpu[cuda,cudnn]" for the libraries of CUDA, or use provider="cpu"'
+    )
+
+
+def _has_cuda_device() -> bool:
+    """Ask the driver, for ONNX Runtime itself lists CUDA wherever it was built with it."""
+    name = "nvcuda.dll" if os.name == "nt" else ctypes.util.find_library("cuda") or "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+        count = ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _load_cuda_libraries() -> None:
+    """Load what ONNX Runtime's CUDA provider needs, from pip packages where there are some.
+
+    Raises OSError naming the missing library; ONNX Runtime itself would log it and go on without the provider.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    pattern = "onnxruntime_providers_{}.dll" if os.name == "nt" else "libonnxruntime_providers_{}.so"
+    for part in ("shared", "cuda"):
+        ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / pattern.format(part)), mode=ctypes.RTLD_GLOBAL)
+
+
+class Runtime:
+    """The graphs of one package, ready to run.
+
+    low_memory: let decode read the mapped weights as they are, so that there is a single copy of them. Otherwise, on
+    the CPU, the decode session holds its matrices a second time, packed for its kernels: a token then takes three
+    quarters of the time, one for each of eight rows a quarter. (fp16 weights save nothing on the CPU, where ONNX
+    Runtime widens them to fp32 in every session.)
+    """
+
+    def __init__(self, folder: str | Path, *, provider: str = "cpu", low_memory: bool = False) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.provider = find_provider(provider)
+        check_files(self.folder, self.manifest)
+        check_external_data(self.folder, self.manifest)
+        self._weights = SharedWeights(self.folder / self.manifest.weights, self.provider.device)
+        self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
+        self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        # Prefill multiplies by many tokens at once, where packing on the fly costs 4% and memory nothing.
+        for stage, packed in (("decode", not low_memory), ("prefill", False)):
+            self._sessions[stage] = self._open(stage, packed)
+        if self.provider.device == "cpu":
+            self._weights.release_pages()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "fp16": torch.float16}[self.manifest.dtype]
+
+    def _open(self, stage: str, packed: bool) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        accelerated = self.provider.device != "cpu"
+        options.log_severity_level = _SILENT if accelerated else _ERRORS
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        graph = self.folder / self.manifest.graphs[stage]
+        try:
+            self._weights.add_to(options, graph)
+            session = ort.InferenceSession(graph, options, providers=[self.provider.name], enable_fallback=0)
+        except PopcompileError:
+            raise
+        except Exception as error:
+            if accelerated:
+                raise PopcompileError(_unusable(self.provider, one_line(error))) from error
+            raise PopcompileError(
+                f"{self.folder}: {graph.name} does not load in onnxruntime {ort.__version__}: {one_line(error)};"
+                " upgrade it, or convert the model again"
+            ) from error
+        if session.get_providers()[0] != self.provider.name:
+            raise PopcompileError(_unusable(self.provider, "it fell back to the CPU"))
+        return session
+
+    # --- running -----------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int) -> KVCache:
+        """A cache without tokens."""
+        shape = (batch, self.manifest.num_kv_heads, 0, self.manifest.head_size)
+        empty = torch.zeros(shape, dtype=self.dtype)
+        device = self.provider.device
+        return KVCache([_to_ort(empty, device) for _ in self._cache_inputs], [0] * batch, device)
+
+    def feed(self, rows: Sequence[Tensor], cache: KVCache, stage: Stage, *, every_token: bool = False) -> Tensor:
+        """Append `rows` (new tokens of every row, [tokens] int64 each, at least one) to the cache.
+
+        stage: "prefill" encodes them as a prompt, skipping the pruned layers for all but each row's last token;
+        "decode" runs the whole model. A single token is a boundary token, for which the two are the same.
+        every_token: logits [B, S, vocabulary] of every token, right-padded, in place of the last ones' [B, 1,
+        vocabulary]; for "decode" only. Takes tokens and lengths as they are: the caller checks them.
+        """
+        batch, longest = len(rows), max(len(r) for r in rows)
+        if longest == 1:
+            return self._step(torch.stack(list(rows)), cache)
+        if not any(cache.lengths):
+            size = batch * longest * self.manifest.vocab_size * self.dtype.itemsize
+            if stage == "prefill" or every_token or size <= _LOGITS_BYTES:
+                return self._first(rows, cache, stage, every_token)
+        if batch == 1:
+            return self._continue(rows[0], cache, stage, every_token)
+        caches = [cache.row(b) for b in range(batch)]
+        logits = [self.feed([r], c, stage, every_token=every_token)[0] for r, c in zip(rows, caches, strict=True)]
+        cache.assign(caches)
+        return torch.nn.utils.rnn.pad_sequence(logits, batch_first=True)
+
+    def run(self, stage: Stage, input_ids: Tensor, attention_mask: Tensor, cache: KVCache) -> Tensor:
+        """One call of a graph: input_ids [B, S], attention_mask [B, T] as passes/ops.py has them.
+
+        The cache must hold T - S slots. Returns the graph's logits.
+        """
+        binding = self._sessions[stage].io_binding()
+        binding.bind_ortvalue_input("input_ids", _to_ort(input_ids.contiguous()))
+        binding.bind_ortvalue_input("attention_mask", _to_ort(attention_mask.contiguous()))
+        for name, value in zip(self._cache_inputs, cache.values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self._cache_outputs:
+            binding.bind_output(name, self.provider.device)
+        self._run(stage, binding)
+        logits, *cache.values = binding.get_outputs()
+        cache.lengths, cache.step = attention_mask.sum(1).tolist(), None
+        return _to_torch(logits)
+
+    def _first(self, rows: Sequence[Tensor], cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
+        cache.resize(0)
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        lengths = torch.tensor([len(r) for r in rows])
+        logits = self.run(stage, ids, _mask(lengths, ids.shape[1]), cache)
+        if every_token or stage == "prefill":
+            return logits
+        return logits[torch.arange(len(rows)), lengths - 1][:, None]
+
+    def _continue(self, tokens: Tensor, cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
+        """Several tokens of one row. Where only the last logits are asked for, a full prefill goes in pieces."""
+        piece = len(tokens)
+        if stage == "decode" and not every_token:
+            piece = max(1, _LOGITS_BYTES // (self.manifest.vocab_size * self.dtype.itemsize))
+        for part in tokens.split(piece):
+            cache.resize(cache.lengths[0])
+            mask = torch.ones((1, cache.lengths[0] + len(part)), dtype=torch.int64)
+            logits = self.run(stage, part[None], mask, cache)
+        return logits if every_token else logits[:, -1:]
+
+    def _step(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """One token per row, [B, 1], after pasts of any lengths: decode."""
+        total = max(cache.lengths) + 1
+        mask = _mask(torch.tensor(cache.lengths) + 1, total)
+        if not self.provider.in_place:
+            cache.resize(total - 1)
+            return self.run("decode", input_ids, mask, cache)
+        if cache.slots < total:
+            cache.resize(total + max(_CACHE_STEP, total // 4) - 1)
+        if cache.step is None:
+            cache.step = self._sessions["decode"].io_binding()
+            cache.step.bind_output("logits", "cpu")
+            for source, target, value in zip(self._cache_inputs, self._cache_outputs, cache.values, strict=True):
+                cache.step.bind_ortvalue_input(source, value)
+                cache.step.bind_ortvalue_output(target, value)
+        cache.step.bind_ortvalue_input("input_ids", _to_ort(input_ids))
+        cache.step.bind_ortvalue_input("attention_mask", _to_ort(mask))
+        cache.step.bind_output("logits", "cpu")  # anew, or the next run writes over the tensor that we return
+        self._run("decode", cache.step)
+        cache.lengths = [n + 1 for n in cache.lengths]
+        return _to_torch(ort.OrtValue(cache.step.get_outputs_as_ortvaluevector()[0]))
+
+    def _run(self, stage: str, binding: ort.IOBinding) -> None:
+        self._sessions[stage].run_with_iobinding(binding)
+
+
+def _mask(lengths: Tensor, total: int) -> Tensor:
+    """[B, total] int64, ones for each row's first `lengths` slots."""
+    return (torch.arange(total)[None] < lengths[:, None]).to(torch.int64)

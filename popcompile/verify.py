@@ -1,0 +1,83 @@
+"""Check a package: its files, its graphs, and prefill against decode in numbers.
+
+The numeric check needs no second model. Prefill encodes a prompt and runs the boundary token through the whole model;
+the same must come out when decode takes one step with the boundary token after the context tokens' cache that prefill
+left. A damaged graph, a wrong weight or an operator that a provider computes differently shows up as a difference.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from popcompile.errors import PopcompileError
+from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+from popcompile.runtime import Runtime
+
+#: largest difference of two logits or cache entries, relative to the largest value, that rounding explains
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
+_PROMPT = 33
+
+
+def verify(folder: Path, *, provider: str = "cpu") -> list[dict[str, Any]]:
+    """Run all checks; returns [{"check", "detail"}] of those that passed, which is all of them.
+
+    Raises PopcompileError at the first that fails.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, full=True)
+    size = sum(f["size"] for f in manifest.files.values()) / 1e6
+    checks = [{"check": "files", "detail": f"{len(manifest.files)} files, {size:.0f} MB, SHA-256 as in the manifest"}]
+    check_external_data(folder, manifest)
+    checks.append({"check": "graphs", "detail": _check_graphs(folder, manifest)})
+    difference = _self_check(folder, manifest, provider)
+    detail = f"prefill equals decode on the boundary token, largest relative difference {difference:.1e} ({provider})"
+    checks.append({"check": "numbers", "detail": detail})
+    return checks
+
+
+def _check_graphs(folder: Path, manifest: Manifest) -> str:
+    """Inputs and outputs are those that the manifest names, in shapes that its sizes give."""
+    cache = (manifest.num_kv_heads, manifest.head_size)
+    for stage, file in manifest.graphs.items():
+        graph = onnx.load(folder / file, load_external_data=False).graph
+        names = [[v.name for v in values] for values in (graph.input, graph.output)]
+        if names != [manifest.inputs, manifest.outputs]:
+            raise PopcompileError(f"{folder}: {file} has other inputs or outputs than the manifest; convert again")
+        for value in (*graph.input[2:], *graph.output[1:]):
+            dims = value.type.tensor_type.shape.dim
+            if (dims[1].dim_value, dims[3].dim_value) != cache:
+                raise PopcompileError(f"{folder}: {file}: {value.name} is not [batch, {cache[0]}, tokens, {cache[1]}]")
+        tokens = graph.output[0].type.tensor_type.shape.dim[1]
+        if (tokens.dim_value == 1) != (stage == "prefill"):
+            raise PopcompileError(f"{folder}: {file}: logits of one token are for prefill, of all for decode")
+    return f"{', '.join(manifest.graphs.values())}: {manifest.num_layers} layers, inputs and outputs as in the manifest"
+
+
+def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:
+    """Largest relative difference between the two ways to encode a boundary token."""
+    runtime = Runtime(folder, provider=provider)
+    length = min(_PROMPT, manifest.context_length)
+    ids = torch.randint(0, manifest.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    prefilled, stepped = runtime.new_cache(1), runtime.new_cache(1)
+    logits = runtime.feed([ids[0]], prefilled, "prefill")
+    runtime.feed([ids[0]], stepped, "prefill")
+    stepped.resize(length - 1)
+    mask = torch.ones_like(ids)
+    expected = runtime.run("decode", ids[:, -1:], mask, stepped)
+    pairs = [(logits, expected), *zip(prefilled.tensors(), stepped.tensors(), strict=True)]
+    worst = 0.0
+    for one, other in pairs:
+        one, other = one.float(), other.float()
+        if not torch.isfinite(one).all() or not torch.isfinite(other).all():
+            raise PopcompileError(f"{folder}: the graphs compute NaN or infinity on {provider}; try --dtype fp32")
+        worst = max(worst, float((one - other).abs().max() / other.abs().max().clamp(min=1e-6)))
+    if worst > TOLERANCE[manifest.dtype]:
+        raise PopcompileError(
+            f"{folder}: prefill and decode disagree on {provider} by {worst:.1e} of the largest value"
+            f" (allowed: {TOLERANCE[manifest.dtype]:.0e}); convert again, or report it"
+        )
+    return worst
