@@ -1,10 +1,12 @@
 """Compile Hugging Face decoders into ONNX Runtime packages with Prefill-Only Pruning (arXiv 2602.03295).
 
-import popcompile
+In Python:
 
-manifest = popcompile.convert("path/or/hub-id", "out/", prune="1/3")
-model = popcompile.load("out/", provider="cpu", prefill="auto")
-model.generate(**inputs, max_new_tokens=64)
+    import popcompile
+
+    manifest = popcompile.convert("path/or/hub-id", "out/", prune="1/3")
+    model = popcompile.load("out/", provider="cpu", prefill="auto")
+    model.generate(**inputs, max_new_tokens=64)
 """
 
 from typing import TYPE_CHECKING, Any
