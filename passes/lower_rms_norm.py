@@ -20,7 +20,10 @@ class LowerRMSNorm(Pass):
         for node in find(graph_module, op=ops.rms_norm):
             x, weight, eps = node.args
             assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+            dtype = value_of(x).dtype
             with graph.inserting_before(node):
+                if value_of(weight).dtype != dtype:  # the operator returns the weight's dtype
+                    weight = emit(graph, torch.ops.aten.to.dtype, weight, dtype, like=node)
                 shape = [
                     d if isinstance(d, int) else emit(graph, torch.ops.aten.sym_size.int, x, i)
                     for i, d in enumerate(shape_of(x))
@@ -31,7 +34,7 @@ class LowerRMSNorm(Pass):
                     [x, weight],
                     {"axis": -1, "epsilon": eps, "stash_type": 1},
                     shape=shape,
-                    dtype=value_of(x).dtype,
+                    dtype=dtype,
                     like=node,
                 )
             replace(node, lowered)

@@ -88,7 +88,7 @@ def convert(
     )
     pruned = select_layers(source.config.num_hidden_layers, prune, layers)
     report_progress("trace", 0, 1)
-    program = trace(source.config, DTYPES[dtype])
+    program = trace(source.config, DTYPES[dtype], trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source, program, DTYPES[dtype])
     shapes = _ModelShapes(program)
     require_disk_space(out, checkpoint.size)

@@ -103,7 +103,7 @@ class _Decoder(torch.nn.Module):
         return out.logits, [t for layer in layers for t in (layer.keys, layer.values)]
 
 
-def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Program:
+def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Program:
     """Trace the decoder that `config` describes; parameters are fake tensors of `dtype`.
 
     Raises PopcompileError where the model cannot be built from its config or traced.
@@ -111,7 +111,9 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Progr
     config = copy.deepcopy(config)  # building a model writes to its config
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, dtype=dtype).eval()
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=_ATTENTION, dtype=dtype, trust_remote_code=trust_remote_code
+            ).eval()
         except PopcompileError:
             raise
         except Exception as error:
