@@ -27,9 +27,6 @@ from popcompile.package import (
     WEIGHTS,
     Manifest,
     describe_files,
-    require_disk_space,
-    require_writable,
-    staged,
 )
 from popcompile.passes import ContractError, Pass, PassManager, PassRecord, Program, lowering, transformations
 from popcompile.passes.flops import REFERENCE_SIZES, total_flops
@@ -38,6 +35,7 @@ from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
 from popcompile.selection import select_layers
 from popcompile.source import Source, open_source
+from popcompile.staging import require_disk_space, require_writable, staged
 from popcompile.tracing import trace
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

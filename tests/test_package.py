@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from popcompile import package
+from popcompile import staging
 from popcompile.errors import PopcompileError
 from popcompile.package import (
     MANIFEST,
@@ -28,11 +28,9 @@ from popcompile.package import (
     check_files,
     describe_files,
     read_manifest,
-    require_disk_space,
-    require_writable,
-    staged,
 )
 from popcompile.selection import format_layers, select_layers
+from popcompile.staging import require_disk_space, require_writable, staged
 
 
 def names(folder: Path) -> list[str]:
@@ -94,7 +92,7 @@ def test_a_failure_leaves_the_old_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "a system without renameat2"])
 def test_force_replaces_everything(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr(package, "_exchange", lambda *_: False)
+        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.txt").touch()
     with staged(tmp_path / "out", force=True) as folder:
@@ -108,18 +106,18 @@ def test_exchange_is_one_step(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert package._exchange(tmp_path / "a", tmp_path / "b")
+    assert staging._exchange(tmp_path / "a", tmp_path / "b")
     assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
-    assert not package._exchange(tmp_path / "a", tmp_path / "missing")
+    assert not staging._exchange(tmp_path / "a", tmp_path / "missing")
 
 
 def test_a_failed_replacement_puts_the_old_package_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "_exchange", lambda *_: False)
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", "old")
     temporary = tmp_path / "was removed meanwhile"
     with pytest.raises(FileNotFoundError):
-        package._put_in_place(temporary, tmp_path / "out", force=True)
+        staging._put_in_place(temporary, tmp_path / "out", force=True)
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / MANIFEST).read_text() == "old"
 
 
