@@ -15,7 +15,18 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import dependencies, emit, find, register_parameter, replace, shape_of, value_of
+from .graph import (
+    dependencies,
+    dimension_symbols,
+    emit,
+    evaluate_dim,
+    find,
+    is_size,
+    register_parameter,
+    replace,
+    shape_of,
+    value_of,
+)
 from .parameters import Derived, extract
 
 aten = torch.ops.aten
@@ -54,7 +65,8 @@ class FuseRotaryEmbedding(Pass):
         self, gm: fx.GraphModule, positions: fx.Node, cos: fx.Node, sin: fx.Node
     ) -> tuple[fx.Node, fx.Node] | None:
         """Initializers for the cos and sin tables, or None if they depend on more than positions and constants."""
-        needed = dependencies([cos, sin], lambda n: n is not positions)
+        needed = self._table_nodes([cos, sin], positions)
+        sizes = self._table_sizes(gm, needed)
         constants = sorted((n for n in needed if n.op == "get_attr"), key=lambda n: str(n.target))
         body = [n for n in gm.graph.nodes if n in needed and n.op == "call_function"]
         if any(n.op == "placeholder" for n in needed) or any(
@@ -66,8 +78,8 @@ class FuseRotaryEmbedding(Pass):
         stem = sources[0].removesuffix(".inv_freq").removesuffix("_inv_freq") if sources else "rotary_embedding"
         nodes = []
         for value, kind in ((cos, "cos_cache"), (sin, "sin_cache")):
-            only = dependencies([value], lambda n: n is not positions)
-            graph = extract([value], [*constants, positions], [n for n in body if n in only])
+            only = self._table_nodes([value], positions)
+            graph = extract([value], [*constants, positions], [n for n in body if n in only], sizes)
             table = Derived(sources, _table_of(graph, len(constants), self.program.max_positions, half))
             name = f"{stem}.{kind}"
             self.program.derived[name] = table
@@ -79,6 +91,18 @@ class FuseRotaryEmbedding(Pass):
             node.meta["val"] = fake
             nodes.append(node)
         return nodes[0], nodes[1]
+
+    @staticmethod
+    def _table_nodes(roots: list[fx.Node], positions: fx.Node) -> set[fx.Node]:
+        """What the values are computed from, as far as positions and sizes."""
+        return dependencies(roots, lambda n: n is not positions and not is_size(n))
+
+    def _table_sizes(self, gm: fx.GraphModule, needed: set[fx.Node]) -> dict[fx.Node, int]:
+        """The sizes that these nodes read, for one row of all positions."""
+        symbols = dimension_symbols(gm)
+        table = {symbols["batch"]: 1, symbols["sequence"]: self.program.max_positions}
+        read = {n for node in needed for n in node.all_input_nodes if is_size(n)}
+        return {n: evaluate_dim(value_of(n), table) for n in read}
 
 
 def _table_of(rotary: fx.GraphModule, constants: int, length: int, half: int) -> fx.GraphModule:

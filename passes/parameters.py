@@ -6,7 +6,7 @@ time. So passes may fold anything that depends on parameters alone without ever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,21 @@ class Derived:
         return self.sources == other.sources and self.graph.code == other.graph.code
 
 
-def extract(roots: Sequence[fx.Node], inputs: Sequence[fx.Node], body: Sequence[fx.Node]) -> fx.GraphModule:
-    """The nodes of `body` as a graph of their own: placeholders for `inputs`, returns the one root (or a tuple)."""
+def extract(
+    roots: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    body: Sequence[fx.Node],
+    fixed: Mapping[fx.Node, int] | None = None,
+) -> fx.GraphModule:
+    """The nodes of `body` as a graph of their own: placeholders for `inputs`, returns the one root (or a tuple).
+
+    fixed: sizes that the body reads, as numbers.
+    """
+    numbers = fixed or {}
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
     for i, node in enumerate(body):
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        mapping[node] = graph.node_copy(node, lambda n: numbers[n] if n in numbers else mapping[n])
         mapping[node]._rename(f"step_{i}")  # equal expressions read the same, wherever they come from
     values = [mapping[r] for r in roots]
     graph.output(values[0] if len(values) == 1 else tuple(values))

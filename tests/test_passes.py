@@ -21,6 +21,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+import transformers
 from conftest import (
     Inputs,
     make_inputs,
@@ -158,8 +159,9 @@ def compare(expected: dict[str, str], actual: dict[str, str], pattern: str) -> N
 
 @pytest.mark.parametrize("name", PASSES)
 def test_graph_after(name: str, expected_graphs: dict[str, str]) -> None:
-    if name == "Traced" and not torch.__version__.startswith("2.13."):
-        pytest.skip("what torch.export leaves behind differs between versions of torch; Normalize makes it one")
+    recorded = torch.__version__.startswith("2.13.") and transformers.__version__.startswith("5.23.")
+    if name in ("Traced", "Normalize", "FuseRMSNorm") and not recorded:
+        pytest.skip("versions of torch and transformers write RoPE differently; FuseRotaryEmbedding makes it one")
     compare(expected_graphs, changed_texts(llama_steps(), name), rf"\d\d-{name}\..*")
 
 
@@ -210,7 +212,8 @@ def test_manager_records_and_shows_every_pass() -> None:
     assert by_name["FuseRMSNorm"].matches == 5
     assert by_name["FuseRotaryEmbedding"].matches == 4
     assert records[-1].flops_after["prefill"] < 0.6 * records[0].flops_before["prefill"]
-    assert records[-1].flops_after["decode"] == records[0].flops_before["decode"]
+    fused = next(r for r in records if r.name == "FuseRotaryEmbedding")  # versions compute RoPE with or without matmul
+    assert records[-1].flops_after["decode"] == fused.flops_after["decode"]
     steps = llama_steps()
     for index, _, stage, old, new in seen:
         name = PASSES[index + 1]
