@@ -1,0 +1,39 @@
+"""The progress bar shows on a terminal and nowhere else."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+CODE = """
+from popcompile.progress import progress_bar
+with progress_bar() as progress:
+    progress("trace", 0, 1)
+    progress("weights", 1, 2)
+"""
+
+
+def test_bar_on_a_terminal() -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    subprocess.run([sys.executable, "-c", CODE], stderr=slave, check=True, timeout=60)
+    os.close(slave)
+    shown = b""
+    try:
+        while part := os.read(master, 65536):
+            shown += part
+    except OSError:  # Linux reports the end of a closed terminal so
+        pass
+    finally:
+        os.close(master)
+    assert b"trace" in shown and b"weights" in shown and b"91%" in shown
+
+
+def test_nothing_elsewhere() -> None:
+    result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True, timeout=60)
+    assert result.stderr == result.stdout == b""
