@@ -86,7 +86,7 @@ def test_smollm2_prune_sets(
     runtime = Runtime(prefill_variant(smollm2_package, smollm2_checkpoint, pruned, tmp_path / "variant"))
     assert_close(runtime, smollm2, pruned, (2, 17, 300))
     if kind != "scattered":
-        _assert_equals_full_model(runtime, smollm2)
+        _assert_equals_full_model(runtime, smollm2, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", GEMMA_SETS)
@@ -97,15 +97,15 @@ def test_gemma_prune_sets(
     runtime = Runtime(prefill_variant(gemma_package, gemma_checkpoint, pruned, tmp_path / "variant"))
     assert_close(runtime, gemma, pruned, (2, 17, 700))
     if kind != "scattered":
-        _assert_equals_full_model(runtime, gemma)
+        # matrix products of one row and of 64 add up in another order: 1.4e-4 was seen
+        _assert_equals_full_model(runtime, gemma, atol=3e-4)
 
 
-def _assert_equals_full_model(runtime: Runtime, model: PreTrainedModel) -> None:
+def _assert_equals_full_model(runtime: Runtime, model: PreTrainedModel, atol: float) -> None:
     """Nothing reads the last layer's output for a context token, so pruning it, or nothing, changes no logit."""
     ids = torch.randint(5, 40000, (1, 64), generator=torch.Generator().manual_seed(0))
     logits = runtime.feed([ids[0]], runtime.new_cache(1), "prefill")
     full = runtime.feed([ids[0]], runtime.new_cache(1), "decode")
-    # one token or 64 in the LM head's matrix product: fp32 sums in another order, 1e-4 of the largest logit
-    torch.testing.assert_close(logits, full, atol=1e-4 * float(full.abs().max().clamp(min=1)), rtol=0)
+    torch.testing.assert_close(logits, full, atol=atol, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(ids).logits[:, -1:], atol=TOLERANCE, rtol=0)
