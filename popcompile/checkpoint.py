@@ -9,7 +9,7 @@ import torch
 
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program
-from popcompile.source import Source, random_tensor
+from popcompile.source import Source, TensorInfo, random_tensor
 
 
 class Checkpoint:
@@ -32,7 +32,7 @@ class Checkpoint:
             return random_tensor(name, self._shapes[name], self._dtype)
         return self._source.read(self._names[name])
 
-    def _resolve(self, tensors: Mapping[str, object]) -> dict[str, str]:
+    def _resolve(self, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Traced name -> checkpoint name, where every parameter is there in the right shape."""
         names: dict[str, str] = {}
         for name, shape in self._shapes.items():
@@ -42,15 +42,15 @@ class Checkpoint:
                     f"{self._source.name}: the checkpoint has no tensor {name}; its config describes another model,"
                     " or files are missing"
                 )
-            stored = tuple(tensors[found].shape)  # type: ignore[attr-defined]  # a TensorInfo
+            stored = tuple(tensors[found].shape)
             if stored != shape:
                 raise PopcompileError(
                     f"{self._source.name}: tensor {found} has shape {list(stored)}, its config asks for {list(shape)};"
                     " config and weights belong to different models"
                 )
-            if not tensors[found].dtype.is_floating_point:  # type: ignore[attr-defined]
+            if not tensors[found].dtype.is_floating_point:
                 raise PopcompileError(
-                    f"{self._source.name}: tensor {found} holds {str(tensors[found].dtype).removeprefix('torch.')};"  # type: ignore[attr-defined]
+                    f"{self._source.name}: tensor {found} holds {str(tensors[found].dtype).removeprefix('torch.')};"
                     " give an unquantized checkpoint"
                 )
             names[name] = found

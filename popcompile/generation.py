@@ -32,7 +32,7 @@ def load(
     """Load a package for generation with transformers' own `generate`.
 
     provider: "cpu" or "cuda". prefill: how `generate` encodes prompts: "pop" skips the pruned layers, "full" runs all
-    of them, "auto" takes "full" for prompts so short that pruning gains nothing. low_memory: see `Runtime`.
+    of them, "auto" takes "full" for prompts so short that pruning gains little. low_memory: see `Runtime`.
     Raises PopcompileError where the package is incomplete, was changed, or the provider cannot run here.
     """
     _require_prefill(prefill)

@@ -43,13 +43,15 @@ def layer_table(program: Program, pruned: list[int]) -> list[dict[str, Any]]:
         boundary_only = all((role_of(n) or "").startswith("boundary") for n in attention)
         projected = any((role_of(n) or "").startswith("kv_projection") for n in projection_nodes(prefill, layer))
         source = f"KV projection of x entering layer {entry[layer]}" if projected else "its own layer"
+        window = attention[0].args[5]
+        assert isinstance(window, int)
         rows.append(
             LayerRow(
                 layer=layer,
                 pruned=layer in pruned,
                 prefill_tokens="boundary token" if boundary_only else "all tokens",
                 kv_from=source,
-                window=int(attention[0].args[5]),  # type: ignore[arg-type]  # ops.attention's window
+                window=window,
                 full_prefill_flops=full.get(layer, 0),
                 prefill_flops=pop.get(layer, 0),
                 decode_flops=step.get(layer, 0),
