@@ -1,6 +1,6 @@
 """The compiler: passes over FX graphs, one file each.
 
-`transformations` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node vocabulary.
+`canonicalization`, `pruning` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node vocabulary.
 """
 
 from collections.abc import Iterable
@@ -23,17 +23,28 @@ from .prune_lm_head import PruneLMHead
 from .prune_prefill import PrunePrefill
 from .split_stages import SplitStages
 
-__all__ = ["ContractError", "Pass", "PassManager", "PassRecord", "Program", "lowering", "transformations"]
+__all__ = [
+    "ContractError",
+    "Pass",
+    "PassManager",
+    "PassRecord",
+    "Program",
+    "canonicalization",
+    "lowering",
+    "pruning",
+    "transformations",
+]
 
 
-def transformations(pruned: Iterable[int]) -> list[Pass]:
-    """The passes that keep graphs runnable in PyTorch: canonical form, stage split, pruning."""
+def canonicalization() -> list[Pass]:
+    """The passes that bring a traced graph to the one form that all others read: fused patterns, layers and roles."""
+    return [Normalize(), FuseRMSNorm(), FuseRotaryEmbedding(), AnnotateLayers()]
+
+
+def pruning(pruned: Iterable[int]) -> list[Pass]:
+    """The passes that split a canonical graph into stages and prune prefill; graphs stay runnable in PyTorch."""
     layers = sorted(set(pruned))
     return [
-        Normalize(),
-        FuseRMSNorm(),
-        FuseRotaryEmbedding(),
-        AnnotateLayers(),
         SplitStages(),
         PrunePrefill(layers),
         InsertKVProjection(layers),
@@ -41,6 +52,11 @@ def transformations(pruned: Iterable[int]) -> list[Pass]:
         PruneLMHead(),
         Cleanup(),
     ]
+
+
+def transformations(pruned: Iterable[int]) -> list[Pass]:
+    """From a traced graph to two stages."""
+    return [*canonicalization(), *pruning(pruned)]
 
 
 def lowering() -> list[Pass]:

@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from popcompile import execution
 from popcompile.conversion import convert
 from popcompile.passes import Program
-from popcompile.passes.graph import clone_module, register_parameter
 from popcompile.samples import sample_checkpoint, sample_model
 
 
@@ -122,18 +122,8 @@ def cache_tensors(cache: DynamicCache) -> list[Tensor]:
 
 
 def materialise(gm: fx.GraphModule, program: Program, weights: Mapping[str, Tensor]) -> fx.GraphModule:
-    """A copy of the graph with real tensors in place of its fake parameters, as weights.py computes them."""
-
-    def source(name: str) -> Tensor:
-        return program.constants[name] if name in program.constants else weights[name]
-
-    real = clone_module(gm)
-    for name in {str(n.target) for n in real.graph.nodes if n.op == "get_attr"}:
-        derived = program.derived.get(name)
-        register_parameter(
-            real, name, derived.compute([source(s) for s in derived.sources]) if derived else source(name)
-        )
-    return real
+    """A copy of the graph with the tensors of a state dict."""
+    return execution.materialise(gm, program, weights.__getitem__)
 
 
 @torch.no_grad()

@@ -1,0 +1,57 @@
+"""Run a program's graphs in PyTorch, with a checkpoint's weights: for sampling, importance and calibration.
+
+What is measured is the graph that gets exported, not the module that it was traced from. Nodes of the vocabulary run as
+their plain reference functions (passes/ops.py), so everything is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from popcompile.passes import Program, ops
+from popcompile.passes.graph import call_nodes, clone_module, register_parameter
+
+#: reads a parameter by its traced name
+Reader = Callable[[str], Tensor]
+
+
+def materialise(gm: fx.GraphModule, program: Program, read: Reader) -> fx.GraphModule:
+    """A copy of the graph in fp32, with real tensors in place of its fake parameters.
+
+    A tensor that the checkpoint holds in fp32 is used in place; others are converted, so memory holds 4 bytes for
+    each of their parameters. Raises PopcompileError as `read` does.
+    """
+
+    def source(name: str) -> Tensor:
+        tensor = program.constants[name] if name in program.constants else read(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    real = clone_module(gm)
+    for name in {str(n.target) for n in real.graph.nodes if n.op == "get_attr"}:
+        derived = program.derived.get(name)
+        register_parameter(
+            real, name, derived.compute([source(s) for s in derived.sources]) if derived else source(name)
+        )
+    for node in call_nodes(real):
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _in_fp32)
+    real.recompile()
+    return real
+
+
+def _in_fp32(argument: Any) -> Any:
+    return torch.float32 if argument in (torch.float16, torch.bfloat16) else argument
+
+
+def call_reference(gm: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]] | None = None) -> fx.GraphModule:
+    """A copy of the graph that calls the vocabulary's reference functions, or those of `instead`, by operator."""
+    copy = clone_module(gm)
+    functions = {**ops.REFERENCE, **(instead or {})}
+    for node in call_nodes(copy):
+        node.target = functions.get(node.target, node.target)
+    copy.recompile()
+    return copy
