@@ -49,6 +49,8 @@ def run_tasks(
     _require_harness()
     from lm_eval import __version__ as harness_version
 
+    if not tasks:
+        raise PopcompileError("--tasks: names no task; give one, for example --tasks hellaswag")
     if include_path is not None and not include_path.is_dir():
         raise PopcompileError(f"--include-path {include_path}: no such folder; give the one with the task files")
     runtime = Runtime(folder, provider=provider)
