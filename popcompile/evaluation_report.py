@@ -72,14 +72,18 @@ def _baseline_table(result: dict[str, Any]) -> str:
     rows = []
     for name in result["texts"]:
         for variant, texts in variants.items():
-            cells = [f"{texts[name][key]['value']:.3f}" for key in list(_COLUMNS)[:-1]]
+            cells = [_number(texts[name][key]["value"]) for key in list(_COLUMNS)[:-1]]
             rows.append([name, variant, *cells, _cell(texts[name]["perplexity_ratio"])])
     return tabulate(rows, headers=["text", "variant", *_COLUMNS.values()], disable_numparse=True)
 
 
 def _cell(metric: dict[str, Any]) -> str:
-    interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
-    return f"{metric['value']:.3f}{interval}"
+    interval = "" if metric["low"] is None else f" [{_number(metric['low'])}, {_number(metric['high'])}]"
+    return _number(metric["value"]) + interval
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 1e4 else f"{value:.1e}"  # a model without its layers has any perplexity
 
 
 def require_saveable(folder: Path) -> None:

@@ -151,7 +151,7 @@ def _harness_model(model: PopForCausalLM, tokenizer: Any) -> Any:
     """`model` as the harness's HFLM. The class is made here, for its base is an optional package's."""
     from lm_eval.models.huggingface import HFLM
 
-    class PopLM(HFLM):  # type: ignore[misc, unused-ignore]
+    class PopLM(HFLM):
         """Scores and generates with the prefill that the model was loaded with."""
 
         def _loglikelihood_tokens(
