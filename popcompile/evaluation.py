@@ -1,0 +1,321 @@
+"""Measure what pruning costs: a package's pruned prefill against the full model that the same package holds.
+
+Every prompt is encoded twice, by prefill.onnx and by decode.onnx, which is the full model for any number of tokens.
+Both caches are then continued with the text's own next tokens by decode.onnx (teacher forcing), so that each of them
+is predicted once by the full model and once by the full model over a pruned prompt.
+
+    prompt       | x0 x1 ... boundary |              prefill: pop or full
+    continuation                      | y1 y2 ... yC  decode, predictions of y1 (by the boundary token) to yC
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from popcompile.bootstrap import CONFIDENCE, RESAMPLES, estimate
+from popcompile.chat import load_tokenizer
+from popcompile.conversion import Progress
+from popcompile.errors import PopcompileError
+from popcompile.package import Manifest
+from popcompile.runtime import KVCache, Runtime, Stage
+from popcompile.texts import default_texts, read_texts, windows
+from popcompile.variants import Variants
+
+#: rows of logits that are compared at once
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """One prompt's comparison with the full model. KL(full || other) in nats, nll: mean negative log-likelihood of the
+    continuation's tokens in nats, agreement: share of its predictions whose most likely token is the full model's.
+
+    greedy: tokens until the two greedy continuations differ, where it was measured.
+    """
+
+    first_kl: float
+    mean_kl: float
+    agreement: float
+    full_nll: float
+    nll: float
+    greedy: int | None = None
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A way to encode prompts: the graph `stage` of a runtime, whose decode graph continues them."""
+
+    runtime: Runtime
+    stage: Stage
+
+    def encode(self, prompt: Tensor) -> tuple[Tensor, KVCache]:
+        """The boundary token's logits [1, vocabulary] and the cache after a prompt [tokens]."""
+        cache = self.runtime.new_cache(1)
+        return self.runtime.feed([prompt], cache, self.stage)[0], cache
+
+    def predict(self, first: Tensor, cache: KVCache, continuation: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] that predict each token of `continuation` [tokens]; the cache grows by it."""
+        if len(continuation) > 1:
+            rest = self.runtime.feed([continuation[:-1]], cache, "decode", every_token=True)[0]
+            first = torch.cat((first, rest))
+        if not bool(torch.isfinite(first).all()):
+            raise PopcompileError(
+                f"{self.runtime.folder}: the graphs compute NaN or infinity on this text; convert with --dtype fp32"
+            )
+        return first
+
+
+def evaluate(
+    folder: str | Path,
+    text: Sequence[Path] | None = None,
+    prompts: int = 32,
+    prompt_tokens: int = 256,
+    continuation_tokens: int = 64,
+    seed: int = 0,
+    provider: str = "cpu",
+    baselines: bool = False,
+    progress: Progress | None = None,
+    *,
+    greedy_prompts: int = 8,
+    greedy_tokens: int = 32,
+) -> dict[str, Any]:
+    """Compare the package's pruned prefill with its full model on windows of text.
+
+    text: files to take `prompts` windows from each (texts.read_texts); default: texts.default_texts. Lengths are in
+    tokens. greedy_prompts: of how many prompts, the first ones, greedy continuations of up to greedy_tokens are
+    compared; 0 for none. baselines: measure variants of the package on the same windows too, which compiles them.
+
+    Returns {"package", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines": {variant: {name:
+    metrics}}, "seconds"}; of several texts, "all" is their union. Each metric is {"value", "low", "high"} with a 95%
+    confidence interval over prompts:
+
+        first_token_kl_mean, first_token_kl_p95   KL(full || pop) of the first new token, nats
+        continuation_kl_mean                      the same over all tokens of the continuation
+        top1_agreement                            share of predictions with the same most likely token
+        full_perplexity, pop_perplexity           of the continuation
+        perplexity_ratio                          pop / full, paired by prompt
+        greedy_agreement_tokens                   tokens until the greedy continuations differ (EOS is one of them)
+
+    baselines are "none" (nothing pruned: the full model), "dropped" (the pruned layers dropped in prefill and decode)
+    and, unless the package has it, "layer" (pruned with the layers' own K/V projection). Raises PopcompileError.
+    """
+    started = time.perf_counter()
+    _require_numbers(prompts, prompt_tokens, continuation_tokens, seed, greedy_prompts, greedy_tokens)
+    documents = {str(path): read_texts(path) for path in text} if text else default_texts()
+    runtime = Runtime(folder, provider=provider)
+    manifest = runtime.manifest
+    _require_room(manifest, prompt_tokens, continuation_tokens)
+    if baselines and not manifest.pruned:
+        raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
+    samples = _windows(Path(folder), manifest, documents, prompts, prompt_tokens + continuation_tokens, seed)
+    greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
+    report = progress or (lambda *_: None)
+
+    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary:
+        encoders = {"pop": _Encoder(runtime, "prefill")}
+        if baselines:
+            encoders |= _compile_baselines(Path(folder), manifest, Path(temporary), provider, report)
+        full = _Encoder(runtime, "decode")
+        scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
+        total, done = sum(len(w) for w in samples.values()), 0
+        for name, tokens in samples.items():
+            for index, window in enumerate(tokens):
+                report("evaluate", done, total)
+                steps = greedy_tokens if index < greedy_prompts else 0
+                compared = _compare(full, encoders, window[:prompt_tokens], window[prompt_tokens:], steps)
+                for variant, found in compared.items():
+                    scores[variant].setdefault(name, []).append(found)
+                done += 1
+        report("evaluate", done, total)
+        del encoders  # Windows removes no file that a session has mapped
+
+    metrics = {variant: _summaries(by_text, seed) for variant, by_text in scores.items()}
+    result: dict[str, Any] = {
+        "package": str(folder),
+        "pruned": manifest.pruned,
+        "kv_projection": manifest.kv_projection,
+        "settings": {
+            "prompts": prompts,
+            "prompt_tokens": prompt_tokens,
+            "continuation_tokens": continuation_tokens,
+            "greedy_prompts": greedy_prompts,
+            "greedy_tokens": greedy_tokens,
+            "seed": seed,
+            "provider": provider,
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+        },
+        "texts": metrics.pop("pop"),
+    }
+    if baselines:
+        unpruned = {name: [_itself(s) for s in found] for name, found in scores["pop"].items()}
+        result["baselines"] = {"none": _summaries(unpruned, seed), **metrics}
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+# --- what is measured ------------------------------------------------------------------------------------------
+
+
+def _require_numbers(
+    prompts: int, prompt_tokens: int, continuation_tokens: int, seed: int, greedy_prompts: int, greedy_tokens: int
+) -> None:
+    least = {
+        "prompts": (prompts, 1),
+        "prompt-tokens": (prompt_tokens, 1),
+        "continuation-tokens": (continuation_tokens, 1),
+        "greedy-prompts": (greedy_prompts, 0),
+        "greedy-tokens": (greedy_tokens, 1),
+        "seed": (seed, 0),
+    }
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise PopcompileError(f"--{name} {value}: too small; give at least {minimum}")
+
+
+def _require_room(manifest: Manifest, prompt_tokens: int, continuation_tokens: int) -> None:
+    limit = manifest.context_length
+    if prompt_tokens + continuation_tokens > limit:
+        raise PopcompileError(
+            f"--prompt-tokens {prompt_tokens} and --continuation-tokens {continuation_tokens} are more than the model's"
+            f" context of {limit}; lower one of them"
+        )
+
+
+def _windows(
+    folder: Path, manifest: Manifest, documents: Mapping[str, list[str]], count: int, length: int, seed: int
+) -> dict[str, list[Tensor]]:
+    tokenizer = load_tokenizer(folder)
+    found = {name: windows(tokenizer, texts, count, length, seed, name) for name, texts in documents.items()}
+    highest = max(int(window.max()) for tokens in found.values() for window in tokens)
+    if highest >= manifest.vocab_size:
+        raise PopcompileError(
+            f"{folder}: its tokenizer makes token {highest} and its model has {manifest.vocab_size}; convert a model"
+            " with its own tokenizer"
+        )
+    return found
+
+
+def _compile_baselines(
+    folder: Path, manifest: Manifest, temporary: Path, provider: str, progress: Progress
+) -> dict[str, _Encoder]:
+    """Variants of the package by name, in `temporary`. They share its weights: low_memory packs no copies of them."""
+    progress("variants", 0, 1)
+    variants = Variants(folder)
+    paths = {"dropped": variants.drop(temporary / "dropped", manifest.pruned)}
+    if manifest.kv_projection != "layer":
+        paths["layer"] = variants.prune(temporary / "layer", manifest.pruned)
+    return {
+        name: _Encoder(Runtime(path, provider=provider, low_memory=True), "prefill") for name, path in paths.items()
+    }
+
+
+def _compare(
+    full: _Encoder, encoders: Mapping[str, _Encoder], prompt: Tensor, continuation: Tensor, greedy_tokens: int
+) -> dict[str, PromptScores]:
+    """Scores of one prompt by encoder; greedy agreement of "pop" only, up to `greedy_tokens`."""
+    expected_first, expected_cache = full.encode(prompt)
+    branch = copy.deepcopy(expected_cache) if greedy_tokens else None
+    expected = full.predict(expected_first, expected_cache, continuation)
+    found = {}
+    for name, encoder in encoders.items():
+        first, cache = encoder.encode(prompt)
+        greedy = None
+        if name == "pop" and branch is not None:
+            pop_branch = copy.deepcopy(cache)
+            greedy = _greedy_agreement((full, expected_first, branch), (encoder, first, pop_branch), greedy_tokens)
+        found[name] = _score(expected, encoder.predict(first, cache, continuation), continuation, greedy)
+    return found
+
+
+def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None) -> PromptScores:
+    """Compare two predictions [tokens, vocabulary] of `continuation` [tokens]."""
+    kl, full_nll, nll = [], [], []
+    for one, two, tokens in zip(full.split(_ROWS), other.split(_ROWS), continuation.split(_ROWS), strict=True):
+        log_p, log_q = (torch.log_softmax(t.float(), dim=-1) for t in (one, two))
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp(min=0))
+        full_nll.append(-log_p.gather(1, tokens[:, None])[:, 0].double())
+        nll.append(-log_q.gather(1, tokens[:, None])[:, 0].double())
+    divergence = torch.cat(kl)
+    return PromptScores(
+        first_kl=float(divergence[0]),
+        mean_kl=float(divergence.mean()),
+        agreement=float((full.argmax(-1) == other.argmax(-1)).double().mean()),
+        full_nll=float(torch.cat(full_nll).mean()),
+        nll=float(torch.cat(nll).mean()),
+        greedy=greedy,
+    )
+
+
+def _itself(scores: PromptScores) -> PromptScores:
+    """The full model compared with itself."""
+    return PromptScores(first_kl=0, mean_kl=0, agreement=1, full_nll=scores.full_nll, nll=scores.full_nll)
+
+
+def _greedy_agreement(
+    one: tuple[_Encoder, Tensor, KVCache], other: tuple[_Encoder, Tensor, KVCache], limit: int
+) -> int:
+    """Tokens, at most `limit`, until two greedy continuations differ. Logits are the boundary token's [1, vocabulary];
+    both caches grow.
+    """
+    states = [one, other]
+    for agreed in range(limit):
+        tokens = [int(logits[0].argmax()) for _, logits, _ in states]
+        if tokens[0] != tokens[1]:
+            return agreed
+        if agreed + 1 < limit:
+            next_token = torch.tensor(tokens[:1])
+            states = [(e, e.runtime.feed([next_token], cache, "decode")[0], cache) for e, _, cache in states]
+    return limit
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+def _summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, dict[str, Any]]:
+    """Metrics of every text and, of several, of all together."""
+    found = {name: summarise(scores, seed) for name, scores in by_text.items()}
+    if len(by_text) > 1:
+        found["all"] = summarise([s for scores in by_text.values() for s in scores], seed)
+    return found
+
+
+def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
+    """The metrics of `evaluate` over prompts, and how many prompts they are of."""
+
+    def over_prompts(statistic: Callable[[Any], Any], value: Callable[[PromptScores], float]) -> dict[str, Any]:
+        return estimate(statistic, [value(s) for s in scores], seed)
+
+    metrics: dict[str, Any] = {
+        "prompts": len(scores),
+        "first_token_kl_mean": over_prompts(_mean, lambda s: s.first_kl),
+        "first_token_kl_p95": over_prompts(lambda x: np.quantile(x, 0.95, axis=-1), lambda s: s.first_kl),
+        "continuation_kl_mean": over_prompts(_mean, lambda s: s.mean_kl),
+        "top1_agreement": over_prompts(_mean, lambda s: s.agreement),
+        "full_perplexity": over_prompts(_exp_mean, lambda s: s.full_nll),
+        "pop_perplexity": over_prompts(_exp_mean, lambda s: s.nll),
+        "perplexity_ratio": over_prompts(_exp_mean, lambda s: s.nll - s.full_nll),
+    }
+    greedy = [float(s.greedy) for s in scores if s.greedy is not None]
+    if greedy:
+        metrics["greedy_agreement_tokens"] = estimate(_mean, greedy, seed) | {"prompts": len(greedy)}
+    assert all(math.isfinite(m["value"]) for m in metrics.values() if isinstance(m, dict))
+    return metrics
+
+
+def _mean(samples: Any) -> Any:
+    return samples.mean(-1)
+
+
+def _exp_mean(samples: Any) -> Any:
+    return np.exp(samples.mean(-1))

@@ -1,0 +1,124 @@
+"""An evaluation as a table on the terminal, and kept in the package's report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from popcompile.errors import PopcompileError
+from popcompile.loading import read_json
+from popcompile.package import MANIFEST, REPORT, Manifest, file_sha256, read_manifest
+from popcompile.selection import format_layers
+from popcompile.staging import require_writable, staged
+
+_METRICS = {
+    "first_token_kl_mean": "first token, KL mean (nats)",
+    "first_token_kl_p95": "first token, KL 95th percentile",
+    "continuation_kl_mean": "continuation, KL mean",
+    "top1_agreement": "continuation, same top-1",
+    "full_perplexity": "perplexity, full",
+    "pop_perplexity": "perplexity, pop",
+    "perplexity_ratio": "perplexity, pop / full",
+    "greedy_agreement_tokens": "greedy tokens until they differ",
+}
+_COLUMNS = {
+    "first_token_kl_mean": "KL mean",
+    "first_token_kl_p95": "KL p95",
+    "top1_agreement": "top-1",
+    "pop_perplexity": "ppl",
+    "perplexity_ratio": "ppl / full",
+}
+_VARIANTS = {
+    "none": "nothing pruned",
+    "dropped": "dropped in prefill and decode",
+    "layer": "pruned, layers' own projection",
+}
+
+
+def evaluation_text(result: dict[str, Any]) -> str:
+    """The result of `evaluation.evaluate` for a terminal."""
+    settings = result["settings"]
+    prompts = ", ".join(f"{metrics['prompts']} of {name}" for name, metrics in result["texts"].items() if name != "all")
+    head = (
+        f"{result['package']}: prefill skips {format_layers(result['pruned'])}, {result['kv_projection']} projection,"
+        f" against its full model\n{prompts}: prompts of {settings['prompt_tokens']} tokens and"
+        f" {settings['continuation_tokens']} after them; [95% confidence interval]"
+    )
+    parts = [head, _metric_table(result["texts"], settings)]
+    if "baselines" in result:
+        parts.append(_baseline_table(result))
+    return "\n\n".join(parts)
+
+
+def _metric_table(texts: dict[str, dict[str, Any]], settings: dict[str, Any]) -> str:
+    rows = []
+    for key, label in _METRICS.items():
+        if all(key in metrics for metrics in texts.values()):
+            if key == "greedy_agreement_tokens":
+                label += f" (of {settings['greedy_tokens']})"
+            rows.append([label, *(_cell(metrics[key]) for metrics in texts.values())])
+    return tabulate(rows, headers=["", *texts], disable_numparse=True)
+
+
+def _baseline_table(result: dict[str, Any]) -> str:
+    package = {f"this package, {result['kv_projection']} projection": result["texts"]}
+    variants = {_VARIANTS[name]: texts for name, texts in result["baselines"].items()} | package
+    rows = []
+    for name in result["texts"]:
+        for variant, texts in variants.items():
+            cells = [_number(texts[name][key]["value"]) for key in list(_COLUMNS)[:-1]]
+            rows.append([name, variant, *cells, _cell(texts[name]["perplexity_ratio"])])
+    return tabulate(rows, headers=["text", "variant", *_COLUMNS.values()], disable_numparse=True)
+
+
+def _cell(metric: dict[str, Any]) -> str:
+    interval = "" if metric["low"] is None else f" [{_number(metric['low'])}, {_number(metric['high'])}]"
+    return _number(metric["value"]) + interval
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 1e4 else f"{value:.1e}"  # a model without its layers has any perplexity
+
+
+def require_saveable(folder: Path) -> None:
+    """Check, before any work, that `save_in_report` can write. Raises PopcompileError."""
+    read_manifest(folder)
+    require_writable(folder.resolve(), force=True)
+
+
+def save_in_report(folder: Path, manifest: Manifest, key: str, content: Any) -> None:
+    """Put `content` under `key` of the package's report.json, in place of what was there.
+
+    The report's hash stands in the manifest, so the two change together: a copy of the package, of hard links to its
+    other files, takes the package's place in one step (staging.staged). manifest: the one that `content` was measured
+    with. Raises PopcompileError where the package is another by now or the place cannot be written.
+    """
+    if read_manifest(folder) != manifest:
+        raise PopcompileError(f"{folder}: the package was replaced meanwhile, nothing was saved; evaluate it again")
+    place = folder.resolve()
+    with staged(place, force=True) as copy:
+        shutil.copytree(place, copy, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        report = read_json(str(folder), copy / REPORT) | {key: content}
+        path = _rewrite(copy / REPORT, json.dumps(report, indent=2) + "\n")
+        files = manifest.files | {REPORT: {"size": path.stat().st_size, "sha256": file_sha256(path)}}
+        _rewrite(copy / MANIFEST, replace(manifest, files=files).to_json())
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has hard links
+        shutil.copy2(source, target)
+
+
+def _rewrite(path: Path, text: str) -> Path:
+    """Write a new file at `path`; one that is there may be a hard link and stays as it is elsewhere."""
+    path.unlink()
+    path.write_text(text, encoding="utf-8")
+    return path

