@@ -1,6 +1,7 @@
 """The compiler: passes over FX graphs, one file each.
 
-`canonicalization`, `pruning` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node vocabulary.
+`canonicalization`, `pruning` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node
+vocabulary.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from .fold_parameters import FoldParameters
 from .fuse_rms_norm import FuseRMSNorm
 from .fuse_rotary_embedding import FuseRotaryEmbedding
 from .insert_boundary_recompute import InsertBoundaryRecompute
+from .insert_bypass import InsertBypass
 from .insert_kv_projection import InsertKVProjection
 from .lower_attention import LowerAttention
 from .lower_linear import LowerLinear
@@ -41,14 +43,18 @@ def canonicalization() -> list[Pass]:
     return [Normalize(), FuseRMSNorm(), FuseRotaryEmbedding(), AnnotateLayers()]
 
 
-def pruning(pruned: Iterable[int]) -> list[Pass]:
-    """The passes that split a canonical graph into stages and prune prefill; graphs stay runnable in PyTorch."""
+def pruning(pruned: Iterable[int], calibrated: Iterable[int] = (), bypassed: Iterable[int] = ()) -> list[Pass]:
+    """The passes that split a canonical graph into stages and prune prefill; graphs stay runnable in PyTorch.
+
+    calibrated: pruned layers with a calibrated KV projection. bypassed: first layers of runs with a calibrated bypass.
+    """
     layers = sorted(set(pruned))
     return [
         SplitStages(),
         PrunePrefill(layers),
-        InsertKVProjection(layers),
+        InsertKVProjection(layers, calibrated),
         InsertBoundaryRecompute(),
+        InsertBypass(layers, bypassed),
         PruneLMHead(),
         Cleanup(),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -127,6 +127,16 @@ def set_value(node: fx.Node) -> None:
     assert callable(node.target)
     with fake_mode_of(node.graph), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
+
+
+def emit_parameter(gm: fx.GraphModule, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+    """A get_attr node at the graph's insertion point for a parameter of that name, registered on first use."""
+    with fake_mode_of(gm.graph):
+        value = torch.empty(*shape, dtype=dtype)
+    register_parameter(gm, name, value)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
 
 
 def replace(node: fx.Node, by: fx.Node) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from . import ops
 from .contract import ContractError
-from .graph import call_nodes, emit, find, inputs_of, layer_of, shape_of
+from .graph import call_nodes, emit, emit_parameter, find, inputs_of, layer_of, role_of, shape_of, value_of
+
+#: the weight of the norm that calibrated maps read, ones: their weights have the norm's scale
+UNIT_NORM = "kv_projection.norm.weight"
+NORM_EPS = 1e-6
 
 
 def layer_output(gm: fx.GraphModule, layer: int) -> fx.Node:
@@ -45,6 +50,42 @@ def layer_input(gm: fx.GraphModule, layer: int) -> fx.Node:
 def _is_stream(node: fx.Node, shape: tuple[object, ...]) -> bool:
     value = node.meta.get("val")
     return hasattr(value, "shape") and tuple(value.shape) == shape
+
+
+def projected_kv(gm: fx.GraphModule, layer: int) -> tuple[fx.Node, fx.Node]:
+    """A layer's keys and values as its projections make them, [B, S, kv_heads x head size], before norms and RoPE.
+
+    Raises ContractError where a cache entry comes from no projection.
+    """
+    key, value = (_projection_output(cache) for cache in find(gm, op=ops.append_kv, layer=layer))
+    return key, value
+
+
+def _projection_output(cache: fx.Node) -> fx.Node:
+    node = cache.args[1]
+    while isinstance(node, fx.Node):
+        roles = (role_of(node) or "", *((role_of(n) or "") for n in node.all_input_nodes))
+        if roles[0].endswith(("k_proj", "v_proj")) and not roles[0].endswith("qkv_proj"):
+            return node
+        if any(role.endswith("qkv_proj") for role in roles[1:]):
+            return node  # its slice of a fused projection
+        node = next((n for n in node.all_input_nodes if n.op != "get_attr"), None)
+    raise ContractError(f"{cache.name} comes from no projection")
+
+
+def emit_affine(gm: fx.GraphModule, x: fx.Node, name: str, size: int, like: fx.Node) -> fx.Node:
+    """A calibrated map of the hidden state x [B, S, hidden] to [B, S, size], at the graph's insertion point.
+
+    linear(x / rms(x)) with `name`.weight [size, hidden] and `name`.bias [size]; `name`.sink [size] at position 0.
+    """
+    hidden, dtype = int(shape_of(x)[2]), value_of(x).dtype
+    positions = find(gm, op=ops.token_positions)[0]
+    ones = emit_parameter(gm, UNIT_NORM, [hidden], dtype)
+    weight = emit_parameter(gm, f"{name}.weight", [size, hidden], dtype)
+    bias, sink = (emit_parameter(gm, f"{name}.{kind}", [size], dtype) for kind in ("bias", "sink"))
+    normed = emit(gm.graph, ops.rms_norm, x, ones, NORM_EPS, like=like)
+    out = emit(gm.graph, torch.ops.aten.linear.default, normed, weight, bias, like=like)
+    return emit(gm.graph, ops.replace_sink, out, sink, positions, like=like)
 
 
 def boundary_index_of(gm: fx.GraphModule) -> fx.Node:

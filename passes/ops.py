@@ -102,6 +102,12 @@ def skip_layers(x: Tensor, first: int, last: int) -> Tensor:
     return x.clone()
 
 
+@_operator("replace_sink(Tensor x, Tensor sink, Tensor positions) -> Tensor", _like_first)
+def replace_sink(x: Tensor, sink: Tensor, positions: Tensor) -> Tensor:
+    """x [B, S, F] with sink [F] for the token at position 0, the attention sink; positions [B, S]."""
+    return torch.where((positions == 0)[:, :, None], sink, x)
+
+
 # --- cache and attention ---------------------------------------------------------------------------------------
 
 
@@ -146,7 +152,11 @@ def attention(
     visible = slots <= positions[:, :, None]
     if window > 0:
         visible = visible & (slots > positions[:, :, None] - window)
-    visible = visible[:, None]
+    return attend(query, key, value, visible[:, None], scale, softcap)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
+    """Grouped-query attention of query [B, H, S, D] to the keys [B, G, T, D] that visible [B or 1, 1, S, T] names."""
     if softcap == 0.0:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
     groups = query.shape[1] // key.shape[1]

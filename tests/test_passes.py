@@ -46,6 +46,7 @@ from popcompile.passes.fuse_rms_norm import FuseRMSNorm
 from popcompile.passes.fuse_rotary_embedding import FuseRotaryEmbedding
 from popcompile.passes.graph import clone_module, find, inputs_of, outputs_of, replace
 from popcompile.passes.insert_boundary_recompute import InsertBoundaryRecompute
+from popcompile.passes.insert_bypass import InsertBypass
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.lower_attention import LowerAttention
 from popcompile.passes.lower_linear import LowerLinear
@@ -345,6 +346,11 @@ BREACHES = {
     "InsertBoundaryRecompute, after": Breach(
         InsertBoundaryRecompute, nothing, "still skipped by every token", ensures=True, at="InsertKVProjection"
     ),
+    "InsertBypass": Breach(lambda: InsertBypass([1], [0]), nothing, r"no run of pruned layers begins at \[0\]"),
+    "InsertBypass, too early": Breach(
+        lambda: InsertBypass([1], [1]), nothing, "the boundary token has no way yet", at="InsertKVProjection"
+    ),
+    "InsertBypass, after": Breach(lambda: InsertBypass([1], [1]), nothing, "a run lacks its bypass", ensures=True),
     "PruneLMHead": Breach(PruneLMHead, two_heads, "the graph needs one lm_head"),
     "PruneLMHead, after": Breach(
         PruneLMHead, nothing, r"logits are .*, not \[batch, 1, vocabulary\]", ensures=True, at="InsertBoundaryRecompute"

@@ -1,0 +1,60 @@
+"""Hand on an estimate of what a run of pruned layers would have made of the prompt.
+
+Layers that follow a pruned run read a hidden state that the run never touched. One matrix product for the whole run,
+fitted to the whole model's hidden state at the run's end, brings back most of what it would have added:
+
+    x = insert_boundary(x_cut, boundary)   =>   x = insert_boundary(x_cut + linear(x_cut / rms(x_cut)), boundary)
+
+The last run needs none: nothing reads its output but the boundary token's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from . import ops
+from .base import Pass
+from .graph import emit, find, layer_of, runs, shape_of
+from .layers import emit_affine
+
+aten = torch.ops.aten
+
+
+class InsertBypass(Pass):
+    """layers: all pruned ones. bypassed: first layers of the runs with weights `bypass.N.*` in the constants.
+
+    weight [hidden, hidden], bias and sink [hidden].
+    """
+
+    stages = ("prefill",)
+
+    def __init__(self, layers: Iterable[int], bypassed: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.runs = dict(runs(set(layers)))
+        self.bypassed = sorted(set(bypassed))
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        unknown = [first for first in self.bypassed if first not in self.runs]
+        self.check(not unknown, f"no run of pruned layers begins at {unknown}")
+        merged = {layer_of(n) for n in find(graph_module, op=ops.insert_boundary)}
+        self.check(merged >= {self.runs[first] for first in self.bypassed}, "the boundary token has no way yet")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        for first in self.bypassed:
+            merged = find(graph_module, op=ops.insert_boundary, layer=self.runs[first])[0]
+            entry = merged.args[0]
+            assert isinstance(entry, fx.Node)
+            with graph_module.graph.inserting_before(merged):
+                added = emit_affine(graph_module, entry, f"bypass.{first}", int(shape_of(entry)[2]), like=merged)
+                handed = emit(graph_module.graph, aten.add.Tensor, entry, added, like=merged)
+            handed.meta["role"] = added.meta["role"] = "bypass"
+            merged.args = (handed, *merged.args[1:])
+            self.matches += 1
+        return PassResult(graph_module, self.matches > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        self.check(len(find(graph_module, role="bypass")) == 2 * len(self.bypassed), "a run lacks its bypass")
