@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_convert(commands)
+    _add_analyze(commands)
     _add_run(commands)
     _add_inspect(commands)
     _add_verify(commands)
@@ -143,6 +144,41 @@ def _convert(options: argparse.Namespace) -> None:
         f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
         f" ({format_layers(manifest.pruned)}); see `popcompile inspect {options.out}`"
     )
+
+
+def _add_analyze(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "analyze",
+        _analyze,
+        "Measure how much prefill and decode need every layer of a model.",
+        "popcompile analyze HuggingFaceTB/SmolLM2-135M-Instruct --plot importance.svg",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
+    parser.add_argument("--per", default="layer", metavar="PART", help="layer (default), or block: attention and MLP")
+    parser.add_argument("--texts", metavar="N", type=_positive, default=24, help="texts to measure on (default 24)")
+    parser.add_argument("--tokens", metavar="N", type=_positive, default=192, help="tokens of a text (default 192)")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="take texts from a file, not from the model itself")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of texts and labels (default 0)")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw both stages into a .svg or .png file")
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from popcompile.analysis import analyze
+    from popcompile.plots import require_plot_path, write_importance_plot
+    from popcompile.progress import ANALYZE_STEPS, progress_bar
+
+    if options.plot:
+        require_plot_path(options.plot)
+    names = ("per", "texts", "tokens", "text", "seed", "gguf_file", "trust_remote_code")
+    with progress_bar(ANALYZE_STEPS) as progress:
+        found = analyze(options.model, **{name: getattr(options, name) for name in names}, progress=progress)
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.table())
+    if options.plot:
+        write_importance_plot(options.plot, found.importance, f"Importance by stage, {Path(options.model).name}")
 
 
 def _add_run(commands: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -17,16 +17,18 @@ _STEPS = {
     "flush": (98, 100),
     "done": (100, 100),
 }
+#: the same of an analysis
+ANALYZE_STEPS = {"trace": (0, 10), "sample": (10, 50), "analyze": (50, 100)}
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields the `progress` argument of `convert`."""
+def progress_bar(steps: Mapping[str, tuple[int, int]] = _STEPS) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields the `progress` argument of `convert`, or of what has other `steps`."""
     bar_format = "{desc:10}{bar}{percentage:4.0f}%"
     with tqdm(total=100, disable=not sys.stderr.isatty(), bar_format=bar_format, leave=False) as bar:
 
         def progress(step: str, done: int, total: int) -> None:
-            start, end = _STEPS[step]
+            start, end = steps[step]
             bar.set_description_str(step)
             bar.n = start + (end - start) * done // max(total, 1)
             bar.refresh()

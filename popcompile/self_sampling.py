@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from transformers import PreTrainedTokenizerBase
 
 from popcompile.execution import call_reference
 from popcompile.passes import ops
@@ -63,3 +64,23 @@ def _write_in_place(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
 def _cache_shapes(model: fx.GraphModule, slots: int) -> list[tuple[int, int, int]]:
     """[kv_heads, slots, head_size] of every key and value, in the order of the graph's inputs."""
     return [(int(shape_of(n)[1]), slots, int(shape_of(n)[3])) for n in find(model, op=ops.append_kv)]
+
+
+def random_starts(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, count: int, seed: int) -> list[Tensor]:
+    """`count` beginnings of texts for `sample`: BOS where the tokenizer adds it by itself, and one random token.
+
+    The random token is neither special nor added, so that no text begins in the middle of a chat template. Without a
+    tokenizer it is any of `vocab_size`.
+    """
+    first: list[int] = []
+    ordinary = torch.arange(vocab_size)
+    if tokenizer is not None:
+        bos, ids = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
+        if bos is not None and ids[:1] == [bos]:
+            first = [int(bos)]
+        known = torch.ones(min(vocab_size, len(tokenizer)), dtype=torch.bool)
+        for token in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+            known[token : token + 1] = False
+        ordinary = known.nonzero()[:, 0]
+    chosen = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
+    return [torch.tensor([*first, int(ordinary[i])]) for i in chosen]

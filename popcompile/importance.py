@@ -1,0 +1,111 @@
+"""How much prefill and decode need each layer: the Fisher information of virtual gates (POP, arXiv 2602.03295).
+
+    I_l^stage = E_x E_{y ~ p(·|x)} [ (d log p(y|x) / d g_l^stage)^2 ]
+
+x is a text whose last token is the boundary token, y a token that the model itself finds likely there, and g the gates
+of passes/insert_virtual_gates.py, all at 1. The gated graph runs with the checkpoint's weights, one text at a time; the
+parameters need no gradients, so memory holds the weights and one text's activations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from popcompile.errors import PopcompileError
+from popcompile.execution import Reader, call_reference, materialise
+from popcompile.passes import InsertVirtualGates, PassManager, Program, PruneLMHead, SplitStages, ops
+from popcompile.passes.graph import clone_module, find, inputs_of, shape_of
+from popcompile.passes.insert_virtual_gates import GATES, Per
+
+#: labels y that are drawn for every text; one backward pass each, over one forward pass
+LABELS = 4
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Entry i of every list belongs to layer i, or, where layers have `blocks`, to block i % len(blocks) of layer
+    i // len(blocks). Numbers are squared derivatives of nats by a gate, without unit.
+
+    The errors are standard errors of the mean over texts, NaN for a single text.
+    """
+
+    prefill: list[float]
+    decode: list[float]
+    prefill_error: list[float]
+    decode_error: list[float]
+    blocks: tuple[str, ...] = ()
+
+
+def importance(
+    program: Program,
+    read: Reader,
+    tokens: Tensor,
+    *,
+    per: Per = "layer",
+    seed: int = 0,
+    labels: int = LABELS,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Importance:
+    """Importance of every layer, or block of it, for both stages.
+
+    program: canonical, not split; it is left as it is. read: a parameter by its traced name. tokens [texts, length]
+    int64, without padding, at least 2 tokens each. seed: of the labels, of which each text gets `labels`.
+    progress(done, total) counts texts. The same arguments give the same numbers on the same machine.
+
+    Raises PopcompileError where the model's probabilities are no numbers, ContractError where the graph is not
+    canonical or has no such blocks.
+    """
+    model, blocks = _gated_model(program, read, per)
+    gates = torch.ones([int(d) for d in shape_of(inputs_of(model)[GATES])], requires_grad=True)
+    caches = [torch.zeros(1, int(s[1]), 0, int(s[3])) for s in map(shape_of, find(model, op=ops.append_kv))]
+    run = call_reference(model)
+    random = torch.Generator().manual_seed(random_stream(seed, "labels"))
+    squares = torch.zeros(len(tokens), *gates.shape, dtype=torch.float64)
+    for i, text in enumerate(tokens):
+        ids = text[None].clone()  # sampled text may be an inference tensor, which autograd refuses
+        with torch.enable_grad():
+            logits = run(ids, torch.ones_like(ids), *caches, gates)[0]
+            log_p = logits[0, -1].float().log_softmax(-1)
+        _require_numbers(log_p, i)
+        drawn = torch.multinomial(log_p.detach().exp(), labels, replacement=True, generator=random)
+        for y in drawn:
+            (gradient,) = torch.autograd.grad(log_p[y], gates, retain_graph=True)
+            squares[i] += gradient.double() ** 2 / labels
+        del log_p, logits  # and with them the text's activations
+        if progress:
+            progress(i + 1, len(tokens))
+    return _mean(squares.view(len(tokens), -1, 2), blocks)
+
+
+def _gated_model(program: Program, read: Reader, per: Per) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The model with gates and real weights that returns the boundary token's logits; what its layers' blocks are."""
+    gated = replace(program, graphs={s: clone_module(gm) for s, gm in program.graphs.items()})
+    insert = InsertVirtualGates(per)
+    PassManager([insert, SplitStages(), PruneLMHead()]).run(gated)
+    return materialise(gated.graphs["prefill"], gated, read), insert.blocks
+
+
+def _mean(squares: Tensor, blocks: tuple[str, ...]) -> Importance:
+    """squares [texts, gates, 2], of one text averaged over its labels."""
+    mean = squares.mean(0)
+    error = squares.std(0) / len(squares) ** 0.5 if len(squares) > 1 else torch.full_like(mean, float("nan"))
+    return Importance(mean[:, 0].tolist(), mean[:, 1].tolist(), error[:, 0].tolist(), error[:, 1].tolist(), blocks)
+
+
+def _require_numbers(log_p: Tensor, text: int) -> None:
+    if torch.isnan(log_p).any():
+        raise PopcompileError(
+            f"text {text + 1}: the model's probabilities are no numbers; its activations overflow in fp32, which a"
+            " damaged checkpoint does"
+        )
+
+
+def random_stream(seed: int, use: str) -> int:
+    """A seed of its own for each use of random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{use} {seed}".encode()).digest()[:8], "big") >> 1
