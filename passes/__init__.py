@@ -1,6 +1,7 @@
 """The compiler: passes over FX graphs, one file each.
 
-`canonicalization`, `pruning` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node vocabulary.
+`canonicalization`, `pruning` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node
+vocabulary.
 """
 
 from collections.abc import Iterable

@@ -109,7 +109,10 @@ class InsertVirtualGates(Pass):
             [n for n in after.all_input_nodes if n is not before],
             lambda n: n is not before and n.op == "call_function" and layer_of(n) == layer_of(after),
         )
-        return " + ".join(role for role in ("attention", "mlp") if any(role_of(n) == role for n in added)) or "nothing known"
+        return (
+            " + ".join(role for role in ("attention", "mlp") if any(role_of(n) == role for n in added))
+            or "nothing known"
+        )
 
     def _add_input(self, gm: fx.GraphModule) -> fx.Node:
         with gm.graph.inserting_after(list(inputs_of(gm).values())[-1]):

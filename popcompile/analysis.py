@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from popcompile.checkpoint import Checkpoint
 from popcompile.errors import PopcompileError
 from popcompile.execution import Reader, materialise
-from popcompile.importance import Importance, importance, random_stream
+from popcompile.importance import NO_NUMBERS, Importance, importance, random_stream
 from popcompile.loading import quiet, reading
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
 from popcompile.passes.graph import outputs_of, shape_of
@@ -141,7 +141,12 @@ def sample_texts(
     starts = random_starts(tokenizer, vocabulary, count, random_stream(seed, "starts"))
     starts = [start[:length] for start in starts]
     real = materialise(graph, program, read)
-    return sample(real, starts, length, seed=random_stream(seed, "texts"), progress=progress)
+    try:
+        return sample(real, starts, length, seed=random_stream(seed, "texts"), progress=progress)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise PopcompileError(f"the model cannot be sampled from: {NO_NUMBERS}") from error
 
 
 def source_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

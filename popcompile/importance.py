@@ -2,9 +2,11 @@
 
     I_l^stage = E_x E_{y ~ p(·|x)} [ (d log p(y|x) / d g_l^stage)^2 ]
 
-x is a text whose last token is the boundary token, y a token that the model itself finds likely there, and g the gates
-of passes/insert_virtual_gates.py, all at 1. The gated graph runs with the checkpoint's weights, one text at a time; the
-parameters need no gradients, so memory holds the weights and one text's activations.
+x is a text whose last token is the boundary token, y a token drawn from the model's own prediction there, and g the
+gates of passes/insert_virtual_gates.py, all at 1. Labels and places vary, texts hardly do (of the variance of one
+sample on SmolLM2 about two thirds are the label's, a third is the place's, and nothing that could be told from zero is
+the text's), so several prefixes of a text are samples of their own. The gated graph runs with the checkpoint's weights,
+one prefix at a time; parameters need no gradients, so memory holds the weights and one prefix's activations.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from popcompile.passes import InsertVirtualGates, PassManager, Program, PruneLMH
 from popcompile.passes.graph import clone_module, find, inputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import GATES, Per
 
-#: labels y that are drawn for every text; one backward pass each, over one forward pass
-LABELS = 4
+#: prefixes of every text that are texts of their own, one forward and one backward pass each
+PREFIXES = 8
+
+NO_NUMBERS = "the model's probabilities are no numbers: its activations overflow in fp32; mend the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,15 @@ def importance(
     *,
     per: Per = "layer",
     seed: int = 0,
-    labels: int = LABELS,
+    prefixes: int = PREFIXES,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Importance:
     """Importance of every layer, or block of it, for both stages.
 
     program: canonical, not split; it is left as it is. read: a parameter by its traced name. tokens [texts, length]
-    int64, without padding, at least 2 tokens each. seed: of the labels, of which each text gets `labels`.
-    progress(done, total) counts texts. The same arguments give the same numbers on the same machine.
+    int64, without padding, at least 2 tokens each. prefixes: how many of every text are used, evenly from half of it to
+    the whole. seed: of the labels. progress(done, total) counts prefixes. The same arguments give the same numbers on
+    the same machine.
 
     Raises PopcompileError where the model's probabilities are no numbers, ContractError where the graph is not
     canonical or has no such blocks.
@@ -66,21 +71,25 @@ def importance(
     caches = [torch.zeros(1, int(s[1]), 0, int(s[3])) for s in map(shape_of, find(model, op=ops.append_kv))]
     run = call_reference(model)
     random = torch.Generator().manual_seed(random_stream(seed, "labels"))
+    lengths = prefix_lengths(tokens.shape[1], prefixes)
     squares = torch.zeros(len(tokens), *gates.shape, dtype=torch.float64)
     for i, text in enumerate(tokens):
-        ids = text[None].clone()  # sampled text may be an inference tensor, which autograd refuses
-        with torch.enable_grad():
-            logits = run(ids, torch.ones_like(ids), *caches, gates)[0]
-            log_p = logits[0, -1].float().log_softmax(-1)
-        _require_numbers(log_p, i)
-        drawn = torch.multinomial(log_p.detach().exp(), labels, replacement=True, generator=random)
-        for y in drawn:
-            (gradient,) = torch.autograd.grad(log_p[y], gates, retain_graph=True)
-            squares[i] += gradient.double() ** 2 / labels
-        del log_p, logits  # and with them the text's activations
-        if progress:
-            progress(i + 1, len(tokens))
+        for j, length in enumerate(lengths):
+            ids = text[None, :length].clone()  # sampled text may be an inference tensor, which autograd refuses
+            with torch.enable_grad():
+                log_p = run(ids, torch.ones_like(ids), *caches, gates)[0][0, -1].float().log_softmax(-1)
+            _require_numbers(log_p, i)
+            label = torch.multinomial(log_p.detach().exp(), 1, generator=random)[0]
+            (gradient,) = torch.autograd.grad(log_p[label], gates)
+            squares[i] += gradient.double() ** 2 / len(lengths)
+            if progress:
+                progress(i * len(lengths) + j + 1, len(tokens) * len(lengths))
     return _mean(squares.view(len(tokens), -1, 2), blocks)
+
+
+def prefix_lengths(length: int, count: int) -> list[int]:
+    """Up to `count` different lengths from half of `length` (at least 2) to all of it, ascending."""
+    return sorted({round(n) for n in torch.linspace(length, max(length / 2, 2), count).tolist()})
 
 
 def _gated_model(program: Program, read: Reader, per: Per) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -92,7 +101,7 @@ def _gated_model(program: Program, read: Reader, per: Per) -> tuple[fx.GraphModu
 
 
 def _mean(squares: Tensor, blocks: tuple[str, ...]) -> Importance:
-    """squares [texts, gates, 2], of one text averaged over its labels."""
+    """squares [texts, gates, 2], of one text averaged over its prefixes."""
     mean = squares.mean(0)
     error = squares.std(0) / len(squares) ** 0.5 if len(squares) > 1 else torch.full_like(mean, float("nan"))
     return Importance(mean[:, 0].tolist(), mean[:, 1].tolist(), error[:, 0].tolist(), error[:, 1].tolist(), blocks)
@@ -100,10 +109,7 @@ def _mean(squares: Tensor, blocks: tuple[str, ...]) -> Importance:
 
 def _require_numbers(log_p: Tensor, text: int) -> None:
     if torch.isnan(log_p).any():
-        raise PopcompileError(
-            f"text {text + 1}: the model's probabilities are no numbers; its activations overflow in fp32, which a"
-            " damaged checkpoint does"
-        )
+        raise PopcompileError(f"text {text + 1} of the analysis: {NO_NUMBERS}")
 
 
 def random_stream(seed: int, use: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -23,21 +24,28 @@ if TYPE_CHECKING:  # importing matplotlib takes a second
 
 _FORMATS = (".svg", ".png")
 _STAGES: dict[str, dict[str, Any]] = {
-    "decode": {"color": "#D55E00", "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
     "prefill": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "decode": {"color": "#D55E00", "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
 }
+_NAMES = {"mlp": "the MLP"}
 
 
 def require_plot_path(path: Path) -> None:
     """Check, before any work, that a plot can be written at `path`. Raises PopcompileError."""
     if path.suffix.lower() not in _FORMATS:
         raise PopcompileError(f"--plot {path}: unknown format; end the name in {' or '.join(_FORMATS)}")
-    if not path.parent.is_dir():
-        raise PopcompileError(f"--plot {path}: there is no folder {path.parent}; create it first")
-    if path.is_dir():
-        raise PopcompileError(f"--plot {path}: is a folder; give a file name")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PopcompileError(f"--plot {path}: no permission to write there; choose another place")
+    try:
+        if not path.parent.is_dir():
+            raise PopcompileError(f"--plot {path}: there is no folder {path.parent}; create it first")
+        if path.exists() and path.is_dir():
+            raise PopcompileError(f"--plot {path}: is a folder; give a file name")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PopcompileError(f"--plot {path}: no permission to write there; choose another place")
+        path.lstat()
+    except FileNotFoundError:
+        pass  # a new file
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def write_importance_plot(
@@ -48,7 +56,11 @@ def write_importance_plot(
     try:
         path.write_bytes(picture)
     except OSError as error:
-        raise PopcompileError(f"--plot {path}: cannot be written ({error.strerror}); choose another place") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> PopcompileError:
+    return PopcompileError(f"--plot {path}: cannot be written ({error.strerror}); choose another place")
 
 
 def importance_svg(importance: Importance, pruned: Collection[int] | None = None, title: str = "") -> str:
@@ -85,7 +97,7 @@ def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) 
             axes.axvspan(layer - 0.5, layer + 0.5, facecolor="0.88", edgecolor="none", zorder=0, label=label)
         axes.set_yscale("log")
         axes.set_ylim(bottom=floor / 2)
-        axes.set_ylabel(f"importance of {block}" if block else "importance")
+        axes.set_ylabel(f"importance of {_NAMES.get(block, block)}" if block else "importance")
         axes.grid(axis="y", color="0.85", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_title(title or "Importance by stage", loc="left")
@@ -95,24 +107,18 @@ def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) 
 
 
 def _stages(axes: Axes, importance: Importance, pick: slice, floor: float) -> None:
-    zeros: list[int] = []
     for stage, style in _STAGES.items():
         means, errors = getattr(importance, stage)[pick], getattr(importance, f"{stage}_error")[pick]
         shown = [(i, mean, error) for i, (mean, error) in enumerate(zip(means, errors, strict=True)) if mean > 0]
-        zeros += [i for i, mean in enumerate(means) if mean == 0]
-        if not shown:
-            continue
-        layers, heights, bars = zip(*shown, strict=True)
-        low = [min(bar, 0.9 * height) for height, bar in zip(heights, bars, strict=True)]  # a log axis ends above 0
-        axes.errorbar(layers, heights, yerr=(low, bars), label=stage, markersize=5, elinewidth=0.8, **style)
-    if zeros:
-        axes.plot(
-            zeros, [floor] * len(zeros), "x", color="black", markersize=7, markeredgewidth=1.6, label="exactly 0"
-        )
+        if shown:
+            layers, heights, bars = zip(*shown, strict=True)
+            low = [min(bar, 0.9 * height) for height, bar in zip(heights, bars, strict=True)]  # a log axis ends above 0
+            axes.errorbar(layers, heights, yerr=(low, bars), label=stage, markersize=5, elinewidth=0.8, **style)
+        if zeros := [i for i, mean in enumerate(means) if mean == 0]:
+            cross = {"color": style["color"], "markersize": 8, "markeredgewidth": 2}
+            axes.plot(zeros, [floor] * len(zeros), "x", label=f"{stage}: exactly 0", **cross)
 
 
 def _exponent(value: float) -> int:
     """The power of ten at or below a number."""
-    import math
-
     return math.floor(math.log10(value))
