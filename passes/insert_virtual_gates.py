@@ -53,11 +53,12 @@ class InsertVirtualGates(Pass):
             before = layer_input(graph_module, layer)
             for i, after in enumerate(steps[layer]):
                 entry = [layer, i] if self.per == "block" else [layer]
-                readers = set(after.users)
+                readers = list(after.users)
                 with graph_module.graph.inserting_after(after):
                     gate = emit(graph_module.graph, ops.virtual_gate, before, after, gates, entry, index, like=after)
                 gate.meta["role"] = "virtual_gate"
-                after.replace_all_uses_with(gate, delete_user_cb=lambda user, readers=readers: user in readers)
+                for reader in readers:
+                    reader.replace_input_with(after, gate)
                 before = gate
                 self.matches += 1
         return PassResult(graph_module, True)

@@ -97,7 +97,8 @@ def analyze(
     """
     started = time.perf_counter()
     report = progress or (lambda *_: None)
-    if per not in get_args(Per):
+    part: Per | None = next((known for known in get_args(Per) if known == per), None)
+    if part is None:
         raise PopcompileError(f"--per {per}: unknown; choose one of {', '.join(get_args(Per))}")
     if texts < 1:
         raise PopcompileError(f"--texts {texts}: give at least 1")
@@ -117,13 +118,14 @@ def analyze(
         PassManager(canonicalization()).run(program)
         if chosen is None:
             chosen = sample_texts(program, read, tokenizer, texts, tokens, seed, lambda *n: report("sample", *n))
-        found = importance(program, read, chosen, per=per, seed=seed, progress=lambda *n: report("analyze", *n))  # type: ignore[arg-type]
+        found = importance(program, read, chosen, per=part, seed=seed, progress=lambda *n: report("analyze", *n))
     except ContractError as error:
         raise PopcompileError(
             f"{source.name}: {source.config.model_type} has a structure that popcompile cannot analyze ({error})"
         ) from error
     seconds = round(time.perf_counter() - started, 1)
-    return Analysis(str(model), *chosen.shape, seed, per, seconds, found)  # type: ignore[arg-type]
+    count, length = chosen.shape
+    return Analysis(str(model), count, length, seed, part, seconds, found)
 
 
 def sample_texts(
@@ -161,7 +163,7 @@ def source_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrai
 def _tokens_of(
     path: Path, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, model: str
 ) -> Tensor:
-    from popcompile.texts import read_texts, windows
+    from popcompile.texts import read_texts, windows  # type: ignore[import-not-found]
 
     documents = read_texts(path)
     if tokenizer is None:

@@ -21,9 +21,11 @@ from torch import Tensor, fx
 
 from popcompile.errors import PopcompileError
 from popcompile.execution import Reader, call_reference, materialise
-from popcompile.passes import InsertVirtualGates, PassManager, Program, PruneLMHead, SplitStages, ops
+from popcompile.passes import InsertVirtualGates, PassManager, Program, ops
 from popcompile.passes.graph import clone_module, find, inputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import GATES, Per
+from popcompile.passes.prune_lm_head import PruneLMHead
+from popcompile.passes.split_stages import SplitStages
 
 #: prefixes of every text that are texts of their own, one forward and one backward pass each
 PREFIXES = 8

@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +101,20 @@ def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) 
         axes.grid(axis="y", color="0.85", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_title(title or "Importance by stage", loc="left")
-    all_axes[0].legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.35, 0.98), borderaxespad=0)
+    figure.legend(*_entries(all_axes), frameon=False, ncols=4, loc="outside lower center")
+    all_axes[-1].set_xlim(-0.5, len(importance.prefill) // len(blocks) - 0.5)
     all_axes[-1].set_xlabel("layer")
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
+
+
+def _entries(all_axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
+    """Handles and labels of the legend, each label once, stages first."""
+    entries: dict[str, Any] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    labels = sorted(entries, key=lambda label: (label not in _STAGES, *[s not in label for s in _STAGES]))
+    return [entries[label] for label in labels], labels
 
 
 def _stages(axes: Axes, importance: Importance, pick: slice, floor: float) -> None:

@@ -181,6 +181,11 @@ def popcompile(*arguments: object) -> str:
     return done.stdout
 
 
+#: prefill/decode importance of layers 20 to 28 together at most, of layers 4 to 19 at least; with 6 texts of 64 tokens
+#: 0.069 and 1.10 were measured with seed 0, 0.063 and 1.50 with seed 1
+DEEP_RATIO, SHALLOW_RATIO = 0.25, 0.5
+
+
 def test_analyze_smollm2(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     """What the paper shows: prefill needs the deep layers far less than decode does, and the last one not at all."""
     plot = tmp_path / "importance.svg"
@@ -200,10 +205,6 @@ def test_analyze_smollm2(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     assert ratio(range(20, 29)) < DEEP_RATIO
     assert ratio(range(4, 20)) > SHALLOW_RATIO
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
-
-
-#: at 24 texts of 192 tokens 0.1 and 1.3 were measured, at 6 of 64 (seed 0) SEEN
-DEEP_RATIO, SHALLOW_RATIO = 0.4, 0.6
 
 
 def test_table_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
