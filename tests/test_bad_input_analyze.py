@@ -152,8 +152,8 @@ def test_texts_from_a_file(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert (status, err) == (0, "") and "2 texts of 12 tokens" in out
     text.write_text("the cat sat")
     assert "give more text" in cli.refuses("analyze", model, "--text", text, "--tokens", 12)
-    assert "no such file" in cli.refuses("analyze", model, "--text", tmp_path / "nothing.txt")
+    assert "no such file" in cli.refuses("analyze", model, "--text", tmp_path / "nothing.txt", *FEW)
     text.write_text("the cat sat " * 30)
     for path in model.glob("tokenizer*"):
         path.unlink()
-    assert "has no tokenizer" in cli.refuses("analyze", model, "--text", text)
+    assert "has no tokenizer" in cli.refuses("analyze", model, "--text", text, *FEW)

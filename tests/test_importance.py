@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_gemma3, tiny_llama, tiny_model
 from test_bad_input import save_model
 from test_virtual_gates import CONFIGS, LAYERS, canonical
 from torch import Tensor
@@ -23,11 +22,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from popcompile.analysis import importance_rows
 from popcompile.cli import main
 from popcompile.importance import Importance, importance, prefix_lengths, random_stream
-from popcompile.passes import PassManager, canonicalization
 from popcompile.passes.printing import print_graph
 from popcompile.plots import importance_svg
 from popcompile.self_sampling import random_starts
-from popcompile.tracing import trace
 
 TEXTS, LENGTH, PREFIXES = 5, 12, 3
 
@@ -142,10 +139,9 @@ def test_a_single_text_has_no_standard_error() -> None:
     json.dumps(rows, allow_nan=False)
 
 
-@pytest.mark.parametrize("config", [tiny_llama(), tiny_gemma3()])
-def test_two_tokens_are_enough(config: Any) -> None:
-    program, model = trace(config), tiny_model(config)
-    PassManager(canonicalization()).run(program)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_two_tokens_are_enough(family: str) -> None:
+    model, program = canonical(family)
     found = importance(program, model.state_dict().__getitem__, texts()[:, :2])
     assert all(math.isfinite(value) and value > 0 for value in (*found.prefill[:-1], *found.decode))
 
