@@ -16,6 +16,7 @@ from .fuse_rotary_embedding import FuseRotaryEmbedding
 from .insert_boundary_recompute import InsertBoundaryRecompute
 from .insert_bypass import InsertBypass
 from .insert_kv_projection import InsertKVProjection
+from .insert_virtual_gates import InsertVirtualGates
 from .lower_attention import LowerAttention
 from .lower_linear import LowerLinear
 from .lower_rms_norm import LowerRMSNorm
@@ -27,6 +28,7 @@ from .split_stages import SplitStages
 
 __all__ = [
     "ContractError",
+    "InsertVirtualGates",
     "Pass",
     "PassManager",
     "PassRecord",

@@ -108,6 +108,25 @@ def replace_sink(x: Tensor, sink: Tensor, positions: Tensor) -> Tensor:
     return torch.where((positions == 0)[:, :, None], sink, x)
 
 
+def _second_shape(before: Tensor, after: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(after, memory_format=torch.contiguous_format)
+
+
+@_operator(
+    "virtual_gate(Tensor before, Tensor after, Tensor gates, int[] entry, Tensor boundary_index) -> Tensor",
+    _second_shape,
+)
+def virtual_gate(before: Tensor, after: Tensor, gates: Tensor, entry: list[int], boundary_index: Tensor) -> Tensor:
+    """before + g · (after - before) [B, S, hidden], for analysis: g scales what was added to the residual stream.
+
+    gates[entry] is a pair [prefill, decode]: context tokens, those before boundary_index [B], take the prefill gate,
+    the boundary token and what follows it the decode gate. A gate of 1 gives `after`, of 0 `before`, both bit for bit.
+    """
+    prefill, decode = gates[tuple(entry)]
+    is_context = torch.arange(before.shape[1], device=before.device)[None, :] < boundary_index[:, None]
+    return torch.lerp(before, after, torch.where(is_context, prefill, decode).to(before.dtype)[..., None])
+
+
 # --- cache and attention ---------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_convert(commands)
+    _add_analyze(commands)
     _add_run(commands)
     _add_inspect(commands)
     _add_verify(commands)
@@ -121,10 +122,10 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from popcompile.conversion import convert
-    from popcompile.progress import progress_bar
+    from popcompile.progress import CONVERT_STEPS, progress_bar
     from popcompile.selection import format_layers
 
-    with progress_bar() as progress:
+    with progress_bar(CONVERT_STEPS) as progress:
         manifest = convert(
             options.model,
             options.out,
@@ -144,6 +145,41 @@ def _convert(options: argparse.Namespace) -> None:
         f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
         f" ({format_layers(manifest.pruned)}); see `popcompile inspect {options.out}`"
     )
+
+
+def _add_analyze(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "analyze",
+        _analyze,
+        "Measure how much prefill and decode need every layer of a model.",
+        "popcompile analyze HuggingFaceTB/SmolLM2-135M-Instruct --plot importance.svg",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
+    parser.add_argument("--per", default="layer", metavar="PART", help="layer (default), or block: attention and MLP")
+    parser.add_argument("--texts", metavar="N", type=_positive, default=24, help="texts to measure on (default 24)")
+    parser.add_argument("--tokens", metavar="N", type=_positive, default=192, help="tokens of a text (default 192)")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="take texts from a file, not from the model itself")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of texts and labels (default 0)")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw both stages into a .svg or .png file")
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from popcompile.analysis import analyze
+    from popcompile.plots import require_plot_path, write_importance_plot
+    from popcompile.progress import ANALYZE_STEPS, progress_bar
+
+    if options.plot:
+        require_plot_path(options.plot)
+    names = ("per", "texts", "tokens", "text", "seed", "gguf_file", "trust_remote_code")
+    with progress_bar(ANALYZE_STEPS) as progress:
+        found = analyze(options.model, **{name: getattr(options, name) for name in names}, progress=progress)
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.table())
+    if options.plot:
+        write_importance_plot(options.plot, found.importance, f"Importance by stage, {Path(options.model).name}")
 
 
 def _add_run(commands: Any) -> None:
@@ -282,7 +318,7 @@ def _count(text: str) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from popcompile.evaluation_report import evaluation_text, require_saveable, save_in_report
     from popcompile.package import read_manifest
-    from popcompile.progress import progress_bar
+    from popcompile.progress import EVALUATE_STEPS, progress_bar
 
     if options.tasks is None and (options.limit or options.include_path):
         raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
@@ -308,7 +344,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         from popcompile.evaluation import evaluate
 
         key, show = "evaluation", evaluation_text
-        with progress_bar() as progress:
+        with progress_bar(EVALUATE_STEPS) as progress:
             result = evaluate(
                 options.package,
                 options.text,

@@ -13,7 +13,7 @@ from popcompile.errors import PopcompileError
 from popcompile.generation import load
 from popcompile.inspection import inspect_text
 from popcompile.package import MANIFEST
-from popcompile.progress import progress_bar
+from popcompile.progress import CONVERT_STEPS, progress_bar
 from popcompile.samples import sample_model
 
 _QUESTION = "\n\nSummarize the text above in one sentence."
@@ -30,7 +30,7 @@ def demo(out: Path) -> None:
         print("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...", flush=True)
         model = sample_model("smollm2")
         print(f"popcompile convert {model} {out} --prune 1/3", flush=True)
-        with progress_bar() as progress:
+        with progress_bar(CONVERT_STEPS) as progress:
             convert(model, out, prune="1/3", progress=progress)
         print(f"done in {time.perf_counter() - started:.0f} s\n", flush=True)
     print(f"popcompile inspect {out}\n\n{inspect_text(out)}", flush=True)

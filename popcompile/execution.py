@@ -16,6 +16,8 @@ from torch.fx.node import map_aggregate
 from popcompile.passes import Program, ops
 from popcompile.passes.graph import call_nodes, clone_module, register_parameter
 
+NO_NUMBERS = "the model's probabilities are no numbers: its activations overflow in fp32; mend the checkpoint"
+
 #: reads a parameter by its traced name
 Reader = Callable[[str], Tensor]
 

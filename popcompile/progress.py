@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-#: share of a command's time that has passed when a step begins and ends, in percent
-_STEPS = {
-    "trace": (0, 25),
-    "compile": (25, 40),
-    "export": (40, 85),
-    "weights": (85, 98),
-    "flush": (98, 100),
+#: what share of a command's time has passed when a step begins and ends, in percent
+Steps = Mapping[str, tuple[int, int]]
+CONVERT_STEPS: Steps = {
+    "trace": (0, 5),
+    "sample": (5, 25),
+    "analyze": (25, 35),
+    "calibrate": (35, 40),
+    "choose": (40, 80),
+    "compile": (80, 85),
+    "export": (85, 95),
+    "weights": (95, 99),
+    "flush": (99, 100),
     "done": (100, 100),
-    "variants": (0, 0),
-    "evaluate": (0, 100),
 }
+ANALYZE_STEPS: Steps = {"trace": (0, 10), "sample": (10, 50), "analyze": (50, 100)}
+EVALUATE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 100)}
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields the `progress` argument of `convert` and `evaluate`."""
+def progress_bar(steps: Steps) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields the `progress` argument of `convert`, `analyze` and `evaluate`."""
     bar_format = "{desc:10}{bar}{percentage:4.0f}%"
     with tqdm(total=100, disable=not sys.stderr.isatty(), bar_format=bar_format, leave=False) as bar:
 
         def progress(step: str, done: int, total: int) -> None:
-            start, end = _STEPS[step]
+            start, end = steps[step]
             bar.set_description_str(step)
             bar.n = start + (end - start) * done // max(total, 1)
             bar.refresh()

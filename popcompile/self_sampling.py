@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from transformers import PreTrainedTokenizerBase
 
-from popcompile.execution import call_reference
+from popcompile.errors import PopcompileError
+from popcompile.execution import NO_NUMBERS, call_reference
 from popcompile.passes import ops
 from popcompile.passes.graph import find, shape_of
 
@@ -32,6 +34,7 @@ def sample(
 
     model: the canonical graph with real weights (execution.materialise).
     temperatures: one per row, default 1. progress(done, total) counts decode steps.
+    Raises PopcompileError where the model's probabilities are no numbers.
     """
     step = call_reference(model, {ops.append_kv: _write_in_place, ops.attention: _attend_to_all})
     random = torch.Generator().manual_seed(seed)
@@ -60,6 +63,8 @@ def sample(
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
     """A token per row of logits [B, vocabulary], by its probability (torch.multinomial takes ten times as long)."""
     cumulated = logits.softmax(-1).cumsum(-1)
+    if torch.isnan(cumulated).any():
+        raise PopcompileError(f"the model cannot be sampled from: {NO_NUMBERS}")
     threshold = torch.rand(len(logits), 1, generator=random) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, threshold).clamp(max=logits.shape[1] - 1)[:, 0]
 
@@ -86,3 +91,23 @@ def _attend_to_all(
 def _cache_shapes(model: fx.GraphModule, slots: int) -> list[tuple[int, int, int]]:
     """[kv_heads, slots, head_size] of every key and value, in the order of the graph's inputs."""
     return [(int(shape_of(n)[1]), slots, int(shape_of(n)[3])) for n in find(model, op=ops.append_kv)]
+
+
+def random_starts(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, count: int, seed: int) -> list[Tensor]:
+    """`count` beginnings of texts for `sample`: BOS where the tokenizer adds it by itself, and one random token.
+
+    The random token is neither special nor added, so that no text begins in the middle of a chat template. Without a
+    tokenizer it is any of `vocab_size`.
+    """
+    first: list[int] = []
+    ordinary = torch.arange(vocab_size)
+    if tokenizer is not None:
+        bos, ids = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
+        if bos is not None and ids[:1] == [bos]:
+            first = [int(bos)]
+        known = torch.ones(min(vocab_size, len(tokenizer)), dtype=torch.bool)
+        for token in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+            known[token : token + 1] = False
+        ordinary = known.nonzero()[:, 0]
+    chosen = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
+    return [torch.tensor([*first, int(ordinary[i])]) for i in chosen]
