@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.checkpoint import Checkpoint
 from popcompile.errors import PopcompileError
-from popcompile.execution import Reader, materialise
+from popcompile.execution import Reader, fast_products, held_in_memory, materialise
 from popcompile.importance import Importance, importance, random_stream
 from popcompile.loading import quiet, reading
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
@@ -113,12 +113,13 @@ def analyze(
     chosen = _tokens_of(text, tokenizer, texts, tokens, seed, source.name) if text else None
     report("trace", 0, 1)
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
-    read = _weights(Checkpoint(source, program, torch.float32).read, source.name)
+    read = held_in_memory(Checkpoint(source, program, torch.float32).read, source.name)
     try:
         PassManager(canonicalization()).run(program)
         if chosen is None:
             chosen = sample_texts(program, read, tokenizer, texts, tokens, seed, lambda *n: report("sample", *n))
-        found = importance(program, read, chosen, per=part, seed=seed, progress=lambda *n: report("analyze", *n))
+        with fast_products():
+            found = importance(program, read, chosen, per=part, seed=seed, progress=lambda *n: report("analyze", *n))
     except ContractError as error:
         raise PopcompileError(
             f"{source.name}: {source.config.model_type} has a structure that popcompile cannot analyze ({error})"
@@ -143,7 +144,8 @@ def sample_texts(
     starts = random_starts(tokenizer, vocabulary, count, random_stream(seed, "starts"))
     starts = [start[:length] for start in starts]
     real = materialise(graph, program, read)
-    return sample(real, starts, length, seed=random_stream(seed, "texts"), progress=progress)
+    with fast_products():
+        return sample(real, starts, length, seed=random_stream(seed, "texts"), progress=progress)
 
 
 def source_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -164,21 +166,6 @@ def _tokens_of(
     if tokenizer is None:
         raise PopcompileError(f"{model}: has no tokenizer, which --text {path} needs; leave out --text")
     return torch.stack(windows(tokenizer, documents, count, length, seed, str(path)))
-
-
-def _weights(read: Reader, model: str) -> Reader:
-    """`read` in fp32, every tensor once, so that all graphs share it. Raises PopcompileError where one is no number."""
-    held: dict[str, Tensor] = {}
-
-    def once(name: str) -> Tensor:
-        if name not in held:
-            tensor = read(name).float()
-            if not torch.isfinite(tensor).all():
-                raise PopcompileError(f"{model}: tensor {name} holds NaN or infinity; mend the checkpoint")
-            held[name] = tensor
-        return held[name]
-
-    return once
 
 
 def _with_error(value: float, error: float | None) -> str:

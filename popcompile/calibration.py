@@ -68,14 +68,24 @@ def normalize(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS)
 
 
-def calibrate(states: HiddenStates, pruned: list[int], *, bypass: bool = True, ridge: float = RIDGE) -> Calibration:
-    """Fit the maps of a prefill that prunes these layers. Raises PopcompileError as `HiddenStates` does."""
+def calibrate(
+    states: HiddenStates,
+    pruned: list[int],
+    *,
+    bypass: bool = True,
+    ridge: float = RIDGE,
+    products: torch.dtype = torch.float64,
+) -> Calibration:
+    """Fit the maps of a prefill that prunes these layers.
+
+    products: what inputs and targets of a batch are multiplied in; sums over batches and the solution are fp64.
+    """
     calibration, x, at = Calibration(), None, 0
     last_layer = states.model.num_layers - 1
     for first, last in runs(pruned):
         exact = x is None  # nothing is pruned before: the run's first layer sees its own input
         x = states.before(first) if x is None else _through_layers(states, x, at, first)
-        regression = _Regression(states, x, first, last, bypass and last < last_layer)
+        regression = _Regression(states, x, first, last, bypass and last < last_layer, products)
         calibration.projections.update(regression.projections(ridge, skip={first} if exact else set()))
         at = last + 1
         if regression.bypass:
@@ -87,7 +97,9 @@ def calibrate(states: HiddenStates, pruned: list[int], *, bypass: bool = True, r
 class _Regression:
     """The normal equations of one run: of the maps from x [N, T, hidden] to k, v and the step over the run."""
 
-    def __init__(self, states: HiddenStates, x: Tensor, first: int, last: int, bypass: bool) -> None:
+    def __init__(
+        self, states: HiddenStates, x: Tensor, first: int, last: int, bypass: bool, products: torch.dtype
+    ) -> None:
         self.layers, self.bypass = range(first, last + 1), bypass
         self._model = states.model
         self._gram: Tensor | float = 0.0
@@ -100,9 +112,10 @@ class _Regression:
                 targets.append(states.before(last + 1)[batch] - cut)
             target = torch.cat(targets, -1)
             self._sink = self._sink + target[:, 0].double().sum(0) / len(states.rows)
-            inputs = _with_one(normalize(cut[:, 1:]).flatten(0, 1).double())
-            self._gram = self._gram + inputs.T @ inputs
-            self._cross = self._cross + inputs.T @ target[:, 1:].flatten(0, 1).double()
+            inputs = _with_one(normalize(cut[:, 1:]).flatten(0, 1))
+            outputs = target[:, 1:].flatten(0, 1).to(products)
+            self._gram = self._gram + inputs.double().T @ inputs.double()
+            self._cross = self._cross + (inputs.to(products).T @ outputs).double()
         self._sizes = [t.shape[-1] for t in targets]
 
     def projections(self, ridge: float, skip: set[int]) -> dict[int, AffineMap]:

@@ -106,9 +106,23 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder that the package appears at")
-    parser.add_argument("--prune", metavar="N", help="layers that prefill skips: a count or a fraction (default 1/3)")
+    parser.add_argument("--prune", metavar="N", help="layers that prefill skips: auto (default), a count, a fraction")
     parser.add_argument("--layers", metavar="LIST", help="which layers to skip, for example 20-29,17")
-    parser.add_argument("--kv-projection", default="layer", metavar="KIND", help="layer: the layer's own weights")
+    parser.add_argument(
+        "--max-kl",
+        metavar="X",
+        type=float,
+        help="what --prune auto may cost: first-token KL in nats (default 0.1)",
+    )
+    parser.add_argument("--max-ppl-ratio", metavar="X", type=float, help="the same: perplexity over the whole model's")
+    parser.add_argument(
+        "--kv-projection", metavar="KIND", help="calibrated (default), or layer: the pruned layers' own weights"
+    )
+    parser.add_argument(
+        "--calibration", default="self", metavar="FILE", help="a .txt or .jsonl file, or self (default): no data needed"
+    )
+    parser.add_argument("--calibration-texts", metavar="N", type=_positive, default=64, help="default 64")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is sampled (default 0)")
     parser.add_argument("--layout", default="split", metavar="KIND", help="split: prefill.onnx and decode.onnx")
     parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default) or fp16")
     parser.add_argument(
@@ -122,6 +136,7 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from popcompile.conversion import convert
+    from popcompile.package import REPORT
     from popcompile.progress import CONVERT_STEPS, progress_bar
     from popcompile.selection import format_layers
 
@@ -132,6 +147,11 @@ def _convert(options: argparse.Namespace) -> None:
             prune=options.prune,
             layers=options.layers,
             kv_projection=options.kv_projection,
+            calibration=options.calibration,
+            calibration_texts=options.calibration_texts,
+            max_kl=options.max_kl,
+            max_ppl_ratio=options.max_ppl_ratio,
+            seed=options.seed,
             layout=options.layout,
             dtype=options.dtype,
             provider=options.provider,
@@ -141,9 +161,24 @@ def _convert(options: argparse.Namespace) -> None:
             force=options.force,
             progress=progress,
         )
+    report = json.loads((options.out / REPORT).read_bytes())
+    if not report.get("choice", {}).get("met", True):
+        allowed = {"--max-kl": options.max_kl, "--max-ppl-ratio": options.max_ppl_ratio}
+        budget = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
+        print(
+            f"popcompile: no pruning meets the budget ({budget or 'the default'}); prefill skips the last layer only,"
+            " which costs nothing",
+            file=sys.stderr,
+        )
+    cost = ""
+    if quality := report.get("quality"):
+        cost = (
+            f"; on {quality['text']}: first-token KL {quality['loss']['first_token_kl']:.3f} nats, perplexity"
+            f" {quality['loss']['ppl_ratio']:.3f}x"
+        )
     print(
         f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
-        f" ({format_layers(manifest.pruned)}); see `popcompile inspect {options.out}`"
+        f" ({format_layers(manifest.pruned)}){cost}; see `popcompile inspect {options.out}`"
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from popcompile.analysis import source_tokenizer
+from popcompile.calibration_text import SELF, TEXTS
 from popcompile.checkpoint import Checkpoint
+from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import PROVIDER_OPTIONS, genai_config
 from popcompile.export.onnx_graph import input_names, output_names, to_onnx
@@ -28,19 +32,30 @@ from popcompile.package import (
     Manifest,
     describe_files,
 )
-from popcompile.passes import ContractError, Pass, PassManager, PassRecord, Program, lowering, transformations
+from popcompile.passes import (
+    ContractError,
+    Pass,
+    PassManager,
+    PassRecord,
+    Program,
+    canonicalization,
+    lowering,
+    pruning,
+)
 from popcompile.passes.flops import REFERENCE_SIZES, total_flops
 from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
-from popcompile.selection import select_layers
+from popcompile.plan import MAX_KL, Options, Plan, make_plan, needs_weights
+from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
 from popcompile.staging import require_disk_space, require_writable, staged
+from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LAYOUTS = ("split",)
-KV_PROJECTIONS = ("layer",)
+KV_PROJECTIONS = ("calibrated", "layer")
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 
 #: tokens below which the whole model encodes a prompt in the time that the pruned one takes: both are bound by reading
@@ -57,7 +72,12 @@ def convert(
     *,
     prune: str | int | float | None = None,
     layers: str | None = None,
-    kv_projection: str = "layer",
+    kv_projection: str | None = None,
+    calibration: str = SELF,
+    calibration_texts: int = TEXTS,
+    max_kl: float | None = None,
+    max_ppl_ratio: float | None = None,
+    seed: int = 0,
     layout: str = "split",
     dtype: str = "fp32",
     provider: str = "cpu",
@@ -69,13 +89,22 @@ def convert(
 ) -> Manifest:
     """Compile `model` (hub id, folder or GGUF file) into a package at `out`; returns the package's manifest.
 
-    prune: how many layers prefill skips, a count or a fraction; layers: which ones ("20-29,17"). Default: a third, the
-    deepest. dtype: of weights and activations, "fp32" or "fp16". provider: what onnxruntime-genai is told to run on.
+    prune: how many layers prefill skips, a count or a fraction, or "auto", the default: as many as the budget allows,
+    max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
+    held-out text. layers: which ones ("20-29,17"). kv_projection: "calibrated", the default, or "layer", the layers'
+    own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
+    320 tokens of it. seed: of what is sampled. With random_weights nothing is measured by default: a third of the
+    layers, their own weights. dtype: of weights and activations, "fp32" or "fp16". provider: what onnxruntime-genai is
+    told to run on.
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
     _require_choice("--dtype", dtype, DTYPES)
     _require_choice("--layout", layout, LAYOUTS)
+    if random_weights:
+        kv_projection = kv_projection or "layer"
+        prune = "1/3" if prune is None and layers is None else prune
+    kv_projection = kv_projection or KV_PROJECTIONS[0]
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
     _require_choice("--provider", provider, PROVIDER_OPTIONS)
     require_writable(out, force)
@@ -84,7 +113,20 @@ def convert(
     source = open_source(
         str(model), gguf_file=gguf_file, random_weights=random_weights, trust_remote_code=trust_remote_code
     )
-    pruned = select_layers(source.config.num_hidden_layers, prune, layers)
+    num_layers = source.config.num_hidden_layers
+    request = parse_request(num_layers, prune, layers)
+    options = Options(
+        calibrated=kv_projection == "calibrated",
+        origin=calibration,
+        texts=_require_texts(calibration_texts),
+        budget=_budget(request, max_kl, max_ppl_ratio),
+        seed=seed,
+    )
+    tokenizer = None
+    if needs_weights(num_layers, request, options):
+        tokenizer = source_tokenizer(source, trust_remote_code)
+        if calibration != SELF:
+            read_texts(Path(calibration))  # a file that cannot be used is reported before any work
     report_progress("trace", 0, 1)
     program = trace(source.config, DTYPES[dtype], trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source, program, DTYPES[dtype])
@@ -92,7 +134,13 @@ def convert(
     require_disk_space(out, checkpoint.size)
     with staged(out, force) as folder:
         try:
-            report = _compile(program, pruned, folder, report_progress)
+            compilation = _Compilation(program, folder, report_progress)
+            compilation.run(canonicalization())
+            plan = make_plan(
+                program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress
+            )
+            program.constants.update(plan.calibration.constants())
+            report = compilation.prune_and_lower(plan)
         except ContractError as error:
             raise PopcompileError(
                 f"{source.name}: {source.config.model_type} has a structure that popcompile does not know ({error});"
@@ -118,11 +166,11 @@ def convert(
             head_size=shapes.head_size,
             vocab_size=shapes.vocab_size,
             context_length=program.max_positions,
-            pruned=pruned,
-            kv_projection=kv_projection,
+            pruned=plan.pruned,
+            kv_projection=kv_projection if plan.calibration.projections else "layer",
             dtype=dtype,
             layout=layout,
-            prefill_threshold=PREFILL_THRESHOLD if pruned else 0,
+            prefill_threshold=PREFILL_THRESHOLD if plan.pruned else 0,
             graphs=GRAPHS,
             weights=WEIGHTS,
             inputs=input_names(program.num_layers),
@@ -151,40 +199,60 @@ def _require_choice(option: str, value: str, choices: Any) -> None:
         raise PopcompileError(f"{option} {value}: unknown; choose one of {', '.join(choices)}")
 
 
-def _compile(program: Program, pruned: list[int], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Run all passes; write the graph after every pass to passes/, and return the report."""
-    texts = folder / "passes"
-    texts.mkdir()
-    groups = (transformations(pruned), lowering())
-    total = sum(len(g) for g in groups)
-    records: list[PassRecord] = []
-    table: list[dict[str, Any]] = []
-    flops: dict[str, int] = {}
-    for group in groups:
-        done = len(records)
+def _require_texts(count: int) -> int:
+    if count < 8:
+        raise PopcompileError(f"--calibration-texts {count}: too few to fit anything; give at least 8")
+    return count
 
-        def observe(index: int, compiler_pass: Pass, stage: str, before: str, after: str, done: int = done) -> None:
-            progress("compile", done + index + 1, total)
+
+def _budget(request: Request, max_kl: float | None, max_ppl_ratio: float | None) -> Budget:
+    if max_kl is None and max_ppl_ratio is None:
+        return Budget(max_kl=MAX_KL)
+    if request.how != "auto":
+        raise PopcompileError("--max-kl and --max-ppl-ratio are budgets of --prune auto; leave them or the layers out")
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise PopcompileError(f"--max-kl {max_kl}: out of range; give nats of at least 0, for example 0.1")
+    if max_ppl_ratio is not None and not 1 <= max_ppl_ratio < math.inf:
+        raise PopcompileError(f"--max-ppl-ratio {max_ppl_ratio}: out of range; give at least 1, for example 1.05")
+    return Budget(max_kl, max_ppl_ratio)
+
+
+class _Compilation:
+    """Runs passes over a program, writes the graph after every pass to passes/, and collects the report."""
+
+    def __init__(self, program: Program, folder: Path, progress: Progress) -> None:
+        self._program, self._texts, self._progress = program, folder / "passes", progress
+        self._records: list[PassRecord] = []
+        self._texts.mkdir()
+        traced = print_graph(program.graphs["model"], "model")
+        (self._texts / "traced.model.txt").write_text(traced, encoding="utf-8")
+
+    def run(self, passes: Sequence[Pass]) -> None:
+        done = len(self._records)
+
+        def observe(index: int, compiler_pass: Pass, stage: str, before: str, after: str) -> None:
+            self._progress("compile", done + index + 1, done + len(passes))
             if before != after:
-                path = texts / f"{done + index:02d}-{compiler_pass.name}.{stage}.txt"
+                path = self._texts / f"{done + index:02d}-{compiler_pass.name}.{stage}.txt"
                 path.write_text(after, encoding="utf-8")
 
-        if not records:
-            (texts / "traced.model.txt").write_text(print_graph(program.graphs["model"], "model"), encoding="utf-8")
-        records += PassManager(group, observe).run(program)
-        if not table:
-            table = layer_table(program, pruned)
-            flops = {
-                "full_prefill": total_flops(program.graphs["decode"], "prefill"),
-                "full_prefill_one_logit": full_prefill_one_logit(program.graphs["decode"]),
-                "pop_prefill": total_flops(program.graphs["prefill"], "prefill"),
-                "decode": total_flops(program.graphs["decode"], "decode"),
-            }
-    return {
-        "passes": [asdict(r) for r in records],
-        "layers": table,
-        "flops": {"reference_sizes": REFERENCE_SIZES, **flops},
-    }
+        self._records += PassManager(passes, observe).run(self._program)
+
+    def prune_and_lower(self, plan: Plan) -> dict[str, Any]:
+        """Compile the canonical program as planned; returns the report."""
+        maps = plan.calibration
+        self.run(pruning(plan.pruned, maps.projections, maps.bypasses))
+        prefill, decode = self._program.graphs["prefill"], self._program.graphs["decode"]
+        table = layer_table(self._program, plan.pruned)
+        flops = {
+            "reference_sizes": REFERENCE_SIZES,
+            "full_prefill": total_flops(decode, "prefill"),
+            "full_prefill_one_logit": full_prefill_one_logit(decode),
+            "pop_prefill": total_flops(prefill, "prefill"),
+            "decode": total_flops(decode, "decode"),
+        }
+        self.run(lowering())
+        return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}
 
 
 def _write_weights(

@@ -6,13 +6,15 @@ their plain reference functions (passes/ops.py), so everything is differentiable
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from popcompile.errors import PopcompileError
 from popcompile.passes import Program, ops
 from popcompile.passes.graph import call_nodes, clone_module, register_parameter
 
@@ -20,6 +22,38 @@ NO_NUMBERS = "the model's probabilities are no numbers: its activations overflow
 
 #: reads a parameter by its traced name
 Reader = Callable[[str], Tensor]
+
+
+@contextlib.contextmanager
+def fast_products() -> Iterator[None]:
+    """Let matrix products of fp32 tensors round their operands to bf16 where the CPU has units for it (AMX).
+
+    For what is random anyway: sampling text and ranking layers get up to ten times as fast.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def held_in_memory(read: Reader, model: str) -> Reader:
+    """`read` in fp32, every tensor once, so that all graphs share it.
+
+    Raises PopcompileError where a tensor of the model so named holds NaN or infinity.
+    """
+    held: dict[str, Tensor] = {}
+
+    def once(name: str) -> Tensor:
+        if name not in held:
+            tensor = read(name).float()
+            if not torch.isfinite(tensor).all():
+                raise PopcompileError(f"{model}: tensor {name} holds NaN or infinity; mend the checkpoint")
+            held[name] = tensor
+        return held[name]
+
+    return once
 
 
 def materialise(gm: fx.GraphModule, program: Program, read: Reader) -> fx.GraphModule:

@@ -46,6 +46,7 @@ class Importance:
     blocks: tuple[str, ...] = ()
 
 
+@torch.enable_grad()
 def importance(
     program: Program,
     read: Reader,
@@ -76,8 +77,7 @@ def importance(
     for i, text in enumerate(tokens):
         for j, length in enumerate(lengths):
             ids = text[None, :length].clone()  # sampled text may be an inference tensor, which autograd refuses
-            with torch.enable_grad():
-                log_p = run(ids, torch.ones_like(ids), *caches, gates)[0][0, -1].float().log_softmax(-1)
+            log_p = run(ids, torch.ones_like(ids), *caches, gates)[0][0, -1].float().log_softmax(-1)
             _require_numbers(log_p, i)
             label = torch.multinomial(log_p.detach().exp(), 1, generator=random)[0]
             (gradient,) = torch.autograd.grad(log_p[label], gates)

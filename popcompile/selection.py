@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 from popcompile.errors import PopcompileError
@@ -10,19 +11,29 @@ from popcompile.errors import PopcompileError
 _EXAMPLE = "for example --layers 20-29 or --layers 17,20-29"
 
 
-def select_layers(num_layers: int, prune: str | int | float | None, layers: str | None) -> list[int]:
-    """The pruned layers of a model with `num_layers`, ascending.
+@dataclass(frozen=True)
+class Request:
+    """how: "auto", "count" (popcompile chooses which) or "layers". layers: those asked for, the deepest of a count."""
 
-    prune: a count ("10"), or a fraction of the layers ("1/3", "0.33"), the deepest ones being taken; layers: which
-    ones exactly ("20-29,17"). Neither: a third. Both: an error. The last layer is free: pruning it changes nothing.
+    how: str
+    layers: list[int]
+
+
+def parse_request(num_layers: int, prune: str | int | float | None, layers: str | None) -> Request:
+    """What to prune of a model with `num_layers`.
+
+    prune: "auto", a count ("10"), or a fraction of the layers ("1/3", "0.33"); layers: which ones exactly
+    ("20-29,17"). Neither: auto. Both: an error. The last layer is free: pruning it changes nothing.
     Raises PopcompileError.
     """
     if layers is not None and prune is not None:
         raise PopcompileError("--prune and --layers are both given; --layers says which, --prune how many: give one")
     if layers is not None:
-        return _parse_layers(num_layers, layers)
-    count = _parse_count(num_layers, "1/3" if prune is None else str(prune))
-    return list(range(num_layers - count, num_layers))
+        return Request("layers", _parse_layers(num_layers, layers))
+    if prune is None or str(prune).strip().lower() == "auto":
+        return Request("auto", [])
+    count = _parse_count(num_layers, str(prune))
+    return Request("count", list(range(num_layers - count, num_layers)))
 
 
 _COUNT = re.compile(r"[+-]?\d{1,9}")
@@ -38,7 +49,7 @@ def _parse_count(num_layers: int, text: str) -> int:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise PopcompileError(
-            f"--prune {text}: neither a count nor a fraction; for example --prune 10 or --prune 1/3"
+            f"--prune {text}: neither a count nor a fraction nor auto; for example --prune 10 or --prune 1/3"
         ) from None
     if value < 0 or (not is_count and value >= 1):
         raise PopcompileError(

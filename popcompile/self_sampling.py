@@ -1,7 +1,7 @@
 """Text sampled from the model itself, so that calibration and analysis need no data set.
 
 Every row starts with a token of its own and goes on with what the model finds likely (temperature 1). In a model's own
-text all of its training text is represented, which transfers better than one real domain (docs/calibration.md).
+text all of its training text is represented, which transfers better than one real domain (calibration.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sample(
     *,
     seed: int,
     temperatures: Sequence[float] | None = None,
-    batch: int = 64,
+    batch: int = 128,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Tensor:
     """Rows of `length` tokens [len(starts), length] int64, row i beginning with the tokens of starts[i].

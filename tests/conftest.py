@@ -141,7 +141,7 @@ def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFact
     if ready := os.environ.get(variable):
         return Path(ready)
     out = factory.mktemp("packages") / name
-    convert(model, out, prune="1/3")
+    convert(model, out, prune="1/3", kv_projection="layer")
     return out
 
 

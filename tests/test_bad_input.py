@@ -197,7 +197,7 @@ CHOICES = [
     (["--prune", "1.5"], "out of range; give a count"),
     (["--prune", "3/2"], "out of range; give a count"),
     (["--prune=-1/2"], "out of range; give a count"),
-    *((["--prune", text], "neither a count nor a fraction; for example --prune 10 or --prune 1/3") for text in
+    *((["--prune", text], "neither a count nor a fraction nor auto; for example --prune 10 or --prune 1/3") for text in
       ("abc", "1/0", "", "nan", "inf", "1e999999999", "9" * 30, "1/", "50%")),
     (["--layers", "2"], "there is no layer 2; the model has 0 to 1"),
     (["--layers", "0-999999"], "there is no layer 999999; the model has 0 to 1"),
@@ -276,7 +276,7 @@ TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], list[str
 def test_wrong_tensors(case: str, cli: Cli, model: Path, tmp_path: Path) -> None:
     change, options, words = TENSORS[case]
     change_tensor(model, UP, change)
-    assert words in cli.refuses("convert", model, tmp_path / "out", *options)
+    assert words in cli.refuses("convert", model, tmp_path / "out", "--prune", "1", *options)
 
 
 # --- where the package goes ------------------------------------------------------------------------------------
@@ -515,7 +515,9 @@ def test_killed_conversions(processes: Any, pristine_model: Path, pristine: Path
     parent, log = tmp_path / "parent", tmp_path / "log"
     parent.mkdir()
     out = parent / "out"
-    hidden = killed(processes, log, lambda hidden, _: (hidden / "decode.onnx").exists(), pristine_model, out)
+    hidden = killed(
+        processes, log, lambda hidden, _: (hidden / "decode.onnx").exists(), pristine_model, out, "--prune", "1"
+    )
     assert names(parent) == {hidden}, "no half package under OUT's name"
     shutil.copytree(pristine, out)
     before = snapshot(out)
@@ -538,7 +540,7 @@ def test_interrupted_conversion(model: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(model, tmp_path / "out", progress=interrupt)
+        convert(model, tmp_path / "out", prune=1, progress=interrupt)
     assert names(tmp_path) == {"model"}
 
 

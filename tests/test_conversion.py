@@ -34,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_scattered_layers_by_the_api(checkpoint: Path, tmp_path: Path) -> None:
-    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="0,2")
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="0,2", kv_projection="layer")
     assert manifest.pruned == [0, 2]
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     ids = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_fp16(tmp_path: Path) -> None:
 def test_random_weights_need_only_a_config(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(popcompile.PopcompileError):
-        popcompile.convert(checkpoint, tmp_path / "out")
+        popcompile.convert(checkpoint, tmp_path / "out", prune=1)
     popcompile.convert(checkpoint, tmp_path / "out", random_weights=True)
     assert len(verify(tmp_path / "out")) == 3
 
@@ -84,7 +84,7 @@ def test_remote_code_runs_only_when_trusted(checkpoint: Path, tmp_path: Path) ->
     (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "own.py").write_text(REMOTE_CODE)
     with pytest.raises(popcompile.PopcompileError, match="trust-remote-code"):
-        popcompile.convert(checkpoint, tmp_path / "out")
+        popcompile.convert(checkpoint, tmp_path / "out", prune=1)
     assert not (tmp_path / "out").exists()
-    popcompile.convert(checkpoint, tmp_path / "out", trust_remote_code=True)
+    popcompile.convert(checkpoint, tmp_path / "out", prune=1, trust_remote_code=True)
     assert read_manifest(tmp_path / "out").model_type == "own"

@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pat
     folder = tmp_path_factory.mktemp("tiny")
     config = tiny_llama(vocab_size=128, num_hidden_layers=4, max_position_embeddings=64)
     model = save_tiny(folder / "model", config)
-    convert(folder / "model", folder / "out", layers="1,2")
+    convert(folder / "model", folder / "out", layers="1,2", kv_projection="layer")
     return model, folder / "out"
 
 

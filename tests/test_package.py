@@ -29,7 +29,7 @@ from popcompile.package import (
     describe_files,
     read_manifest,
 )
-from popcompile.selection import format_layers, select_layers
+from popcompile.selection import Request, format_layers, parse_request
 from popcompile.staging import require_disk_space, require_writable, staged
 
 
@@ -455,11 +455,16 @@ def test_a_graph_that_is_no_onnx(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prune", "count"),
-    [(None, 10), ("0", 0), (0, 0), ("10", 10), (29, 29), (" 7 ", 7), ("1/3", 10), ("0/1", 0), ("0.0", 0), (0.33, 10),
+    [("0", 0), (0, 0), ("10", 10), (29, 29), (" 7 ", 7), ("1/3", 10), ("0/1", 0), ("0.0", 0), (0.33, 10),
      (".5", 15), (1 / 3, 10), (1e-5, 0), ("0.96", 29)],
 )  # fmt: skip
 def test_how_many_layers(prune: str | int | float | None, count: int) -> None:
-    assert select_layers(30, prune, None) == list(range(30 - count, 30))
+    assert parse_request(30, prune, None).layers == list(range(30 - count, 30))
+
+
+@pytest.mark.parametrize("prune", [None, "auto", " AUTO "])
+def test_popcompile_chooses(prune: str | None) -> None:
+    assert parse_request(30, prune, None) == Request("auto", [])
 
 
 @pytest.mark.parametrize(
@@ -473,7 +478,7 @@ def test_how_many_layers(prune: str | int | float | None, count: int) -> None:
     ],
 )
 def test_which_layers(layers: str, chosen: list[int]) -> None:
-    assert select_layers(30, None, layers) == chosen
+    assert parse_request(30, None, layers).layers == chosen
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), max_size=n - 1))))
@@ -481,7 +486,7 @@ def test_layers_are_read_as_they_are_printed(case: tuple[int, set[int]]) -> None
     num_layers, layers = case
     text = format_layers(sorted(layers))
     if layers:
-        assert select_layers(num_layers, None, text) == sorted(layers)
+        assert parse_request(num_layers, None, text).layers == sorted(layers)
     else:
         assert text == "none"
 
@@ -489,7 +494,7 @@ def test_layers_are_read_as_they_are_printed(case: tuple[int, set[int]]) -> None
 @given(st.integers(1, 200), st.fractions(0, 1, max_denominator=1000).filter(lambda f: f.denominator > 1))
 def test_a_fraction_never_takes_every_layer(num_layers: int, fraction: Any) -> None:
     try:
-        pruned = select_layers(num_layers, str(fraction), None)
+        pruned = parse_request(num_layers, str(fraction), None).layers
     except PopcompileError:
         assert fraction * num_layers >= num_layers - 0.5
     else:

@@ -1,0 +1,147 @@
+"""Choose the layers that prefill skips by what skipping them costs on held-out text.
+
+Importance proposes, measured loss decides. For every number of layers the candidates are the deepest ones, and sets
+that keep a few of the most important layers among them and skip as many shallower ones in their place: with the
+calibrated bypass a kept layer in the middle reads nearly what it did. Each candidate is calibrated and measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from popcompile.calibration import Calibration, calibrate
+from popcompile.held_out import HeldOut, Loss
+from popcompile.hidden_states import HiddenStates
+
+#: the share of layers that `auto` prunes at most
+MOST = 0.6
+#: how many of the deep layers a candidate keeps
+KEPT = range(3)
+#: shares of the layers that `auto` measures first, and the loss in budgets that ends it
+_SHARES = (0.1, 0.2, 1 / 3, 0.43, 0.5)
+_HOPELESS = 2.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The loss that is allowed: first-token KL in nats, and perplexity over the whole model's. None: any."""
+
+    max_kl: float | None = None
+    max_ppl_ratio: float | None = None
+
+    def spent(self, loss: Loss) -> float:
+        """The share of the budget that a loss takes; above 1 it is overspent."""
+        shares = [0.0]
+        if self.max_kl is not None:
+            shares.append(_share(loss.first_token_kl, self.max_kl))
+        if self.max_ppl_ratio is not None:
+            shares.append(_share(loss.ppl_ratio - 1, self.max_ppl_ratio - 1))
+        return max(shares)
+
+
+#: what rounding alone does to a loss
+_ROUNDING = 1e-5
+
+
+def _share(loss: float, allowed: float) -> float:
+    if loss <= _ROUNDING:
+        return 0.0
+    return loss / allowed if allowed > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A measured set of pruned layers."""
+
+    pruned: list[int]
+    loss: Loss
+
+
+class Search:
+    """Measures sets of layers; `measured` has all of them, in order."""
+
+    def __init__(
+        self,
+        states: HiddenStates | None,
+        held_out: HeldOut,
+        importance: Sequence[float],
+        progress: Callable[[int, int], Any],
+    ) -> None:
+        """states: text to calibrate on; None: the layers' own projections. importance: of the prefill gates."""
+        self._states, self._held_out, self._importance = states, held_out, importance
+        self._progress = progress
+        self.num_layers = held_out.model.num_layers
+        self.measured: list[Candidate] = []
+
+    def calibrate(self, pruned: list[int], products: torch.dtype = torch.float64) -> Calibration:
+        if self._states is None:
+            return Calibration()
+        return calibrate(self._states, pruned, products=products)
+
+    def measure(self, pruned: list[int]) -> Candidate:
+        known = next((c for c in self.measured if c.pruned == pruned), None)
+        if known is None:
+            known = Candidate(pruned, self._held_out.measure(pruned, self.calibrate(pruned, torch.float32)))
+            self.measured.append(known)
+        return known
+
+    def best(self, count: int) -> Candidate:
+        """The candidate of `count` layers with the least first-token KL."""
+        found = [self.measure(p) for p in propose(count, self._importance, self._held_out.first)]
+        return min(found, key=lambda c: c.loss.first_token_kl)
+
+    def within(self, budget: Budget) -> Candidate:
+        """The candidate with the most layers whose loss is within the budget, else the last layer alone."""
+        most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
+        within, beyond = 1, most + 1
+        chosen = self.measure([self.num_layers - 1])
+        coarse = sorted({min(round(self.num_layers * share), most) for share in (*_SHARES, MOST)} - {0, 1})
+        for done, count in enumerate(coarse):
+            self._progress(done, len(coarse) + 3)
+            best = self.best(count)
+            spent = budget.spent(best.loss)
+            if spent <= 1:
+                chosen, within, beyond = best, count, most + 1
+            else:
+                beyond = min(beyond, count)
+            if spent > _HOPELESS:
+                break
+        while beyond - within > 1:  # between the last that is within the budget and the first that is not
+            self._progress(len(coarse), len(coarse) + 3)
+            count = (within + beyond) // 2
+            best = self.best(count)
+            if budget.spent(best.loss) <= 1:
+                chosen, within = best, count
+            else:
+                beyond = count
+        self._progress(1, 1)
+        return chosen
+
+
+def largest_count(num_layers: int) -> int:
+    """How many layers `auto` prunes at most."""
+    return max(1, int(num_layers * MOST))
+
+
+def first_candidate(num_layers: int, count: int) -> int:
+    """The first layer that a candidate of up to `count` layers may prune. Layer 0 is always kept."""
+    return max(1, num_layers - count - max(KEPT))
+
+
+def propose(count: int, importance: Sequence[float], first: int) -> list[list[int]]:
+    """Sets of `count` layers from layer `first` on: the deepest, and those that keep important ones among them."""
+    num_layers = len(importance)
+    found: list[list[int]] = []
+    for kept in KEPT:
+        deep = range(max(num_layers - count - kept, first), num_layers)
+        if len(deep) < count:
+            continue
+        keep = sorted(deep, key=lambda layer: (-importance[layer], layer))[: len(deep) - count]
+        pruned = [layer for layer in deep if layer not in keep]
+        if pruned not in found:
+            found.append(pruned)
+    return found

@@ -1,0 +1,173 @@
+"""Decide which layers prefill skips and calibrate what takes their place: between tracing and pruning.
+
+    text -> importance of the prefill gates -> candidates, each calibrated and measured on held-out text -> choice
+
+Without calibration, and with the layers or their number given, nothing has to be run: conversion then reads weights
+only to write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from popcompile.analysis import importance_rows
+from popcompile.calibration import Calibration
+from popcompile.calibration_text import SELF, TEXTS, CalibrationText, calibration_text
+from popcompile.choice import Budget, Candidate, Search, first_candidate, largest_count
+from popcompile.execution import Reader, fast_products, held_in_memory, materialise
+from popcompile.held_out import HeldOut
+from popcompile.hidden_states import HiddenStates
+from popcompile.importance import Importance, importance
+from popcompile.layer_table import full_prefill_one_logit
+from popcompile.layerwise import LayerwiseModel
+from popcompile.passes import Program
+from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
+from popcompile.passes.graph import runs, shape_of
+from popcompile.passes.layers import layer_output, projected_kv
+from popcompile.selection import Request
+
+#: the loss that `convert` allows where the user says nothing: KL of the first token, in nats
+MAX_KL = 0.1
+#: text that the ranking of layers is estimated on
+_RANKING = {"texts": 16, "tokens": 192, "prefixes": 4}
+
+Progress = Callable[[str, int, int], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file."""
+
+    calibrated: bool = True
+    origin: str = SELF
+    texts: int = TEXTS
+    budget: Budget = field(default_factory=lambda: Budget(max_kl=MAX_KL))
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pruned layers, what takes their place, and the report's sections about it."""
+
+    pruned: list[int]
+    calibration: Calibration = field(default_factory=Calibration)
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether a pruning that saves something was found within the budget."""
+        return bool(self.sections.get("choice", {}).get("met", True))
+
+
+def needs_weights(num_layers: int, request: Request, options: Options) -> bool:
+    """Whether the model has to be run to plan. To skip the last layer alone costs nothing."""
+    if request.how == "auto":
+        return num_layers > 1
+    return options.calibrated and not set(request.layers) <= {num_layers - 1}
+
+
+@torch.no_grad()
+def make_plan(
+    program: Program,
+    read: Reader,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: Request,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+) -> Plan:
+    """program: canonical; it is left as it is. folder: where files of the size of the hidden states may be.
+
+    Raises PopcompileError, ContractError.
+    """
+    if not needs_weights(program.num_layers, request, options):
+        return Plan(request.layers)
+    read = held_in_memory(read, name)
+    text = calibration_text(
+        options.origin, program, read, tokenizer, texts=options.texts, seed=options.seed,
+        progress=lambda *n: progress("sample", *n),
+    )  # fmt: skip
+    ranking = None if request.how == "layers" else _rank(program, read, text, options, progress)
+    layers = program.num_layers
+    most = largest_count(layers) if request.how == "auto" else len(request.layers)
+    first = min(request.layers) if request.how == "layers" else first_candidate(layers, most)
+    model = LayerwiseModel(materialise(program.graphs["model"], program, read))
+    states = None
+    if options.calibrated:
+        states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
+    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed)
+    search = Search(states, held_out, ranking.prefill if ranking else [0.0] * layers, lambda *n: progress("choose", *n))
+    if request.how == "auto":
+        chosen = search.within(options.budget)
+    else:
+        chosen = search.measure(request.layers) if request.how == "layers" else search.best(len(request.layers))
+    own = chosen.loss if states is None else held_out.measure(chosen.pruned, Calibration())
+    sections = {
+        "choice": _choice(program, search, chosen, request, options),
+        "quality": {
+            "text": text.source,
+            "texts": len(text.held_out),
+            "prompt_tokens": text.prompt,
+            "continuation_tokens": text.held_out.shape[1] - text.prompt,
+            "loss": asdict(chosen.loss),
+            "own_projection": asdict(own),
+        },
+    }
+    if ranking:
+        sizes = {key: _RANKING[key] for key in ("texts", "tokens")}
+        sections["importance"] = {**sizes, "layers": importance_rows(ranking)}
+    return Plan(chosen.pruned, search.calibrate(chosen.pruned), sections)
+
+
+def _rank(program: Program, read: Reader, text: CalibrationText, options: Options, progress: Progress) -> Importance:
+    tokens = text.calibration[: _RANKING["texts"], : _RANKING["tokens"]]
+    with fast_products():
+        return importance(
+            program, read, tokens, seed=options.seed, prefixes=_RANKING["prefixes"],
+            progress=lambda *n: progress("analyze", *n),
+        )  # fmt: skip
+
+
+def _choice(program: Program, search: Search, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
+    frontier = [
+        {
+            "pruned": candidate.pruned,
+            "speedup": round(predicted_speedup(program, candidate.pruned, options.calibrated), 4),
+            "loss": asdict(candidate.loss),
+            "chosen": candidate is chosen,
+        }
+        for candidate in sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.first_token_kl))
+    ]
+    return {
+        "how": request.how,
+        "budget": asdict(options.budget) if request.how == "auto" else None,
+        "met": request.how != "auto" or len(chosen.pruned) > 1,
+        "frontier": frontier,
+    }
+
+
+def predicted_speedup(program: Program, pruned: list[int], bypass: bool) -> float:
+    """FLOPs of the whole model's prefill with one row of logits over those of the pruned one, at 1,024 tokens."""
+    graph = program.graphs["model"]
+    tokens = REFERENCE_SIZES["prefill"]["sequence"]
+    whole, step = flops_by_layer(graph, "prefill"), flops_by_layer(graph, "decode")
+    total = saved = full_prefill_one_logit(graph)
+    for first, last in runs(pruned):
+        for layer in range(first, last + 1):
+            key, value = projected_kv(graph, layer)
+            width = int(shape_of(key)[2]) + int(shape_of(value)[2])
+            saved -= whole[layer] - step[layer] - 2 * tokens * _hidden(program) * width
+        if bypass and last + 1 < program.num_layers:
+            saved += 2 * tokens * _hidden(program) ** 2
+    return total / saved
+
+
+def _hidden(program: Program) -> int:
+    return int(shape_of(layer_output(program.graphs["model"], 0))[2])

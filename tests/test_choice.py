@@ -1,0 +1,180 @@
+"""Which layers are pruned: proposals, budgets, and what `convert` chooses for a tiny model and says about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluation import save_tiny, save_words
+
+import popcompile
+from popcompile.choice import Budget, propose
+from popcompile.held_out import Loss
+from popcompile.package import REPORT, read_manifest
+from popcompile.verify import verify
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("choice") / "model"
+    save_tiny(folder, tiny_llama(vocab_size=128, num_hidden_layers=LAYERS, max_position_embeddings=96))
+    return folder
+
+
+def report_of(package: Path) -> dict[str, Any]:
+    return json.loads((package / REPORT).read_text())
+
+
+@pytest.fixture(scope="module")
+def chosen(checkpoint: Path) -> Path:
+    """A package whose layers popcompile chose, of 5 at most."""
+    out = checkpoint.parent / "auto"
+    popcompile.convert(checkpoint, out, max_kl=2.0, calibration_texts=24)
+    return out
+
+
+# --- proposals and budgets -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.001, 10), min_size=2, max_size=40), st.data())
+def test_proposals(importance: list[float], data: Any) -> None:
+    layers = len(importance)
+    importance[-1] = 0.0
+    count = data.draw(st.integers(1, layers - 1))
+    first = data.draw(st.integers(1, layers - count))
+    found = propose(count, importance, first)
+    assert found[0] == list(range(layers - count, layers)), "the deepest ones are the first candidate"
+    assert len({tuple(p) for p in found}) == len(found)
+    for pruned in found:
+        assert pruned == sorted(set(pruned)) and len(pruned) == count and pruned[0] >= first
+        assert layers - 1 in pruned, "the last layer is free"
+
+
+def test_a_proposal_keeps_the_most_important_layers() -> None:
+    importance = [9.0, 1.0, 1.0, 5.0, 1.0, 7.0, 1.0, 0.0]
+    assert propose(3, importance, 1) == [[5, 6, 7], [4, 6, 7]]
+    assert propose(3, [1.0] * 7 + [0.0], 4) == [[5, 6, 7]]
+
+
+def loss(kl: float, ratio: float) -> Loss:
+    return Loss(kl, 0.0, 1.0, kl, 1.0, ratio)
+
+
+@pytest.mark.parametrize(
+    ("budget", "kl", "ratio", "spent"),
+    [
+        (Budget(max_kl=0.1), 0.05, 9.0, 0.5),
+        (Budget(max_ppl_ratio=1.1), 9.0, 1.05, 0.5),
+        (Budget(0.1, 1.1), 0.05, 1.2, 2.0),
+        (Budget(max_kl=0.0), 1e-7, 1.0, 0.0),  # rounding
+        (Budget(max_kl=0.0), 0.01, 1.0, float("inf")),
+        (Budget(max_ppl_ratio=1.0), 0.0, 0.99, 0.0),
+        (Budget(), 9.0, 9.0, 0.0),
+    ],
+)
+def test_budgets(budget: Budget, kl: float, ratio: float, spent: float) -> None:
+    assert budget.spent(loss(kl, ratio)) == pytest.approx(spent)
+
+
+# --- conversions -----------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_the_largest_within_the_budget(chosen: Path) -> None:
+    report, manifest = report_of(chosen), read_manifest(chosen)
+    choice, quality = report["choice"], report["quality"]
+    assert choice["how"] == "auto" and choice["budget"] == {"max_kl": 2.0, "max_ppl_ratio": None} and choice["met"]
+    (picked,) = [row for row in choice["frontier"] if row["chosen"]]
+    assert picked["pruned"] == manifest.pruned and manifest.kv_projection == "calibrated"
+    assert picked["loss"] == quality["loss"] and picked["loss"]["first_token_kl"] <= 2.0
+    larger = [row for row in choice["frontier"] if len(row["pruned"]) > len(manifest.pruned)]
+    assert all(row["loss"]["first_token_kl"] > 2.0 for row in larger)
+    assert quality["texts"] == 12 and quality["prompt_tokens"] == 76 and quality["continuation_tokens"] == 20
+    assert quality["own_projection"] != quality["loss"]
+    assert report["importance"]["layers"][-1]["prefill"] == 0.0
+    assert len(verify(chosen)) == 3
+
+
+def test_predicted_speedup_is_that_of_the_compiled_graph(chosen: Path) -> None:
+    report = report_of(chosen)
+    (picked,) = [row for row in report["choice"]["frontier"] if row["chosen"]]
+    flops = report["flops"]
+    assert picked["speedup"] == pytest.approx(flops["full_prefill_one_logit"] / flops["pop_prefill"], rel=0.005)
+
+
+def test_the_same_seed_gives_the_same_package(checkpoint: Path, tmp_path: Path) -> None:
+    def convert(name: str, seed: int) -> tuple[Any, Any]:
+        manifest = popcompile.convert(checkpoint, tmp_path / name, layers="2,4-5", calibration_texts=16, seed=seed)
+        return manifest.files[manifest.weights]["sha256"], report_of(tmp_path / name)["quality"]
+
+    assert convert("one", 0) == convert("two", 0) != convert("three", 1)
+
+
+def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="2-3,5", dtype="fp16")
+    report = report_of(tmp_path / "out")
+    assert report["choice"]["how"] == "layers" and report["choice"]["budget"] is None and manifest.pruned == [2, 3, 5]
+    quality = report["quality"]
+    assert quality["loss"]["first_token_kl"] < 0.8 * quality["own_projection"]["first_token_kl"]
+    assert "importance" not in report
+    names = {record["name"]: record for record in report["passes"]}
+    assert names["InsertBypass"]["matches"] == 1
+    assert len(verify(tmp_path / "out")) == 3
+
+
+def test_a_count_is_chosen_by_loss(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", prune=3, calibration_texts=24)
+    frontier = report_of(tmp_path / "out")["choice"]["frontier"]
+    best = min(frontier, key=lambda row: row["loss"]["first_token_kl"])
+    assert len(frontier) > 1 and best["chosen"] and best["pruned"] == manifest.pruned and len(manifest.pruned) == 3
+
+
+def test_a_budget_that_nothing_meets(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from popcompile.cli import main
+
+    out = tmp_path / "out"
+    assert main(["convert", str(checkpoint), str(out), "--max-kl", "0", "--calibration-texts", "16"]) == 0
+    shown = capsys.readouterr()
+    assert "no pruning meets the budget (--max-kl 0)" in shown.err and shown.err.count("\n") == 1
+    assert read_manifest(out).pruned == [LAYERS - 1] and not report_of(out)["choice"]["met"]
+    assert report_of(out)["quality"]["loss"]["first_token_kl"] < 1e-5
+
+
+def test_without_calibration_the_own_projections_are_measured(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", kv_projection="layer", max_kl=2.0)
+    report = report_of(tmp_path / "out")
+    assert manifest.kv_projection == "layer"
+    assert report["quality"]["loss"] == report["quality"]["own_projection"]
+
+
+def test_calibration_on_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    text = save_words(tmp_path / "words.txt", 3, 96 * 14)
+    popcompile.convert(checkpoint, tmp_path / "out", layers="3-5", calibration=str(text))
+    quality = report_of(tmp_path / "out")["quality"]
+    assert quality["text"] == "held-out part of words.txt" and 1 <= quality["texts"] <= 4
+
+
+def test_layers_that_cost_nothing_need_no_text(checkpoint: Path, tmp_path: Path) -> None:
+    steps = set()
+    popcompile.convert(checkpoint, tmp_path / "out", prune=1, progress=lambda step, *_: steps.add(step))
+    assert not steps & {"sample", "analyze", "calibrate", "choose"}
+    assert read_manifest(tmp_path / "out").kv_projection == "layer" and "quality" not in report_of(tmp_path / "out")
+
+
+def test_pruned_prefill_answers_as_measured(chosen: Path) -> None:
+    """The package's first-token KL on random prompts is of the size that the report says."""
+    model = popcompile.load(chosen)
+    random = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(12):
+        ids = torch.randint(128, (1, 60), generator=random)
+        full, pop = (model(ids, prefill=how, logits_to_keep=1).logits[0, -1].log_softmax(-1) for how in ("full", "pop"))
+        found.append(float((full.exp() * (full - pop)).sum()))
+    assert 0 < sum(found) / len(found) < 4 * report_of(chosen)["quality"]["loss"]["first_token_kl"]
