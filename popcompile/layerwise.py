@@ -124,7 +124,7 @@ class LayerwiseModel:
     def cache_entries(self, index: int, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Cache entries of projected keys and values, after norms and RoPE, [B, G, S, D] each."""
         projected = self._projected[index]
-        targets = [cache.args[1] for cache in self._caches[index]]
+        targets = [n for cache in self._caches[index] if isinstance(n := cache.args[1], fx.Node)]
         values = {**tokens.values, projected[0]: key, projected[1]: value}
         self._run(self._needed(index, targets, projected), values)
         return values[targets[0]], values[targets[1]]
@@ -149,7 +149,8 @@ class LayerwiseModel:
 
         for node in nodes:
             args, kwargs = map_arg((node.args, node.kwargs), value)
-            values[node] = functions.get(node.target, node.target)(*args, **kwargs)
+            function: Any = functions.get(node.target, node.target)
+            values[node] = function(*args, **kwargs)
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Tensor:
