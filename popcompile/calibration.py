@@ -154,14 +154,14 @@ def own_projection(model: LayerwiseModel, layer: int) -> Tensor:
     Read off the layer at unit vectors. Zeros where the layer's input norm is no RMS norm, so that there is no such map.
     """
     hidden = model.hidden_size
-    probe = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))
-    x = torch.cat((torch.eye(hidden) * hidden**0.5, torch.zeros(1, hidden), normalize(probe)))[None]
+    probe = normalize(torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)))
+    x = torch.cat((torch.eye(hidden) * hidden**0.5, torch.zeros(1, hidden), probe, 2 * probe))[None]
     rows = x.shape[1]
     tokens = model.tokens(torch.zeros(1, rows, dtype=torch.int64), torch.zeros(1, rows, dtype=torch.int64))
     out = torch.cat(model.project(layer, x, tokens), -1)[0].double()
     units, bias, expected = out[:hidden], out[hidden : hidden + 1], out[hidden + 1 :]
     own = torch.cat(((units - bias) / hidden**0.5, bias))
-    if not torch.allclose(_with_one(x[0, -1:].double()) @ own, expected, rtol=1e-2, atol=1e-2):
+    if not torch.allclose((_with_one(probe.double()) @ own).expand(2, -1), expected, rtol=1e-2, atol=1e-2):
         return torch.zeros_like(own)
     return own
 

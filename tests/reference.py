@@ -1,27 +1,54 @@
 """POP prefill written from transformers' modules alone, to compare against: DESIGN section 2, second formulation.
 
 Prefill the context tokens, pruned layers making only their K/V cache entries, then take one full decode step with the
-boundary token. Uses nothing of popcompile.
+boundary token. Calibrated maps take the place of the layers' own projections and of the way past a run of pruned
+layers. Uses nothing of popcompile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 
+class Map(NamedTuple):
+    """weight @ x / rms(x) + bias, and `sink` for the first token of a sequence."""
+
+    weight: torch.Tensor  # [out, hidden]
+    bias: torch.Tensor  # [out]
+    sink: torch.Tensor  # [out]
+
+    def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[1, S, out] for x [1, S, hidden] at positions [1, S]."""
+        out = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) @ self.weight.T + self.bias
+        return torch.where(positions[..., None] == 0, self.sink, out)
+
+
+#: a layer's map to keys, and to values, at the projections' output
+KVMaps = tuple[Map, Map]
+
+
 @torch.no_grad()
 def pop_prefill(
-    model: PreTrainedModel, input_ids: torch.Tensor, pruned: Collection[int], cache: DynamicCache | None = None
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    pruned: Collection[int],
+    cache: DynamicCache | None = None,
+    projections: Mapping[int, KVMaps] | None = None,
+    bypasses: Mapping[int, Map] | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
-    """Logits of the boundary token [1, 1, vocabulary] and the cache after the prompt input_ids [1, S]."""
+    """Logits of the boundary token [1, 1, vocabulary] and the cache after the prompt input_ids [1, S].
+
+    projections: of pruned layers that have calibrated ones. bypasses: by a run's first layer.
+    """
     cache = cache if cache is not None else full_cache(model)
     context = input_ids[:, :-1]
     if context.shape[1]:
-        _prefill_context(model, context, pruned, cache)
+        _prefill_context(model, context, pruned, cache, projections or {}, bypasses or {})
     out = model(input_ids=input_ids[:, -1:], past_key_values=cache, use_cache=True)
     return out.logits, cache
 
@@ -32,7 +59,12 @@ def full_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def _prefill_context(
-    model: PreTrainedModel, context: torch.Tensor, pruned: Collection[int], cache: DynamicCache
+    model: PreTrainedModel,
+    context: torch.Tensor,
+    pruned: Collection[int],
+    cache: DynamicCache,
+    projections: Mapping[int, KVMaps],
+    bypasses: Mapping[int, Map],
 ) -> None:
     decoder = model.model
     config = decoder.config
@@ -49,10 +81,18 @@ def _prefill_context(
     for kind in set(kinds):
         by_kind = isinstance(config.rope_parameters, dict) and kind in config.rope_parameters
         rope[kind] = decoder.rotary_emb(x, positions, kind) if by_kind else decoder.rotary_emb(x, positions)
+    first = 0  # of the run of pruned layers that a pruned layer is in
     for index, layer in enumerate(decoder.layers):
         if index in pruned:
-            key, value = _project(layer, x, rope[kinds[index]])
-            cache.update(key, value, index)
+            if index - 1 not in pruned:
+                first = index
+            if index in projections:
+                key, value = (m.apply(x, positions) for m in projections[index])
+            else:
+                key, value = _own_projections(layer, x)
+            cache.update(*_cache_entries(layer, key, value, rope[kinds[index]]), index)
+            if index + 1 not in pruned and first in bypasses:
+                x = x + bypasses[first].apply(x, positions)
         else:
             x = layer(
                 x,
@@ -64,17 +104,30 @@ def _prefill_context(
             )
 
 
-def _project(
-    layer: torch.nn.Module, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's keys and values [1, kv_heads, S, head] of the wrong hidden state, by its own weights."""
+def _own_projections(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's projected keys and values [1, S, kv_heads x head] of the wrong hidden state, by its own weights."""
     attention = layer.self_attn
-    normed = layer.input_layernorm(x)
-    shape = (*x.shape[:2], -1, attention.head_dim)
-    key = attention.k_proj(normed).view(shape).transpose(1, 2)
-    value = attention.v_proj(normed).view(shape).transpose(1, 2)
-    if hasattr(attention, "k_norm"):
-        key = attention.k_norm(key)
+    normed = layer.input_layernorm(x) if hasattr(layer, "input_layernorm") else x
+    if hasattr(attention, "qkv_proj"):
+        size = attention.num_key_value_heads * attention.head_dim
+        key, value = attention.qkv_proj(normed)[..., -2 * size :].chunk(2, -1)
+        return key, value
+    return attention.k_proj(normed), attention.v_proj(normed)
+
+
+def _cache_entries(
+    layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as the cache holds them [1, kv_heads, S, head]."""
+    attention = layer.self_attn
+    shape = (*key.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, "k_norm", None)
+    over_all_heads = norm is not None and norm.weight.shape[0] != attention.head_dim  # OLMo 2
+    if over_all_heads:
+        key = norm(key)
+    key, value = (t.view(shape).transpose(1, 2) for t in (key, value))
+    if norm is not None and not over_all_heads:
+        key = norm(key)
     cos, sin = (t[:, None] for t in rope)
     half = key.shape[-1] // 2
     rotated = torch.cat((-key[..., half:], key[..., :half]), dim=-1)
