@@ -70,8 +70,7 @@ class InsertKVProjection(Pass):
         keys, values = (int(shape_of(n)[2]) for n in (key, value))
         x = _entry(gm, layer)
         with gm.graph.inserting_before(min(key, value)):
-            both = emit_affine(gm, x, f"kv_projection.{layer}", keys + values, like=key)
-            both.meta["role"] = "calibrated"
+            both = emit_affine(gm, x, f"kv_projection.{layer}", keys + values, like=key, role="calibrated")
             parts = [
                 emit(gm.graph, aten.slice.Tensor, both, 2, start, start + size, like=old)
                 for start, size, old in ((0, keys, key), (keys, values, value))

@@ -73,7 +73,7 @@ def _projection_output(cache: fx.Node) -> fx.Node:
     raise ContractError(f"{cache.name} comes from no projection")
 
 
-def emit_affine(gm: fx.GraphModule, x: fx.Node, name: str, size: int, like: fx.Node) -> fx.Node:
+def emit_affine(gm: fx.GraphModule, x: fx.Node, name: str, size: int, like: fx.Node, role: str) -> fx.Node:
     """A calibrated map of the hidden state x [B, S, hidden] to [B, S, size], at the graph's insertion point.
 
     linear(x / rms(x)) with `name`.weight [size, hidden] and `name`.bias [size]; `name`.sink [size] at position 0.
@@ -85,7 +85,10 @@ def emit_affine(gm: fx.GraphModule, x: fx.Node, name: str, size: int, like: fx.N
     bias, sink = (emit_parameter(gm, f"{name}.{kind}", [size], dtype) for kind in ("bias", "sink"))
     normed = emit(gm.graph, ops.rms_norm, x, ones, NORM_EPS, like=like)
     out = emit(gm.graph, torch.ops.aten.linear.default, normed, weight, bias, like=like)
-    return emit(gm.graph, ops.replace_sink, out, sink, positions, like=like)
+    replaced = emit(gm.graph, ops.replace_sink, out, sink, positions, like=like)
+    for node in (normed, out, replaced):
+        node.meta["role"] = role
+    return replaced
 
 
 def boundary_index_of(gm: fx.GraphModule) -> fx.Node:

@@ -41,8 +41,10 @@ def layer_table(program: Program, pruned: list[int]) -> list[dict[str, Any]]:
     for layer in range(program.num_layers):
         attention = find(prefill, op=ops.attention, layer=layer)
         boundary_only = all((role_of(n) or "").startswith("boundary") for n in attention)
-        projected = any((role_of(n) or "").startswith("kv_projection") for n in projection_nodes(prefill, layer))
-        source = f"KV projection of x entering layer {entry[layer]}" if projected else "its own layer"
+        roles = {role_of(n) or "" for n in projection_nodes(prefill, layer)}
+        kind = "calibrated projection" if "kv_projection/calibrated" in roles else "own projection"
+        projected = any(role.startswith("kv_projection") for role in roles)
+        source = f"{kind} of x entering layer {entry[layer]}" if projected else "its own layer"
         window = attention[0].args[5]
         assert isinstance(window, int)
         rows.append(
