@@ -270,23 +270,36 @@ def _run(options: argparse.Namespace) -> None:
 
 def _add_inspect(commands: Any) -> None:
     parser = _command(
-        commands, "inspect", _inspect, "Show what every pass did to a package.", "popcompile inspect out/"
+        commands,
+        "inspect",
+        _inspect,
+        "Show what every pass did to a package, how its layers were chosen, and what that costs.",
+        "popcompile inspect out/ --html report.html",
     )
     parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write all of it into one page, with plots")
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the graph before and after a pass")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from popcompile.inspection import inspect_json, inspect_pass, inspect_text
 
-    if options.pass_name is not None and options.json:
-        raise PopcompileError("--pass prints code and --json a document; give one of them")
+    shown = {"--json": options.json, "--html": options.html is not None, "--pass": options.pass_name is not None}
+    given = [name for name, is_given in shown.items() if is_given]
+    if len(given) > 1:
+        raise PopcompileError(f"{' and '.join(given)}: each shows the package in another way; give one of them")
     if options.json:
         print(json.dumps(inspect_json(options.package), indent=2))
+    elif options.html is not None:
+        from popcompile.html_report import write_html
+
+        write_html(options.package, options.html)
+        print(options.html)
+    elif options.pass_name is not None:
+        print(inspect_pass(options.package, options.pass_name))
     else:
-        show_pass = options.pass_name is not None
-        print(inspect_pass(options.package, options.pass_name) if show_pass else inspect_text(options.package))
+        print(inspect_text(options.package))
 
 
 def _add_verify(commands: Any) -> None:

@@ -50,23 +50,33 @@ def evaluation_text(result: dict[str, Any]) -> str:
         f" against its full model\n{prompts}: prompts of {settings['prompt_tokens']} tokens and"
         f" {settings['continuation_tokens']} after them; [95% confidence interval]"
     )
-    parts = [head, _metric_table(result["texts"], settings)]
-    if "baselines" in result:
-        parts.append(_baseline_table(result))
-    return "\n\n".join(parts)
+    tables = [metric_rows(result)] + ([baseline_rows(result)] if "baselines" in result else [])
+    return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
 
 
-def _metric_table(texts: dict[str, dict[str, Any]], settings: dict[str, Any]) -> str:
-    rows = []
+def evaluation_words(result: dict[str, Any]) -> str:
+    """The result in one line, of all its texts."""
+    name = list(result["texts"])[-1]
+    metrics = result["texts"][name]
+    return (
+        f"first-token KL {_cell(metrics['first_token_kl_mean'])} nats, agreement {_cell(metrics['top1_agreement'])};"
+        f" perplexity {_cell(metrics['perplexity_ratio'])} times full (of {name}; 95% confidence interval)"
+    )
+
+
+def metric_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per metric with a cell per text."""
+    texts, rows = result["texts"], []
     for key, label in _METRICS.items():
         if all(key in metrics for metrics in texts.values()):
             if key == "greedy_agreement_tokens":
-                label += f" (of {settings['greedy_tokens']})"
+                label += f" (of {result['settings']['greedy_tokens']})"
             rows.append([label, *(_cell(metrics[key]) for metrics in texts.values())])
-    return tabulate(rows, headers=["", *texts], disable_numparse=True)
+    return ["", *texts], rows
 
 
-def _baseline_table(result: dict[str, Any]) -> str:
+def baseline_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per text and variant of the package, itself the last; `result` has baselines."""
     package = {f"this package, {result['kv_projection']} projection": result["texts"]}
     variants = {_VARIANTS[name]: texts for name, texts in result["baselines"].items()} | package
     rows = []
@@ -74,7 +84,7 @@ def _baseline_table(result: dict[str, Any]) -> str:
         for variant, texts in variants.items():
             cells = [_number(texts[name][key]["value"]) for key in list(_COLUMNS)[:-1]]
             rows.append([name, variant, *cells, _cell(texts[name]["perplexity_ratio"])])
-    return tabulate(rows, headers=["text", "variant", *_COLUMNS.values()], disable_numparse=True)
+    return ["text", "variant", *_COLUMNS.values()], rows
 
 
 def _cell(metric: dict[str, Any]) -> str:

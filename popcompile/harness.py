@@ -72,6 +72,13 @@ def run_tasks(
 
 def tasks_text(result: dict[str, Any]) -> str:
     """The result of `run_tasks` for a terminal."""
+    headers, rows = task_rows(result)
+    head = f"{result['package']}: lm-evaluation-harness {result['versions']['lm_eval']}, ± standard error"
+    return f"{head}\n\n" + tabulate(rows, headers, disable_numparse=True)
+
+
+def task_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per task and metric."""
     rows = []
     full, pop = (result["tasks"][prefill] for prefill in PREFILLS)
     for task, metrics in full.items():
@@ -80,8 +87,7 @@ def tasks_text(result: dict[str, Any]) -> str:
             if not name.endswith("_stderr") and name != "sample_len":
                 cells = [_cell(found[task], name, kind) for found in (full, pop)]
                 rows.append([task, name if kind in ("", "none") else f"{name} ({kind})", *cells])
-    head = f"{result['package']}: lm-evaluation-harness {result['versions']['lm_eval']}, ± standard error"
-    return f"{head}\n\n" + tabulate(rows, headers=["task", "metric", "full", "pop"], disable_numparse=True)
+    return ["task", "metric", "full", "pop"], rows
 
 
 def _cell(metrics: dict[str, Any], name: str, kind: str) -> str:

@@ -6,34 +6,53 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from popcompile.errors import PopcompileError
+from popcompile.evaluation_report import evaluation_words
+from popcompile.measurements import Measurements, read_measurements
 from popcompile.package import REPORT, Manifest, check_external_data, check_files, read_manifest
+from popcompile.report_words import (
+    Table,
+    chosen_by,
+    frontier_table,
+    not_measured,
+    quality_words,
+    text_words,
+    unmeasured,
+)
 from popcompile.selection import format_layers
 
 
 def inspect_json(folder: Path) -> dict[str, Any]:
-    """Manifest and report as one JSON document: {"manifest": ..., "report": ...}. Raises PopcompileError."""
-    manifest, report = _read(folder)
-    return {"manifest": asdict(manifest), "report": report}
+    """Manifest and report as one JSON document: {"manifest", "report", "not_measured"}. Raises PopcompileError.
+
+    not_measured: of "quality", "importance" and "frontier" those that the report lacks, with the command that measures.
+    """
+    manifest, report = read_package(folder)
+    with readable_report(folder):
+        missing = unmeasured(folder, manifest, read_measurements(report, manifest))
+    return {"manifest": asdict(manifest), "report": report, "not_measured": missing}
 
 
 def inspect_text(folder: Path) -> str:
     """The report for a terminal. Raises PopcompileError."""
-    manifest, report = _read(folder)
-    with _readable(folder):
-        return "\n\n".join([_summary(folder, manifest, report), _pass_table(report), _layer_table(report)]) + "\n"
+    manifest, report = read_package(folder)
+    with readable_report(folder):
+        found = read_measurements(report, manifest)
+        frontier = [_text(frontier_table(found.choice))] if found.choice and found.choice.frontier else []
+        tables = [*frontier, _text(pass_table(report)), _text(layer_table(report))]
+        return "\n\n".join([_summary(folder, manifest, report, found), *tables]) + "\n"
 
 
 def inspect_pass(folder: Path, name: str) -> str:
     """The graphs that a pass changed, before and after, as readable code. Raises PopcompileError."""
-    _, report = _read(folder)
-    with _readable(folder):
+    _, report = read_package(folder)
+    with readable_report(folder):
         names = [str(record["name"]) for record in report["passes"]]
     matches = [i for i, known in enumerate(names) if known.lower() == name.lower()]
     if not matches:
@@ -50,7 +69,8 @@ def inspect_pass(folder: Path, name: str) -> str:
     return "\n".join(parts)
 
 
-def _read(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+def read_package(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    """Manifest and report of a package whose files are the ones it was made with. Raises PopcompileError."""
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     check_external_data(folder, manifest)
@@ -62,7 +82,7 @@ def _read(folder: Path) -> tuple[Manifest, dict[str, Any]]:
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def readable_report(folder: Path) -> Iterator[None]:
     """A report of another shape than ours is the user's to replace."""
     try:
         yield
@@ -90,7 +110,7 @@ def _text_before(folder: Path, index: int, stage: str) -> str:
     return _read_text(found)
 
 
-def _summary(folder: Path, manifest: Manifest, report: dict[str, Any]) -> str:
+def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Measurements) -> str:
     flops = report["flops"]
     full, best, pop = (flops[k] / 1e9 for k in ("full_prefill", "full_prefill_one_logit", "pop_prefill"))
     sizes = flops["reference_sizes"]["prefill"]
@@ -107,11 +127,36 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any]) -> str:
         ),
         ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
         ("short prompts", f"below {manifest.prefill_threshold} tokens the runtime takes the full prefill (auto)"),
+        *_measured(unmeasured(folder, manifest, found), found),
     ]
-    return tabulate(rows, tablefmt="plain")
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
-def _pass_table(report: dict[str, Any]) -> str:
+def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:
+    """Rows on the choice and on quality."""
+    rows = [("layers chosen by", chosen_by(found.choice))]
+    if "frontier" in missing:
+        rows.append(("frontier", not_measured(missing["frontier"])))
+    if found.quality:
+        rows.append(("quality on held-out text", quality_words(found.quality)))
+        if found.quality.own_projection:
+            own = replace(found.quality, loss=found.quality.own_projection)
+            rows.append(("- with layers' own K/V", quality_words(own)))
+        rows.append(("- measured on", text_words(found.quality)))
+    if found.evaluation is not None:
+        rows.append(("quality, evaluated", evaluation_words(found.evaluation)))
+    if "quality" in missing:
+        rows.append(("quality", not_measured(missing["quality"])))
+    return rows
+
+
+def _text(table: Table) -> str:
+    align = [{"l": "left", "r": "right"}[letter] for letter in table.align]
+    return tabulate(table.rows, headers=table.headers, disable_numparse=True, colalign=align)
+
+
+def pass_table(report: dict[str, Any]) -> Table:
+    """What every pass matched and changed."""
     rows = []
     for record in report["passes"]:
         nodes = [f"{record['nodes_before'][s]} -> {record['nodes_after'][s]}" for s in ("prefill", "decode")]
@@ -119,10 +164,11 @@ def _pass_table(report: dict[str, Any]) -> str:
         flops = [f"{before[s] / 1e9:.2f} -> {after[s] / 1e9:.2f}" for s in ("prefill", "decode")]
         rows.append([record["name"], record["matches"], *nodes, *flops, f"{record['seconds']:.2f}"])
     headers = ["pass", "matches", "prefill nodes", "decode nodes", "prefill GFLOPs", "decode GFLOPs", "s"]
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6))
+    return Table(headers, rows, "lrrrrrr")
 
 
-def _layer_table(report: dict[str, Any]) -> str:
+def layer_table(report: dict[str, Any]) -> Table:
+    """What every layer executes in each stage."""
     rows = []
     for row in report["layers"]:
         rows.append(
@@ -133,7 +179,9 @@ def _layer_table(report: dict[str, Any]) -> str:
                 row["kv_from"],
                 "the layer",
                 f"{row['full_prefill_flops'] / 1e9:.2f} -> {row['prefill_flops'] / 1e9:.2f}",
+                f"{row['decode_flops'] / 1e9:.4f}",
             ]
         )
-    headers = ["layer", "attention", "prefill runs it for", "K/V of the prompt from", "decode runs", "prefill GFLOPs"]
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", *["left"] * 4, "right"))
+    headers = ["layer", "attention", "prefill runs it for", "K/V of the prompt from", "decode runs"]
+    headers += ["prefill GFLOPs", "decode GFLOPs"]
+    return Table(headers, rows, "rllllrr", {row["layer"] for row in report["layers"] if row["pruned"]})

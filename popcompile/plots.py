@@ -9,18 +9,19 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popcompile.errors import PopcompileError
+from popcompile.output_file import cannot_write, require_output_file
 
 if TYPE_CHECKING:  # importing matplotlib takes a second
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from popcompile.importance import Importance
+    from popcompile.measurements import LayerChoice, Point
 
 _FORMATS = (".svg", ".png")
 _STAGES: dict[str, dict[str, Any]] = {
@@ -34,18 +35,7 @@ def require_plot_path(path: Path) -> None:
     """Check, before any work, that a plot can be written at `path`. Raises PopcompileError."""
     if path.suffix.lower() not in _FORMATS:
         raise PopcompileError(f"--plot {path}: unknown format; end the name in {' or '.join(_FORMATS)}")
-    try:
-        if not path.parent.is_dir():
-            raise PopcompileError(f"--plot {path}: there is no folder {path.parent}; create it first")
-        if path.exists() and path.is_dir():
-            raise PopcompileError(f"--plot {path}: is a folder; give a file name")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PopcompileError(f"--plot {path}: no permission to write there; choose another place")
-        path.lstat()
-    except FileNotFoundError:
-        pass  # a new file
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    require_output_file("--plot", path)
 
 
 def write_importance_plot(
@@ -56,31 +46,38 @@ def write_importance_plot(
     try:
         path.write_bytes(picture)
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> PopcompileError:
-    return PopcompileError(f"--plot {path}: cannot be written ({error.strerror}); choose another place")
+        raise cannot_write("--plot", path, error) from error
 
 
 def importance_svg(importance: Importance, pruned: Collection[int] | None = None, title: str = "") -> str:
     """The plot as an <svg> element for an HTML page; layers of `pruned` are shaded."""
-    text = _draw(importance, title, pruned, "svg").decode()
-    return text[text.index("<svg") :]
+    return _element(_draw(importance, title, pruned, "svg"))
 
 
 def _draw(importance: Importance, title: str, pruned: Collection[int] | None, kind: str) -> bytes:
+    height = 4 if not importance.blocks else 3 * len(importance.blocks)
+    return _picture(height, lambda figure: _fill(figure, importance, title, set(pruned or ())), kind)
+
+
+def _picture(height: float, fill: Callable[[Figure], None], kind: str = "svg") -> bytes:
+    """A figure, 8 inches wide, that `fill` draws into, as a file of `kind`."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports where it keeps its font cache
     import matplotlib.style
     from matplotlib.figure import Figure
 
     settings = {"svg.hashsalt": "popcompile", "svg.fonttype": "none", "font.size": 10}
     with matplotlib.style.context(["default", settings]):
-        figure = Figure(figsize=(8, 4 if not importance.blocks else 3 * len(importance.blocks)), layout="constrained")
-        _fill(figure, importance, title, set(pruned or ()))
+        figure = Figure(figsize=(8, height), layout="constrained")
+        fill(figure)
         out = io.BytesIO()
         figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return out.getvalue()
+
+
+def _element(file: bytes) -> str:
+    """The <svg> element of an SVG file."""
+    text = file.decode()
+    return text[text.index("<svg") :]
 
 
 def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) -> None:
@@ -92,9 +89,7 @@ def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) 
     for i, (axes, block) in enumerate(zip(all_axes, blocks, strict=True)):
         pick = slice(i, None, len(blocks))
         _stages(axes, importance, pick, floor)
-        for layer in sorted(pruned):
-            label = "pruned in prefill" if layer == min(pruned) else None
-            axes.axvspan(layer - 0.5, layer + 0.5, facecolor="0.88", edgecolor="none", zorder=0, label=label)
+        _shade(axes, pruned)
         axes.set_yscale("log")
         axes.set_ylim(bottom=floor / 2)
         axes.set_ylabel(f"importance of {_NAMES.get(block, block)}" if block else "importance")
@@ -105,6 +100,12 @@ def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) 
     all_axes[-1].set_xlim(-0.5, len(importance.prefill) // len(blocks) - 0.5)
     all_axes[-1].set_xlabel("layer")
     all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
+
+
+def _shade(axes: Axes, pruned: Collection[int]) -> None:
+    for layer in sorted(pruned):
+        label = "pruned in prefill" if layer == min(pruned) else None
+        axes.axvspan(layer - 0.5, layer + 0.5, facecolor="0.88", edgecolor="none", zorder=0, label=label)
 
 
 def _entries(all_axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
@@ -133,3 +134,110 @@ def _stages(axes: Axes, importance: Importance, pick: slice, floor: float) -> No
 def _exponent(value: float) -> int:
     """The power of ten at or below a number."""
     return math.floor(math.log10(value))
+
+
+# --- frontier --------------------------------------------------------------------------------------------------
+
+
+def frontier_svg(choice: LayerChoice) -> str:
+    """What every measured set of pruned layers costs, over the number of its layers, as an <svg> element.
+
+    Above, KL of the first token with its standard error; below, perplexity over the whole model's.
+    """
+    return _element(_picture(5.5, lambda figure: _fill_frontier(figure, choice)))
+
+
+def _fill_frontier(figure: Figure, choice: LayerChoice) -> None:
+    all_axes = figure.subplots(2, 1, sharex=True)
+    best = choice.best()
+    for axes, metric in zip(all_axes, ("first_token_kl", "ppl_ratio"), strict=True):
+        _points(axes, choice.frontier, metric, "measured set", color="0.6", marker=".", linestyle="none")
+        _points(axes, best, metric, "best of its number", **_STAGES["prefill"] | {"markersize": 4})
+        chosen = {"color": "#D55E00", "marker": "*", "markersize": 14, "linestyle": "none", "zorder": 3}
+        _points(axes, [p for p in choice.frontier if p.chosen], metric, "chosen", **chosen)
+        if (limit := choice.max_kl if metric == "first_token_kl" else choice.max_ppl_ratio) is not None:
+            axes.axhline(limit, color="#009E73", linestyle=":", label="budget")
+        axes.grid(axis="y", color="0.85", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    _scale_kl(all_axes[0], choice)
+    _scale_perplexity(all_axes[1], choice)
+    shown = _apart([*(p for p in choice.frontier if p.chosen), *best])
+    all_axes[-1].set_xticks([len(p.pruned) for p in shown], [f"{len(p.pruned)}\n{p.speedup:.2f}x" for p in shown])
+    all_axes[-1].set_xlabel("layers pruned in prefill; below, how many times fewer FLOPs prefill takes")
+    figure.legend(*_entries(all_axes), frameon=False, ncols=4, loc="outside lower center")
+
+
+def _scale_kl(axes: Axes, choice: LayerChoice) -> None:
+    """Logarithmic where the values are far apart."""
+    axes.set_ylabel("first-token KL (nats)")
+    values = [p.loss.first_token_kl for p in choice.frontier if 0 < p.loss.first_token_kl < math.inf]
+    if values and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _scale_perplexity(axes: Axes, choice: LayerChoice) -> None:
+    """From 1 to five times what the budget allows or the choice costs: far costlier sets would flatten all others."""
+    axes.set_ylabel("perplexity, pop / full")
+    values = [p.loss.ppl_ratio for p in choice.frontier if math.isfinite(p.loss.ppl_ratio)]
+    of_interest = [p.loss.ppl_ratio for p in choice.frontier if p.chosen and math.isfinite(p.loss.ppl_ratio)]
+    if choice.max_ppl_ratio is not None:
+        of_interest.append(choice.max_ppl_ratio)
+    if values:
+        bottom = min(1.0, *values, *of_interest)
+        excess = max([0.01, *(value - 1 for value in of_interest)]) if of_interest else max(values) - 1
+        axes.set_ylim(bottom, max(1 + min(5 * excess, 1.05 * (max([*values, *of_interest]) - 1)), bottom + 0.01))
+
+
+def _apart(points: Sequence[Point]) -> list[Point]:
+    """Those whose labels do not overlap on the axis; of two that would, the earlier one."""
+    counts = [len(p.pruned) for p in points]
+    gap = (max(counts, default=0) - min(counts, default=0)) / 11
+    shown: list[Point] = []
+    for point in points:
+        if all(abs(len(point.pruned) - len(other.pruned)) >= gap for other in shown):
+            shown.append(point)
+    return shown
+
+
+def _points(axes: Axes, points: Sequence[Point], metric: str, label: str, **style: Any) -> None:
+    """Points with finite losses; KL with its error, where it is known."""
+    shown = [p for p in points if math.isfinite(getattr(p.loss, metric))]
+    heights = [getattr(p.loss, metric) for p in shown]
+    errors = None
+    if metric == "first_token_kl" and style["linestyle"] == "-":
+        known = [0.0 if math.isnan(p.loss.first_token_kl_error) else p.loss.first_token_kl_error for p in shown]
+        errors = ([min(e, 0.9 * h) for e, h in zip(known, heights, strict=True)], known)  # a log axis ends above 0
+    if shown:
+        counts = [len(p.pruned) for p in shown]
+        axes.errorbar(counts, heights, yerr=errors, label=label, elinewidth=0.8, capsize=3, **style)
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------
+
+
+def flops_svg(layers: Sequence[Mapping[str, Any]], tokens: int) -> str:
+    """FLOPs of every layer in a prefill of `tokens` tokens, of the full model and of the package, as an <svg> element.
+
+    layers: rows of `layer_table`; pruned ones are shaded.
+    """
+    return _element(_picture(3.2, lambda figure: _fill_flops(figure, layers, tokens)))
+
+
+def _fill_flops(figure: Figure, layers: Sequence[Mapping[str, Any]], tokens: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots()
+    _shade(axes, [row["layer"] for row in layers if row["pruned"]])
+    numbers = [row["layer"] for row in layers]
+    full, pop = ([row[name] / 1e9 for row in layers] for name in ("full_prefill_flops", "prefill_flops"))
+    axes.bar(numbers, full, width=0.8, facecolor="none", edgecolor="0.45", label="full prefill")
+    axes.bar(numbers, pop, width=0.5, color=_STAGES["prefill"]["color"], label="pop prefill")
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(f"GFLOPs, {tokens:,} tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*_entries([axes]), frameon=False, ncols=4, loc="outside lower center")

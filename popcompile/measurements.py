@@ -1,0 +1,182 @@
+"""What a package's report says of the choice of its layers and of quality, read and checked.
+
+Every part may be missing, for a package need not be measured. One of another shape than ours raises KeyError,
+TypeError, ValueError or AttributeError, which `inspection.readable_report` words for the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from popcompile.held_out import Loss
+from popcompile.importance import Importance
+
+if TYPE_CHECKING:
+    from popcompile.package import Manifest
+
+_LOSSES = tuple(field.name for field in fields(Loss))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured set of pruned layers. speedup: prefill FLOPs of the whole model with one row of logits, by those of
+    this prefill.
+    """
+
+    pruned: list[int]
+    speedup: float
+    loss: Loss
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """How the pruned layers were chosen. how: "auto" (as many as the budget allows), or "count" or "layers", which the
+    user gave.
+
+    max_kl in nats and max_ppl_ratio are the budget, None where it has none; met: whether the choice is within it.
+    frontier: every set that was measured; of one number of layers there may be several.
+    """
+
+    how: str
+    max_kl: float | None
+    max_ppl_ratio: float | None
+    met: bool
+    frontier: list[Point]
+
+    def best(self) -> list[Point]:
+        """The set of least first-token KL for each number of layers, ascending."""
+        least: dict[int, Point] = {}
+        for point in sorted(self.frontier, key=lambda p: p.loss.first_token_kl):
+            least.setdefault(len(point.pruned), point)
+        return [least[count] for count in sorted(least)]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The package's loss on text that calibration did not see; own_projection: that of the same layers with their own
+    K/V projections, None where the package has those. Lengths are in tokens.
+    """
+
+    text: str
+    texts: int
+    prompt_tokens: int
+    continuation_tokens: int
+    loss: Loss
+    own_projection: Loss | None
+
+
+@dataclass(frozen=True)
+class MeasuredImportance:
+    """Importance by layer, and how many texts of how many tokens it was measured on."""
+
+    texts: int
+    tokens: int
+    importance: Importance
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """None: not measured. evaluation, evaluation_tasks: what `popcompile evaluate --save` kept."""
+
+    importance: MeasuredImportance | None
+    choice: LayerChoice | None
+    quality: Quality | None
+    evaluation: dict[str, Any] | None
+    evaluation_tasks: dict[str, Any] | None
+
+
+def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurements:
+    """The measurements in a package's report.json."""
+
+    def part(name: str, read: Any) -> Any:
+        return None if report.get(name) is None else read(_object(name, report[name]))
+
+    count = manifest.num_layers
+    return Measurements(
+        importance=part("importance", lambda entry: _importance(entry, count)),
+        choice=part("choice", lambda entry: _choice(entry, count)),
+        quality=part("quality", lambda entry: _quality(entry, manifest.kv_projection)),
+        evaluation=part("evaluation", dict),
+        evaluation_tasks=part("evaluation_tasks", dict),
+    )
+
+
+def _importance(entry: dict[str, Any], num_layers: int) -> MeasuredImportance:
+    rows = entry["layers"]
+    if [row["layer"] for row in rows] != list(range(num_layers)):
+        raise ValueError(f"importance has other layers than 0 to {num_layers - 1}")
+    prefill, decode = ([_number(row[stage]) for row in rows] for stage in ("prefill", "decode"))
+    prefill_error, decode_error = (
+        [_number_or_unknown(row[f"{stage}_error"]) for row in rows] for stage in ("prefill", "decode")
+    )
+    found = Importance(prefill, decode, prefill_error, decode_error)
+    return MeasuredImportance(_whole(entry["texts"]), _whole(entry["tokens"]), found)
+
+
+def _choice(entry: dict[str, Any], num_layers: int) -> LayerChoice:
+    if entry["how"] not in ("auto", "count", "layers"):
+        raise ValueError(f"unknown choice {entry['how']!r}")
+    budget = entry["budget"] or {"max_kl": None, "max_ppl_ratio": None}
+    points = []
+    for point in entry["frontier"]:
+        if not set(point["pruned"]) <= set(range(num_layers)):
+            raise ValueError(f"the frontier prunes {point['pruned']} of {num_layers} layers")
+        points.append(Point(point["pruned"], _number(point["speedup"]), _loss(point["loss"]), bool(point["chosen"])))
+    return LayerChoice(
+        how=entry["how"],
+        max_kl=_number_or_none(budget["max_kl"]),
+        max_ppl_ratio=_number_or_none(budget["max_ppl_ratio"]),
+        met=bool(entry["met"]),
+        frontier=points,
+    )
+
+
+def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
+    own = entry.get("own_projection")
+    other = None if own is None or kv_projection == "layer" else _loss(own)
+    return Quality(
+        text=str(entry["text"]),
+        texts=_whole(entry["texts"]),
+        prompt_tokens=_whole(entry["prompt_tokens"]),
+        continuation_tokens=_whole(entry["continuation_tokens"]),
+        loss=_loss(entry["loss"]),
+        own_projection=other,
+    )
+
+
+def _loss(entry: dict[str, Any]) -> Loss:
+    values = {name: _number(entry[name]) for name in _LOSSES if name != "first_token_kl_error"}
+    return Loss(**values, first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]))
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is no object")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Infinity is one: a model without its layers has any perplexity."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _number_or_unknown(value: Any) -> float:
+    """The standard error over a single text is null, or NaN."""
+    unknown = value is None or (isinstance(value, float) and math.isnan(value))
+    return math.nan if unknown else _number(value)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value

@@ -1,0 +1,114 @@
+"""Measurements in words and table cells, the same on the terminal and in the page."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from popcompile.held_out import Loss
+from popcompile.measurements import LayerChoice, Measurements, Quality
+from popcompile.package import Manifest
+from popcompile.selection import format_layers
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. align: "l" or "r" for each column. marked: rows that stand out."""
+
+    headers: list[str]
+    rows: list[list[str]]
+    align: str
+    marked: set[int] = field(default_factory=set)
+
+
+def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
+    """The command that measures it, for each of "quality", "importance" and "frontier" that was not measured."""
+    out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
+    commands = {}
+    if found.quality is None and found.evaluation is None:
+        commands["quality"] = f"popcompile evaluate {out} --save"
+    if found.importance is None:
+        commands["importance"] = f"popcompile analyze {source}"
+    if found.choice is None or not found.choice.frontier:
+        commands["frontier"] = f"popcompile convert {source} {out} --prune auto --force"
+    return commands
+
+
+def not_measured(command: str) -> str:
+    return f"not measured; `{command}` measures it"
+
+
+def chosen_by(choice: LayerChoice | None) -> str:
+    """Who chose the layers, and whether they keep to the budget."""
+    if choice is None:
+        return "not recorded"
+    who = {"auto": "popcompile", "count": "popcompile; the user gave their number", "layers": "the user"}[choice.how]
+    limits = [
+        *([f"first-token KL of at most {choice.max_kl:g} nats"] if choice.max_kl is not None else []),
+        *([f"perplexity of at most {choice.max_ppl_ratio:g} times full"] if choice.max_ppl_ratio is not None else []),
+    ]
+    if not limits:
+        return who
+    return f"{who}; budget: {' and '.join(limits)}; {'met' if choice.met else 'not met'}"
+
+
+def quality_words(quality: Quality) -> str:
+    """The package's loss in one line."""
+    loss = quality.loss
+    return (
+        f"first-token KL {kl_cell(loss)} nats, agreement {share(loss.first_token_agreement)};"
+        f" perplexity {ratio(loss.ppl_ratio)} times full"
+    )
+
+
+def text_words(quality: Quality) -> str:
+    """What quality was measured on."""
+    lengths = f"{quality.prompt_tokens} tokens and {quality.continuation_tokens} after them"
+    return f"{quality.texts} texts, {quality.text}: prompts of {lengths}"
+
+
+def frontier_table(choice: LayerChoice) -> Table:
+    """The best set for each number of layers, and the chosen one, which is marked."""
+    points = choice.best()
+    points += [p for p in choice.frontier if p.chosen and p not in points]
+    points.sort(key=lambda p: (len(p.pruned), p.loss.first_token_kl))
+    rows = [
+        [
+            str(len(p.pruned)),
+            format_layers(p.pruned),
+            f"{p.speedup:.2f}x",
+            *loss_cells(p.loss),
+            "chosen" if p.chosen else "",
+        ]
+        for p in points
+    ]
+    marked = {i for i, p in enumerate(points) if p.chosen}
+    return Table(["number", "pruned layers", "FLOPs saved", *LOSS_HEADERS, ""], rows, "rlrrrrrrl", marked)
+
+
+LOSS_HEADERS = ["first-token KL", "same first token", "KL after it", "same token", "ppl / full"]
+
+
+def loss_cells(loss: Loss) -> list[str]:
+    shares = share(loss.first_token_agreement), share(loss.agreement)
+    return [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
+
+
+def kl_cell(loss: Loss) -> str:
+    error = loss.first_token_kl_error
+    return small(loss.first_token_kl) + ("" if math.isnan(error) else f" ± {small(error)}")
+
+
+def small(value: float) -> str:
+    """A number of nats."""
+    return f"{value:.4f}" if value < 1 else f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
