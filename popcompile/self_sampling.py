@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
-from popcompile.execution import NO_NUMBERS, call_reference
+from popcompile.execution import NO_NUMBERS, call_reference, fast_products
 from popcompile.passes import ops
 from popcompile.passes.graph import find, shape_of
 
@@ -78,14 +78,18 @@ def _write_in_place(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
 def _attend_to_all(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """attention of one token per row to a cache without slack, by groups of heads: no copy of a key per head."""
+    """attention of one token per row to a cache without slack, by groups of heads: no copy of a key per head.
+
+    In plain fp32: keys get longer with every token, and oneDNN would keep a bf16 kernel for each length.
+    """
     if window > 0:
         key, value = key[:, :, -window:], value[:, :, -window:]
     grouped = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
-    scores = grouped @ key.transpose(2, 3) * scale
-    if softcap > 0:
-        scores = torch.tanh(scores / softcap) * softcap
-    return (scores.softmax(-1) @ value).flatten(1, 2)[:, :, None]
+    with fast_products(False):
+        scores = grouped @ key.transpose(2, 3) * scale
+        if softcap > 0:
+            scores = torch.tanh(scores / softcap) * softcap
+        return (scores.softmax(-1) @ value).flatten(1, 2)[:, :, None]
 
 
 def _cache_shapes(model: fx.GraphModule, slots: int) -> list[tuple[int, int, int]]:
