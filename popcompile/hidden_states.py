@@ -55,7 +55,8 @@ class HiddenStates:
                 progress(done + 1, len(batches))
 
     def before(self, layer: int) -> Tensor:
-        """[N, T, hidden], backed by the file."""
+        """[N, T, hidden], backed by the file. layer: at least `first`."""
+        assert layer >= self.first
         return self._states[layer - self.first]
 
     def batches(self) -> Iterator[slice]:
