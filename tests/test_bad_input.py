@@ -189,7 +189,7 @@ CHOICES = [
     (["--dtype", ""], "--dtype : unknown; choose one of"),
     (["--provider", "tpu"], "--provider tpu: unknown; choose one of cpu, cuda"),
     (["--layout", "merged"], "--layout merged: unknown; choose one of split"),
-    (["--kv-projection", "none"], "--kv-projection none: unknown; choose one of layer"),
+    (["--kv-projection", "none"], "--kv-projection none: unknown; choose one of calibrated, layer"),
     (["--prune", "2"], "the model has 2 layers and at least one must encode the prompt; prune at most 1"),
     (["--prune", "999999999"], "prune at most 1"),
     (["--prune", "0.9"], "prune at most 1"),
