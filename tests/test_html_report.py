@@ -90,7 +90,7 @@ def save(package: Path, sections: dict[str, Any], **changes: Any) -> Path:
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of which nothing was measured."""
     parent = tmp_path_factory.mktemp("packages")
-    convert(save_model(parent / "model", num_hidden_layers=4), parent / "bare", layers="2-3")
+    convert(save_model(parent / "model", num_hidden_layers=4), parent / "bare", layers="2-3", kv_projection="layer")
     return parent / "bare"
 
 
@@ -166,7 +166,7 @@ def test_page_shows_every_section(page: str) -> None:
         "dropped in prefill and decode",
         "hellaswag acc 0.4000 ± 0.1000",
         "Measured on 6 texts of 32 tokens",
-        "boundary token KV projection of x entering layer 2",
+        "boundary token own projection of x entering layer 2",
         "InsertBoundaryRecompute",
         "weights.onnx.data",
     ):
