@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class LayerwiseModel:
         self._model = model
         self.num_layers = len(find(model, op=ops.attention))
         self._parameters: _Values = {
-            n: _attribute(model, str(n.target)) for n in model.graph.nodes if n.op == "get_attr"
+            n: attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"
         }
         layered = {n for n in call_nodes(model) if layer_of(n) is not None}
         after: set[fx.Node] = set()
@@ -151,11 +152,3 @@ class LayerwiseModel:
             args, kwargs = map_arg((node.args, node.kwargs), value)
             function: Any = functions.get(node.target, node.target)
             values[node] = function(*args, **kwargs)
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Tensor:
-    *parents, leaf = path.split(".")
-    for name in parents:
-        module = getattr(module, name)
-    value: Tensor = getattr(module, leaf)
-    return value
