@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 import os
 import sys
@@ -100,7 +101,7 @@ def _cell(metrics: dict[str, Any], name: str, kind: str) -> str:
 def _require_harness() -> None:
     try:
         with quiet():
-            import lm_eval.models.huggingface  # noqa: F401
+            importlib.import_module("lm_eval.models.huggingface")
     except ImportError as error:
         missing = f" ({one_line(error)})" if error.name != "lm_eval" else ""
         raise PopcompileError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from popcompile.package import read_manifest
 from popcompile.runtime import Runtime
 
 try:
-    import lm_eval  # noqa: F401
+    importlib.import_module("lm_eval")
 
     MISSING = False
 except ImportError:
