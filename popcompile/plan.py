@@ -59,11 +59,6 @@ class Plan:
     calibration: Calibration = field(default_factory=Calibration)
     sections: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def met(self) -> bool:
-        """Whether a pruning that saves something was found within the budget."""
-        return bool(self.sections.get("choice", {}).get("met", True))
-
 
 def needs_weights(num_layers: int, request: Request, options: Options) -> bool:
     """Whether the model has to be run to plan. To skip the last layer alone costs nothing."""
