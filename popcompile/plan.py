@@ -8,8 +8,9 @@ only to write them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,16 @@ def _rank(program: Program, read: Reader, text: CalibrationText, options: Option
 
 
 def _choice(program: Program, search: Search, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
+    candidates = sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.first_token_kl))
+    speedups = predicted_speedups(program, [c.pruned for c in candidates], options.calibrated)
     frontier = [
         {
             "pruned": candidate.pruned,
-            "speedup": round(predicted_speedup(program, candidate.pruned, options.calibrated), 4),
+            "speedup": round(speedup, 4),
             "loss": asdict(candidate.loss),
             "chosen": candidate is chosen,
         }
-        for candidate in sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.first_token_kl))
+        for candidate, speedup in zip(candidates, speedups, strict=True)
     ]
     return {
         "how": request.how,
@@ -148,21 +151,24 @@ def _choice(program: Program, search: Search, chosen: Candidate, request: Reques
     }
 
 
-def predicted_speedup(program: Program, pruned: list[int], bypass: bool) -> float:
-    """FLOPs of the whole model's prefill with one row of logits over those of the pruned one, at 1,024 tokens."""
+def predicted_speedups(program: Program, candidates: Sequence[list[int]], bypass: bool) -> list[float]:
+    """FLOPs of the whole model's prefill with one row of logits over those of each pruned one, at 1,024 tokens.
+
+    candidates: sets of pruned layers. bypass: whether a bypass follows every run of them.
+    """
     graph = program.graphs["model"]
-    tokens = REFERENCE_SIZES["prefill"]["sequence"]
+    tokens, hidden = REFERENCE_SIZES["prefill"]["sequence"], int(shape_of(layer_output(graph, 0))[2])
     whole, step = flops_by_layer(graph, "prefill"), flops_by_layer(graph, "decode")
-    total = saved = full_prefill_one_logit(graph)
-    for first, last in runs(pruned):
-        for layer in range(first, last + 1):
-            key, value = projected_kv(graph, layer)
-            width = int(shape_of(key)[2]) + int(shape_of(value)[2])
-            saved -= whole[layer] - step[layer] - 2 * tokens * _hidden(program) * width
-        if bypass and last + 1 < program.num_layers:
-            saved += 2 * tokens * _hidden(program) ** 2
-    return total / saved
+    total = full_prefill_one_logit(graph)
 
+    @cache
+    def saved(layer: int) -> int:
+        key, value = projected_kv(graph, layer)
+        width = int(shape_of(key)[2]) + int(shape_of(value)[2])
+        return whole[layer] - step[layer] - 2 * tokens * hidden * width
 
-def _hidden(program: Program) -> int:
-    return int(shape_of(layer_output(program.graphs["model"], 0))[2])
+    def flops(pruned: list[int]) -> int:
+        bypasses = sum(last + 1 < program.num_layers for _, last in runs(pruned)) if bypass else 0
+        return total - sum(saved(layer) for layer in pruned) + bypasses * 2 * tokens * hidden**2
+
+    return [total / flops(pruned) for pruned in candidates]
