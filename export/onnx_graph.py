@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from onnx_ir.passes.common import (
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from popcompile.loading import errors_only
 from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 
@@ -162,12 +162,9 @@ def _name_dimensions(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch.onnx's progress lines and its warnings about packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(action="ignore"),
+        errors_only("torch.onnx"),
+    ):
+        yield

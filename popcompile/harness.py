@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from popcompile.chat import load_tokenizer
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM
-from popcompile.loading import one_line, quiet
+from popcompile.loading import errors_only, one_line, quiet
 from popcompile.runtime import KVCache, Runtime, Stage
 
 PREFILLS: dict[str, Stage] = {"full": "decode", "pop": "prefill"}
@@ -217,13 +216,10 @@ def _score(runtime: Runtime, first: Tensor, cache: KVCache, answer: Tensor) -> t
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without the harness's log and what it prints to stdout, where a command's result goes."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    with (
+        quiet(),
+        errors_only("lm_eval", "datasets"),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield

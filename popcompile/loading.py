@@ -47,14 +47,23 @@ def quiet() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(action="ignore"),
+        errors_only("transformers", "huggingface_hub"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Loggers without what is less than an error."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

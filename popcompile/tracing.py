@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
+from popcompile.loading import errors_only
 from popcompile.passes import ops
 from popcompile.passes.base import Program
 
@@ -220,14 +220,5 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch.export's and transformers' warnings, which name nothing that a user could change."""
-    loggers = [logging.getLogger(n) for n in ("transformers", "torch.export", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    with warnings.catch_warnings(action="ignore"), errors_only("transformers", "torch.export", "torch.onnx"):
+        yield
