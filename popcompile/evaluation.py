@@ -28,12 +28,10 @@ from popcompile.chat import load_tokenizer
 from popcompile.conversion import Progress
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest
+from popcompile.predictions import compare
 from popcompile.runtime import KVCache, Runtime, Stage
 from popcompile.texts import default_texts, read_texts, windows
 from popcompile.variants import Variants
-
-#: rows of logits that are compared at once
-_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -240,19 +238,13 @@ def _compare(
 
 def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None) -> PromptScores:
     """Compare two predictions [tokens, vocabulary] of `continuation` [tokens]."""
-    kl, full_nll, nll = [], [], []
-    for one, two, tokens in zip(full.split(_ROWS), other.split(_ROWS), continuation.split(_ROWS), strict=True):
-        log_p, log_q = (torch.log_softmax(t.float(), dim=-1) for t in (one, two))
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp(min=0))
-        full_nll.append(-log_p.gather(1, tokens[:, None])[:, 0].double())
-        nll.append(-log_q.gather(1, tokens[:, None])[:, 0].double())
-    divergence = torch.cat(kl)
+    compared = compare(full, other, continuation)
     return PromptScores(
-        first_kl=float(divergence[0]),
-        mean_kl=float(divergence.mean()),
-        agreement=float((full.argmax(-1) == other.argmax(-1)).double().mean()),
-        full_nll=float(torch.cat(full_nll).mean()),
-        nll=float(torch.cat(nll).mean()),
+        first_kl=float(compared.kl[0]),
+        mean_kl=float(compared.kl.mean()),
+        agreement=float(compared.agreement.mean()),
+        full_nll=float(compared.full_nll.mean()),
+        nll=float(compared.nll.mean()),
         greedy=greedy,
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from popcompile.calibration import Calibration
 from popcompile.layerwise import Keys, LayerwiseModel, Tokens
 from popcompile.passes.graph import runs
+from popcompile.predictions import Comparison, compare
 
 #: rows that are run together
 _BATCH = 4
@@ -76,7 +77,7 @@ class HeldOut:
     def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
         parts = [self._compare(batch, self._run(batch, pruned, calibration)) for batch in self._batches()]
-        kl, whole, ours, agreement = (torch.cat(values) for values in zip(*parts, strict=True))
+        kl, whole, ours, agreement = map(torch.cat, zip(*parts, strict=True))
         after = slice(0, self.continued)
         first = torch.cat((kl[:, :1], kl[:, self.continued :]), 1).mean(1)
         first_agreement = torch.cat((agreement[:, :1], agreement[:, self.continued :]), 1).mean()
@@ -116,17 +117,17 @@ class HeldOut:
         key, value = calibration.projections[layer](x).chunk(2, -1)
         return key, value
 
-    def _compare(self, batch: slice, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """KL, both models' loss of the next token, and agreement, [B, tail] each; a row at a time bounds the logits."""
-        results = []
+    def _compare(self, batch: slice, y: Tensor) -> Comparison:
+        """The whole model's predictions with those from the tail's last hidden state y [B, tail, hidden]: [B, tail].
+
+        A row at a time bounds the logits.
+        """
+        rows = []
+        tokens = self._tokens(batch)[1]
         for final, ours, following in zip(self._final[batch], y, self._next[batch], strict=True):
-            tokens = self._tokens(batch)[1]
-            p, q = (self.model.logits(h[None], tokens)[0].float().log_softmax(-1) for h in (final, ours))
-            kl = (p.exp() * (p - q)).sum(-1)
-            losses = [-t.gather(1, following[:, None])[:, 0] for t in (p, q)]
-            results.append((kl, *losses, (p.argmax(-1) == q.argmax(-1)).float()))
-        kl, whole, pruned, agreement = (torch.stack(values) for values in zip(*results, strict=True))
-        return kl, whole, pruned, agreement
+            whole, pruned = (self.model.logits(h[None], tokens)[0] for h in (final, ours))
+            rows.append(compare(whole, pruned, following))
+        return Comparison(*map(torch.stack, zip(*rows, strict=True)))
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.rows), _BATCH):
