@@ -26,10 +26,11 @@ from torch import Tensor
 from popcompile.bootstrap import CONFIDENCE, RESAMPLES, estimate
 from popcompile.chat import load_tokenizer
 from popcompile.conversion import Progress
+from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest
 from popcompile.predictions import compare
-from popcompile.runtime import KVCache, Runtime, Stage
+from popcompile.runtime import KVCache, Runtime
 from popcompile.texts import default_texts, read_texts, windows
 from popcompile.variants import Variants
 
@@ -48,30 +49,6 @@ class PromptScores:
     full_nll: float
     nll: float
     greedy: int | None = None
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """A way to encode prompts: the graph `stage` of a runtime, whose decode graph continues them."""
-
-    runtime: Runtime
-    stage: Stage
-
-    def encode(self, prompt: Tensor) -> tuple[Tensor, KVCache]:
-        """The boundary token's logits [1, vocabulary] and the cache after a prompt [tokens]."""
-        cache = self.runtime.new_cache(1)
-        return self.runtime.feed([prompt], cache, self.stage)[0], cache
-
-    def predict(self, first: Tensor, cache: KVCache, continuation: Tensor) -> Tensor:
-        """Logits [tokens, vocabulary] that predict each token of `continuation` [tokens]; the cache grows by it."""
-        if len(continuation) > 1:
-            rest = self.runtime.feed([continuation[:-1]], cache, "decode", every_token=True)[0]
-            first = torch.cat((first, rest))
-        if not bool(torch.isfinite(first).all()):
-            raise PopcompileError(
-                f"{self.runtime.folder}: the graphs compute NaN or infinity on this text; convert with --dtype fp32"
-            )
-        return first
 
 
 def evaluate(
@@ -121,10 +98,10 @@ def evaluate(
     report = progress or (lambda *_: None)
 
     with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary:
-        encoders = {"pop": _Encoder(runtime, "prefill")}
+        encoders = {"pop": Encoder(runtime, "prefill")}
         if baselines:
             encoders |= _compile_baselines(Path(folder), manifest, Path(temporary), provider, report)
-        full = _Encoder(runtime, "decode")
+        full = Encoder(runtime, "decode")
         scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
         total, done = sum(len(w) for w in samples.values()), 0
         for name, tokens in samples.items():
@@ -206,20 +183,18 @@ def _windows(
 
 def _compile_baselines(
     folder: Path, manifest: Manifest, temporary: Path, provider: str, progress: Progress
-) -> dict[str, _Encoder]:
+) -> dict[str, Encoder]:
     """Variants of the package by name, in `temporary`. They share its weights: low_memory packs no copies of them."""
     progress("variants", 0, 1)
     variants = Variants(folder)
     paths = {"dropped": variants.drop(temporary / "dropped", manifest.pruned)}
     if manifest.kv_projection != "layer":
         paths["layer"] = variants.prune(temporary / "layer", manifest.pruned)
-    return {
-        name: _Encoder(Runtime(path, provider=provider, low_memory=True), "prefill") for name, path in paths.items()
-    }
+    return {name: Encoder(Runtime(path, provider=provider, low_memory=True), "prefill") for name, path in paths.items()}
 
 
 def _compare(
-    full: _Encoder, encoders: Mapping[str, _Encoder], prompt: Tensor, continuation: Tensor, greedy_tokens: int
+    full: Encoder, encoders: Mapping[str, Encoder], prompt: Tensor, continuation: Tensor, greedy_tokens: int
 ) -> dict[str, PromptScores]:
     """Scores of one prompt by encoder; greedy agreement of "pop" only, up to `greedy_tokens`."""
     expected_first, expected_cache = full.encode(prompt)
@@ -254,9 +229,7 @@ def _itself(scores: PromptScores) -> PromptScores:
     return PromptScores(first_kl=0, mean_kl=0, agreement=1, full_nll=scores.full_nll, nll=scores.full_nll)
 
 
-def _greedy_agreement(
-    one: tuple[_Encoder, Tensor, KVCache], other: tuple[_Encoder, Tensor, KVCache], limit: int
-) -> int:
+def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder, Tensor, KVCache], limit: int) -> int:
     """Tokens, at most `limit`, until two greedy continuations differ. Logits are the boundary token's [1, vocabulary];
     both caches grow.
     """

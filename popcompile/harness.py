@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from popcompile.chat import load_tokenizer
+from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM
 from popcompile.loading import errors_only, one_line, quiet
@@ -157,6 +158,8 @@ def _harness_model(model: PopForCausalLM, tokenizer: Any) -> Any:
     """`model` as the harness's HFLM. The class is made here, for its base is an optional package's."""
     from lm_eval.models.huggingface import HFLM
 
+    encoder = Encoder(model.runtime, PREFILLS[model.prefill])
+
     class PopLM(HFLM):
         """Scores and generates with the prefill that the model was loaded with."""
 
@@ -174,8 +177,8 @@ def _harness_model(model: PopForCausalLM, tokenizer: Any) -> Any:
             for i in tqdm(order, desc=f"{model.prefill} prefill", disable=not sys.stderr.isatty(), leave=False):
                 context, answer = pairs[i]
                 if encoded is None or prefilled != context:
-                    prefilled, encoded = context, _encode(model, context)
-                answers[i] = _score(model.runtime, *encoded, torch.tensor(answer))
+                    prefilled, encoded = context, encoder.encode(torch.tensor(context))
+                answers[i] = _score(encoder, *encoded, torch.tensor(answer))
                 if (request := requests[i][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", request, answers[i])
             return answers
@@ -197,18 +200,9 @@ def _fit(context: list[int], answer: list[int], limit: int) -> tuple[list[int], 
     return context[-(limit + 1 - len(answer)) :], answer
 
 
-def _encode(model: PopForCausalLM, context: list[int]) -> tuple[Tensor, KVCache]:
-    """The boundary token's logits [1, vocabulary] and the cache, from the model's own prefill."""
-    cache = model.runtime.new_cache(1)
-    return model.runtime.feed([torch.tensor(context)], cache, PREFILLS[model.prefill])[0], cache
-
-
-def _score(runtime: Runtime, first: Tensor, cache: KVCache, answer: Tensor) -> tuple[float, bool]:
+def _score(encoder: Encoder, first: Tensor, cache: KVCache, answer: Tensor) -> tuple[float, bool]:
     """Log-likelihood of `answer` [tokens] in nats, and whether each token is the most likely one. Keeps `cache`."""
-    logits = first
-    if len(answer) > 1:
-        rest = runtime.feed([answer[:-1]], copy.deepcopy(cache), "decode", every_token=True)[0]
-        logits = torch.cat((first, rest))
+    logits = encoder.predict(first, copy.deepcopy(cache) if len(answer) > 1 else cache, answer)
     likelihood = torch.log_softmax(logits.float(), -1).gather(1, answer[:, None]).sum()
     return float(likelihood), bool((logits.argmax(-1) == answer).all())
 
