@@ -22,7 +22,7 @@ from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import Placement, point_to_file
 from popcompile.loading import quiet, reading
 from popcompile.package import MANIFEST, describe_files, read_manifest
-from popcompile.passes import Pass, PassManager, Program, lowering, transformations
+from popcompile.passes import Pass, PassManager, Program, canonicalization, lowering, pruning
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import clone_module
 from popcompile.passes.prune_lm_head import PruneLMHead
@@ -31,7 +31,7 @@ from popcompile.tracing import trace
 
 
 class Variants:
-    """Compiles variants of one package; tracing and the passes up to the stage split run once."""
+    """Compiles variants of one package; tracing and canonicalization run once."""
 
     def __init__(self, package: Path) -> None:
         """Raises PopcompileError where the package's model cannot be traced again."""
@@ -45,7 +45,7 @@ class Variants:
         with quiet(), reading(str(package), "config.json does not load"):
             config = AutoConfig.from_pretrained(self.package, local_files_only=True)
         self._program = trace(config, DTYPES[self.manifest.dtype])
-        PassManager(_passes_around_split([])[0]).run(self._program)
+        PassManager(canonicalization()).run(self._program)
         self._placements = _placements(self.package / self.manifest.graphs["decode"])
 
     def prune(self, out: Path, layers: Iterable[int]) -> Path:
@@ -54,12 +54,12 @@ class Variants:
         `out` must not exist.
         """
         layers = sorted(set(layers))
-        return self._write(out, layers, ("prefill",), _passes_around_split(layers)[1])
+        return self._write(out, layers, ("prefill",), pruning(layers))
 
     def drop(self, out: Path, layers: Iterable[int]) -> Path:
         """The package without `layers`, in prefill and in decode; written to `out`, which must not exist."""
         layers = sorted(set(layers))
-        return self._write(out, layers, ("prefill", "decode"), [DropLayers(layers), PruneLMHead()])
+        return self._write(out, layers, ("prefill", "decode"), [SplitStages(), DropLayers(layers), PruneLMHead()])
 
     def _write(self, out: Path, layers: list[int], stages: tuple[str, ...], passes: list[Pass]) -> Path:
         """Run `passes` and write the graphs of `stages`, beside links to the package's other files."""
@@ -86,17 +86,10 @@ class Variants:
         return out
 
     def _copy(self) -> Program:
-        """The split program, free to be changed."""
+        """The canonical program, free to be changed."""
         program = self._program
         graphs = {stage: clone_module(gm) for stage, gm in program.graphs.items()}
         return replace(program, graphs=graphs, derived=dict(program.derived))
-
-
-def _passes_around_split(layers: list[int]) -> tuple[list[Pass], list[Pass]]:
-    """The transformations up to the stage split, which are the same for all variants, and those after it."""
-    passes = transformations(layers)
-    split = 1 + next(i for i, p in enumerate(passes) if isinstance(p, SplitStages))
-    return passes[:split], passes[split:]
 
 
 def _placements(graph: Path) -> dict[str, Placement]:

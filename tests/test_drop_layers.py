@@ -20,7 +20,7 @@ from conftest import (
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from popcompile.passes import ContractError, PassManager, Program, ops, transformations
+from popcompile.passes import ContractError, PassManager, Program, canonicalization, ops
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import find, outputs_of
 from popcompile.passes.printing import print_graph
@@ -56,9 +56,7 @@ def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrain
 def split_program(config: PreTrainedConfig) -> Program:
     """A traced program after the stage split."""
     program = trace(copy.deepcopy(config))
-    passes = transformations([])
-    split = next(i for i, p in enumerate(passes) if isinstance(p, SplitStages))
-    PassManager(passes[: split + 1]).run(program)
+    PassManager([*canonicalization(), SplitStages()]).run(program)
     return program
 
 

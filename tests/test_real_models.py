@@ -5,47 +5,18 @@ The package's weights serve every prune set, so a variant is the same package wi
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
 
-import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from reference import pop_prefill
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from popcompile.export.onnx_graph import to_onnx
-from popcompile.export.weights import Placement, point_to_file
-from popcompile.package import MANIFEST, describe_files, read_manifest
-from popcompile.passes import PassManager, lowering, transformations
 from popcompile.runtime import Runtime
-from popcompile.tracing import trace
+from popcompile.variants import Variants
 
 #: DESIGN and the issue that asked for this: fp32 rounding through 30 layers stays below
 TOLERANCE = 1e-3
-
-
-def prefill_variant(package: Path, checkpoint: Path, pruned: list[int], out: Path) -> Path:
-    """`package` with prefill.onnx compiled for another prune set, over hard links to the same weights."""
-    program = trace(AutoConfig.from_pretrained(checkpoint))
-    PassManager([*transformations(pruned), *lowering()]).run(program)
-    manifest = read_manifest(package)
-    out.mkdir()
-    for name in manifest.files:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(package / name, out / name)
-    model = to_onnx(program.graphs["prefill"], program.num_layers, "prefill")
-    decode = onnx.load(package / manifest.graphs["decode"], load_external_data=False)
-    entries = {t.name: {e.key: e.value for e in t.external_data} for t in decode.graph.initializer if t.external_data}
-    placements = {n: Placement(int(e["offset"]), int(e["length"])) for n, e in entries.items()}
-    point_to_file(model, out / manifest.weights, placements)
-    (out / manifest.graphs["prefill"]).unlink()
-    ir.save(model, out / manifest.graphs["prefill"])
-    manifest = replace(manifest, pruned=pruned, files={})
-    (out / MANIFEST).write_text(replace(manifest, files=describe_files(out)).to_json())
-    return out
 
 
 def assert_close(runtime: Runtime, model: PreTrainedModel, pruned: list[int], lengths: tuple[int, ...]) -> None:
@@ -79,22 +50,18 @@ def gemma(gemma_checkpoint: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", SMOLLM2_SETS)
-def test_smollm2_prune_sets(
-    kind: str, smollm2_package: Path, smollm2_checkpoint: Path, smollm2: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_smollm2_prune_sets(kind: str, smollm2_package: Path, smollm2: PreTrainedModel, tmp_path: Path) -> None:
     pruned = SMOLLM2_SETS[kind]
-    runtime = Runtime(prefill_variant(smollm2_package, smollm2_checkpoint, pruned, tmp_path / "variant"))
+    runtime = Runtime(Variants(smollm2_package).prune(tmp_path / "variant", pruned))
     assert_close(runtime, smollm2, pruned, (2, 17, 300))
     if kind != "scattered":
         _assert_equals_full_model(runtime, smollm2, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", GEMMA_SETS)
-def test_gemma_prune_sets(
-    kind: str, gemma_package: Path, gemma_checkpoint: Path, gemma: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_gemma_prune_sets(kind: str, gemma_package: Path, gemma: PreTrainedModel, tmp_path: Path) -> None:
     pruned = GEMMA_SETS[kind]
-    runtime = Runtime(prefill_variant(gemma_package, gemma_checkpoint, pruned, tmp_path / "variant"))
+    runtime = Runtime(Variants(gemma_package).prune(tmp_path / "variant", pruned))
     assert_close(runtime, gemma, pruned, (2, 17, 700))
     if kind != "scattered":
         # matrix products of one row and of 64 add up in another order: 1.4e-4 was seen
