@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from popcompile.errors import PopcompileError
 from popcompile.loading import read_json
 from popcompile.package import MANIFEST, REPORT, Manifest, file_sha256, read_manifest
 from popcompile.selection import format_layers
-from popcompile.staging import require_writable, staged
+from popcompile.staging import link_or_copy, require_writable, staged
 
 _METRICS = {
     "first_token_kl_mean": "first token, KL mean (nats)",
@@ -113,18 +112,11 @@ def save_in_report(folder: Path, manifest: Manifest, key: str, content: Any) -> 
         raise PopcompileError(f"{folder}: the package was replaced meanwhile, nothing was saved; evaluate it again")
     place = folder.resolve()
     with staged(place, force=True) as copy:
-        shutil.copytree(place, copy, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(place, copy, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
         report = read_json(str(folder), copy / REPORT) | {key: content}
         path = _rewrite(copy / REPORT, json.dumps(report, indent=2) + "\n")
         files = manifest.files | {REPORT: {"size": path.stat().st_size, "sha256": file_sha256(path)}}
         _rewrite(copy / MANIFEST, replace(manifest, files=files).to_json())
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # not every file system has hard links
-        shutil.copy2(source, target)
 
 
 def _rewrite(path: Path, text: str) -> Path:

@@ -106,6 +106,17 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A hard link at `target`, or a copy where the file system has none or is another one.
+
+    Not a symbolic link: ONNX Runtime refuses external data that leads out of the graph's folder.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def _write_error(error: BaseException | None, place: Path) -> str | None:
     """The message for an exception that is, or was made from, a failure to write at `place`; None for any other."""
     while error is not None:

@@ -6,8 +6,6 @@ needs is there already. A variant is a package of its own, with hard links where
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import clone_module
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
+from popcompile.staging import link_or_copy
 from popcompile.tracing import trace
 
 
@@ -70,7 +69,7 @@ class Variants:
         try:
             for name in sorted(set(manifest.files) - changed):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(self.package / name, out / name)
+                link_or_copy(self.package / name, out / name)
         except OSError as error:
             raise PopcompileError(
                 f"{out}: the package's files cannot be put there ({error.strerror}); set TMPDIR to a folder on the disk"
@@ -97,14 +96,3 @@ def _placements(graph: Path) -> dict[str, Placement]:
     tensors = onnx.load(graph, load_external_data=False).graph.initializer
     entries = {t.name: {e.key: e.value for e in t.external_data} for t in tensors if t.external_data}
     return {name: Placement(int(e["offset"]), int(e["length"])) for name, e in entries.items()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the temporary folder is on another disk.
-
-    Not a symbolic link: ONNX Runtime refuses external data that leads out of the graph's folder.
-    """
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
