@@ -295,6 +295,7 @@ def test_saving(
     (package / "notes" / "mine.txt").write_text("keep this")
     (tmp_path / "link").symlink_to("out")
     before, runtime = snapshot(package), Runtime(package)
+    converted = json.loads((package / REPORT).read_text())
     for where, seed in ((package, "1"), (tmp_path / "link", "2")):
         assert main(["evaluate", str(where), *arguments, "--seed", seed, "--save", "--json"]) == 0
         out, err = capsys.readouterr()
@@ -305,7 +306,7 @@ def test_saving(
         assert set(after) == set(before)
         report = json.loads((package / REPORT).read_text())
         assert report.pop("evaluation") == printed
-        assert report == json.loads(str(before[REPORT], "utf-8"))  # type: ignore[arg-type]
+        assert report == converted
         assert len(verify(package)) == 3 and "PrunePrefill" in inspect_text(package)
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "out"]
     runtime.feed([torch.arange(9)], runtime.new_cache(1), "prefill")  # what had loaded the package goes on

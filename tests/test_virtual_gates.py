@@ -6,6 +6,7 @@ The texts in tests/graphs/gates are a tiny Llama's with gates per layer and per 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -127,9 +128,9 @@ def adds_both_at_once(program: Program) -> None:
         (adds_both_at_once, "block", r"layer 1 adds attention \+ mlp to the residual stream, .* only be per layer"),
     ],
 )
-def test_contract(damage: object, per: str, message: str) -> None:
+def test_contract(damage: Callable[[Program], object], per: str, message: str) -> None:
     program = copy_of(canonical("llama")[1])
-    damage(program)  # type: ignore[operator]
+    damage(program)
     gate = InsertVirtualGates(per)
     gate.program = program
     with pytest.raises(ContractError, match=f"^InsertVirtualGates: {message}"):
@@ -137,9 +138,9 @@ def test_contract(damage: object, per: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [scales_its_output, adds_both_at_once])
-def test_layers_of_any_structure_have_gates_per_layer(damage: object) -> None:
+def test_layers_of_any_structure_have_gates_per_layer(damage: Callable[[Program], object]) -> None:
     program = copy_of(canonical("llama")[1])
-    damage(program)  # type: ignore[operator]
+    damage(program)
     PassManager([InsertVirtualGates("layer")]).run(program)
     assert len(find(program.graphs["model"], op=ops.virtual_gate)) == LAYERS
 
