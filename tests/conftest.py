@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from bad_input import Cli, popcompile, save_model
 from torch import Tensor, fx
 from transformers import (
     AutoModelForCausalLM,
@@ -131,6 +133,42 @@ def run_graph(gm: fx.GraphModule, inputs: Inputs) -> tuple[Tensor, list[Tensor]]
     """Logits and cache of a materialised graph."""
     logits, *cache = gm(inputs.ids, inputs.mask, *inputs.past)
     return logits, cache
+
+
+# --- tiny packages ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    return Cli(capsys, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package, made as a user does; nothing else is printed or left."""
+    parent = tmp_path_factory.mktemp("packages")
+    done = popcompile("convert", tiny_checkpoint, parent / "out", "--prune", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{parent / 'out'}: 2 layers, prefill skips 1 (1)") and done.stdout.count("\n") == 1
+    assert [path.name for path in parent.iterdir()] == ["out"]
+    return parent / "out"
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+
+
+@pytest.fixture
+def package(tiny_package: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny package, to be damaged."""
+    return Path(shutil.copytree(tiny_package, tmp_path / "out"))
 
 
 # --- real models -----------------------------------------------------------------------------------------------

@@ -7,24 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_input import TENSORS, UP, Cli, assert_one_line, change_tensor, fill
 from safetensors.torch import load_file, save_file
-from test_bad_input import TENSORS, UP, Cli, assert_one_line, change_tensor, fill, save_model
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from popcompile.analysis import analyze
 from popcompile.errors import PopcompileError
 
 FEW = ("--texts", 1, "--tokens", 4)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    return Cli(capsys, tmp_path)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return save_model(tmp_path / "model")
 
 
 def test_wrong_arguments(cli: Cli, model: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bad_input import Cli, save_model
 from safetensors.torch import load_file, save_file
-from test_bad_input import Cli, save_model
 from test_evaluation import save_words
 
 from popcompile.package import REPORT
@@ -17,11 +17,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(
         tmp_path_factory.mktemp("model") / "model", num_hidden_layers=4, max_position_embeddings=96, vocab_size=128
     )
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    return Cli(capsys, tmp_path)
 
 
 FILES = [

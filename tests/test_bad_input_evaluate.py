@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from test_bad_input import Cli, popcompile, save_model, snapshot
+from bad_input import Cli, popcompile, save_model, snapshot
 
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
@@ -15,23 +14,6 @@ from popcompile.evaluation import evaluate
 
 WORDS = "the cat sat w1 w2 w3 w4 w5 " * 20
 SMALL = ["--prompts", "1", "--prompt-tokens", "8", "--continuation-tokens", "4", "--greedy-prompts", "0"]
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parent = tmp_path_factory.mktemp("packages")
-    convert(save_model(parent / "model"), parent / "out", prune=1)
-    return parent / "out"
-
-
-@pytest.fixture
-def package(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "out"))
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    return Cli(capsys, tmp_path)
 
 
 @pytest.fixture

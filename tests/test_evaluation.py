@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bad_input import save_model, snapshot
 from conftest import tiny_llama, tiny_model
 from reference import pop_prefill
-from test_bad_input import save_model, snapshot
 from test_drop_layers import without_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from bad_input import Cli
 from reference import pop_prefill
-from test_bad_input import Cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popcompile.cli import main

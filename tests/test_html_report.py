@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from test_bad_input import Cli, save_model, snapshot
+from bad_input import Cli, save_model, snapshot
 
 from popcompile.conversion import convert
 from popcompile.evaluation import PromptScores, summarise
@@ -110,11 +110,6 @@ def page(full: Path) -> str:
 @pytest.fixture
 def package(bare: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bare, tmp_path / "out"))
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    return Cli(capsys, tmp_path)
 
 
 class Page(HTMLParser):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bad_input import save_model
+from bad_input import save_model
 from test_virtual_gates import CONFIGS, LAYERS, canonical
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel

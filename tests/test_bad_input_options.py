@@ -1,0 +1,133 @@
+"""Bad options, and outputs that cannot be written: one line with cause and mend, exit status 2, nothing on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bad_input import Cli, assert_one_line, popcompile
+
+from popcompile.cli import _parser
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+
+
+def test_wrong_commands(cli: Cli) -> None:
+    assert "arguments are required: COMMAND (see popcompile --help)" in cli.refuses()
+    assert "invalid choice: 'compile' (choose from" in cli.refuses("compile")
+    assert "unrecognized arguments: --colour" in cli.refuses("inspect", "out", "--colour")
+    assert "unrecognized arguments: a b" in cli.refuses("inspect", "out", "a\nb")
+    assert "required: OUT (see popcompile convert --help)" in cli.refuses("convert", "model")
+    assert "required: OUT (see popcompile inspect --help)" in cli.refuses("inspect")
+    assert "expected one argument" in cli.refuses("convert", "model", "out", "--prune")
+    for count in ("0", "-1", "1.5", "many", "9" * 30):
+        assert (
+            "is not a number of at least 1"
+            in cli.refuses("run", "out", "--prompt", "x", "--max-new-tokens", count)[-99:]
+        )
+    for heat in ("0", "-1", "nan", "hot"):
+        assert "not a number between 0 and 100" in cli.refuses("run", "out", "--prompt", "x", "--temperature", heat)
+
+
+def test_help_of_every_command(cli: Cli) -> None:
+    status, out, err = cli.run("--help")
+    assert (status, err) == (0, "")
+    (commands,) = [a.choices for a in _parser()._actions if isinstance(a.choices, dict)]
+    assert set(commands) >= {"convert", "inspect", "run", "verify"}
+    for name in commands:
+        assert name in out
+        status, text, err = cli.run(name, "--help")
+        assert (status, err) == (0, "") and f"example: popcompile {name}" in text
+
+
+def test_a_process_ends_as_main_says() -> None:
+    done = popcompile()
+    assert_one_line(done.returncode, done.stdout, done.stderr)
+    done = popcompile("convert", "--help")
+    assert (done.returncode, done.stderr) == (0, "") and "example: popcompile convert" in done.stdout
+
+
+CHOICES = [
+    (["--dtype", "fp64"], "--dtype fp64: unknown; choose one of fp32, fp16"),
+    (["--dtype", ""], "--dtype : unknown; choose one of"),
+    (["--provider", "tpu"], "--provider tpu: unknown; choose one of cpu, cuda"),
+    (["--layout", "merged"], "--layout merged: unknown; choose one of split"),
+    (["--kv-projection", "none"], "--kv-projection none: unknown; choose one of calibrated, layer"),
+    (["--prune", "2"], "the model has 2 layers and at least one must encode the prompt; prune at most 1"),
+    (["--prune", "999999999"], "prune at most 1"),
+    (["--prune", "0.9"], "prune at most 1"),
+    (["--prune", "-1"], "out of range; give a count from 0 to 1, or a fraction from 0 to below 1"),
+    (["--prune", "1.5"], "out of range; give a count"),
+    (["--prune", "3/2"], "out of range; give a count"),
+    (["--prune=-1/2"], "out of range; give a count"),
+    *((["--prune", text], "neither a count nor a fraction nor auto; for example --prune 10 or --prune 1/3") for text in
+      ("abc", "1/0", "", "nan", "inf", "1e999999999", "9" * 30, "1/", "50%")),
+    (["--layers", "2"], "there is no layer 2; the model has 0 to 1"),
+    (["--layers", "0-999999"], "there is no layer 999999; the model has 0 to 1"),
+    (["--layers", "1-0"], "the range 1-0 runs backwards; for example --layers 20-29"),
+    *((["--layers", text], "is neither a layer nor a range; for example --layers 20-29") for text in
+      ("a", "1-", "-1", "", ",", "0,,1", "0,", "0-1-1", "0x1", "1.0", "9999999", "all")),
+    (["--layers", "0-1"], "at least one of the 2 layers must encode the prompt; prune fewer"),
+    (["--layers", "1,0"], "prune fewer"),
+    (["--layers", "1", "--prune", "1"], "--prune and --layers are both given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), CHOICES, ids=[" ".join(o)[:30] for o, _ in CHOICES])
+def test_wrong_choices(options: list[str], words: str, cli: Cli, model: Path, tmp_path: Path) -> None:
+    assert words in cli.refuses("convert", model, tmp_path / "new", *options)
+
+
+# --- inspect, and who reads what it prints ---------------------------------------------------------------------
+
+
+def test_inspect_options(cli: Cli, package: Path) -> None:
+    for name in ("NoSuch", "", "*"):
+        line = cli.refuses("inspect", package, "--pass", name)
+        assert "no such pass; the passes are " in line and "PrunePrefill" in line
+    for name in ("PrunePrefill", ""):
+        assert "give one of them" in cli.refuses("inspect", package, "--json", "--pass", name)
+    status, out, err = cli.run("inspect", package, "--pass", "pruneprefill")
+    assert (status, err) == (0, "") and "# prefill after PrunePrefill" in out
+
+
+def test_json_is_one_document(tiny_package: Path) -> None:
+    done = popcompile("inspect", tiny_package, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert set(document) == {"manifest", "report", "not_measured"} and document["manifest"]["pruned"] == [1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
+@pytest.mark.parametrize(
+    ("arguments", "into", "status", "words"),
+    [
+        (["inspect", "OUT"], "| head -1", 0, ""),
+        (["inspect", "OUT", "--json"], "| true", 0, ""),
+        (["--help"], "| true", 0, ""),
+        (["inspect", "OUT"], ">&-", 0, ""),
+        pytest.param(["inspect", "OUT", "--json"], "> /dev/full", 2, "the disk is full", marks=linux),
+    ],
+)
+def test_output_that_nobody_reads(arguments: list[str], into: str, status: int, words: str, tiny_package: Path) -> None:
+    """A closed pipe ends quietly; a full disk is said in one line."""
+    command = " ".join([sys.executable, "-m", "popcompile", *arguments]).replace("OUT", f"'{tiny_package}'")
+    script = f"set -o pipefail; {command} {into}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status
+    assert words in done.stderr and done.stderr.count("\n") == (1 if words else 0)
+
+
+def test_a_path_that_no_terminal_can_show(package: Path) -> None:
+    odd = os.fsencode(package.parent) + b"/\xff\xfe"
+    try:
+        os.rename(package, odd)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    command = [sys.executable, "-m", "popcompile", "inspect", odd]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"") and rb"\udcff\udcfe" in done.stdout
