@@ -1,4 +1,4 @@
-"""Shared by tests of bad input: popcompile's command line, a checkpoint as small as can be, and what damages it."""
+"""Shared by tests of bad input: refusals, popcompile's command line, and a checkpoint as small as can be."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from popcompile.cli import main
+from popcompile.errors import PopcompileError
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The one line with which popcompile refuses a call."""
+    with pytest.raises(PopcompileError) as caught:
+        call()
+    message = str(caught.value)
+    assert message == " ".join(message.split()), message
+    return message
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
 
 # --- the command line ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input import Cli, assert_one_line, snapshot
+from bad_input import Cli, assert_one_line, names, snapshot
 
 from popcompile.cli import main
 from popcompile.conversion import convert
@@ -249,10 +249,6 @@ def killed(processes: Any, log: Path, moment: Moment, *arguments: object) -> str
     return hidden.name
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
 @linux
 def test_killed_conversions(processes: Any, tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path) -> None:
     """One after another, so that each also removes what the one before it left."""
@@ -262,16 +258,16 @@ def test_killed_conversions(processes: Any, tiny_checkpoint: Path, tiny_package:
     hidden = killed(
         processes, log, lambda hidden, _: (hidden / "decode.onnx").exists(), tiny_checkpoint, out, "--prune", "1"
     )
-    assert names(parent) == {hidden}, "no half package under OUT's name"
+    assert names(parent) == [hidden], "no half package under OUT's name"
     shutil.copytree(tiny_package, out)
     before = snapshot(out)
     for name, moment in MOMENTS.items():
         hidden = killed(processes, log, moment, tiny_checkpoint, out, "--force", "--prune", "0")
-        assert names(parent) == {"out", hidden}, name
+        assert names(parent) == [hidden, "out"], name
         assert snapshot(out) == before, name
         check_files(out, read_manifest(out), full=True)
     replaced = killed(processes, log, _replaced(out), tiny_checkpoint, out, "--force", "--prune", "0")
-    assert names(parent) <= {"out", replaced}  # the rename was done: the new package, whole
+    assert set(names(parent)) <= {"out", replaced}  # the rename was done: the new package, whole
     check_files(out, read_manifest(out), full=True)
     assert read_manifest(out).pruned == []
 
@@ -285,4 +281,4 @@ def test_interrupted_conversion(model: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         convert(model, tmp_path / "out", prune=1, progress=interrupt)
-    assert names(tmp_path) == {"model"}
+    assert names(tmp_path) == ["model"]
