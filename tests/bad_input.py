@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from popcompile.cli import main
 from popcompile.errors import PopcompileError
+from popcompile.source import open_source
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -25,6 +26,13 @@ def refusal(call: Callable[[], object]) -> str:
         call()
     message = str(caught.value)
     assert message == " ".join(message.split()), message
+    return message
+
+
+def refusal_to_open(model: object, **options: Any) -> str:
+    """The line with which `open_source` refuses a model; it begins with the model."""
+    message = refusal(lambda: open_source(str(model), **options))
+    assert message.startswith(str(model)), message
     return message
 
 

