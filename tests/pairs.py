@@ -1,0 +1,48 @@
+"""Shared by tests of the runtime and of generation: real packages beside transformers' own modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from popcompile.generation import PopCache, load
+
+#: fp32 kernels of two libraries over 18 to 30 layers; logits and cache entries are of the order of 10
+TOLERANCE = 1e-3
+
+
+class Pair:
+    """A package and the checkpoint that it was made of."""
+
+    def __init__(self, package: Path, checkpoint: Path) -> None:
+        transformers_logging.disable_progress_bar()
+        self.package = package
+        self.model = load(package)
+        self.reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+
+    @property
+    def pruned(self) -> list[int]:
+        return self.model.manifest.pruned
+
+    def encode(self, texts: list[str]) -> dict[str, Tensor]:
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def tokens(self, length: int, seed: int = 0) -> Tensor:
+        random = torch.Generator().manual_seed(seed)
+        return torch.randint(5, 40_000, (1, length), generator=random)
+
+
+def assert_same_cache(cache: PopCache, expected: DynamicCache, row: int = 0) -> None:
+    length = cache.kv.lengths[row]
+    for index, tensor in enumerate(cache.kv.tensors()):
+        layer = expected.layers[index // 2]
+        other = layer.keys if index % 2 == 0 else layer.values
+        assert other is not None and other.shape[2] == length
+        assert (tensor[row, :, :length] - other[0]).abs().max() < TOLERANCE, f"layer {index // 2}"
