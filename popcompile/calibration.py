@@ -14,6 +14,7 @@ sink with outlier activations: it is left out, and its values are the mean over 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,14 @@ class Calibration:
 
     projections: dict[int, AffineMap] = field(default_factory=dict)
     bypasses: dict[int, AffineMap] = field(default_factory=dict)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Calibration:
+        """With the function's results in place of all tensors."""
+
+        def changed(maps: dict[int, AffineMap]) -> dict[int, AffineMap]:
+            return {at: AffineMap(function(m.weight), function(m.bias), function(m.sink)) for at, m in maps.items()}
+
+        return Calibration(changed(self.projections), changed(self.bypasses))
 
     def constants(self) -> dict[str, Tensor]:
         """The tensors by the names that the passes InsertKVProjection and InsertBypass give them."""

@@ -1,4 +1,4 @@
-"""The text that a conversion calibrates on, and the part of it that is held out to measure the loss."""
+"""The text that a conversion calibrates on, the part of it that decides, and the part that measures what came out."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from popcompile.texts import read_texts, windows
 
 #: "--calibration self": text sampled from the model itself
 SELF = "self"
-#: texts to calibrate on, texts held out, and tokens of each, of which the prompt has four fifths
-TEXTS, HELD_OUT, TOKENS = 64, 12, 320
+#: texts to calibrate on, texts to choose by, as many to measure the result on, and tokens of each
+TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 #: the least that calibration makes sense with
 _FEWEST, _SHORTEST = 8, 64
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """calibration [N, T] and held_out [M, T]: token ids. source: what they are, for the report."""
+    """calibration [N, T], held_out and unseen [M, T]: token ids. source: what they are, for the report.
+
+    Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither.
+    """
 
     calibration: Tensor
     held_out: Tensor
+    unseen: Tensor
     source: str
 
     @property
     def prompt(self) -> int:
-        """Tokens of a held-out text that are its prompt; the others are its continuation."""
+        """Tokens of a held-out text that are its prompt, four fifths; the others are its continuation."""
         return self.held_out.shape[1] * 4 // 5
 
 
@@ -60,17 +64,20 @@ def calibration_text(
             " --kv-projection layer"
         )
     if origin == SELF:
-        rows = sample_texts(program, read, tokenizer, texts + HELD_OUT, tokens, seed, progress)
-        return CalibrationText(rows[HELD_OUT:], rows[:HELD_OUT], "text sampled from the model itself")
+        rows = sample_texts(program, read, tokenizer, texts + 2 * HELD_OUT, tokens, seed, progress)
+        return _divided(rows, HELD_OUT, "text sampled from the model itself")
     documents = read_texts(Path(origin))
     if tokenizer is None:
         raise PopcompileError(f"--calibration {origin}: the model has no tokenizer; give --calibration {SELF}")
-    found = windows(tokenizer, documents, texts + HELD_OUT, tokens, seed, origin)
-    held_out = min(HELD_OUT, len(found) // 4)
+    found = windows(tokenizer, documents, texts + 2 * HELD_OUT, tokens, seed, origin)
     if len(found) < _FEWEST:
         raise PopcompileError(
             f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {_FEWEST};"
             f" give more text, or --calibration {SELF}"
         )
-    rows = torch.stack(found)
-    return CalibrationText(rows[held_out:], rows[:held_out], f"held-out part of {Path(origin).name}")
+    return _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")
+
+
+def _divided(rows: Tensor, held_out: int, source: str) -> CalibrationText:
+    decide, measure, fit = rows.split([held_out, held_out, len(rows) - 2 * held_out])
+    return CalibrationText(fit, decide, measure, source)

@@ -2,7 +2,8 @@
 
 Importance proposes, measured loss decides. For every number of layers the candidates are the deepest ones, and sets
 that keep a few of the most important layers among them and skip as many shallower ones in their place: with the
-calibrated bypass a kept layer in the middle reads nearly what it did. Each candidate is calibrated and measured.
+calibrated bypass a kept layer in the middle reads nearly what it did. Each candidate is calibrated in closed form and
+measured; refinement, which takes longer, is for those at the budget's limit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from popcompile.calibration import Calibration, calibrate
 from popcompile.held_out import HeldOut, Loss
 from popcompile.hidden_states import HiddenStates
+from popcompile.refinement import refine
 
 #: the share of layers that `auto` prunes at most
 MOST = 0.6
@@ -55,10 +57,11 @@ def _share(loss: float, allowed: float) -> float:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A measured set of pruned layers."""
+    """A measured set of pruned layers. refined: its maps are, by gradients."""
 
     pruned: list[int]
     loss: Loss
+    refined: bool = False
 
 
 class Search:
@@ -69,25 +72,53 @@ class Search:
         states: HiddenStates | None,
         held_out: HeldOut,
         importance: Sequence[float],
-        progress: Callable[[int, int], Any],
+        progress: Callable[[str, int, int], Any],
+        *,
+        steps: int = 0,
+        seed: int = 0,
     ) -> None:
-        """states: text to calibrate on; None: the layers' own projections. importance: of the prefill gates."""
+        """states: text to calibrate on; None: the layers' own projections. importance: of the prefill gates.
+
+        steps, seed: of refinement.
+        """
         self._states, self._held_out, self._importance = states, held_out, importance
-        self._progress = progress
+        self._progress, self._steps, self._seed = progress, steps, seed
         self.num_layers = held_out.model.num_layers
         self.measured: list[Candidate] = []
-
-    def calibrate(self, pruned: list[int], products: torch.dtype = torch.float64) -> Calibration:
-        if self._states is None:
-            return Calibration()
-        return calibrate(self._states, pruned, products=products)
+        self._final: dict[tuple[int, ...], Calibration] = {}
 
     def measure(self, pruned: list[int]) -> Candidate:
+        """The set with maps in closed form."""
         known = next((c for c in self.measured if c.pruned == pruned), None)
         if known is None:
-            known = Candidate(pruned, self._held_out.measure(pruned, self.calibrate(pruned, torch.float32)))
+            maps = Calibration() if self._states is None else calibrate(self._states, pruned, products=torch.float32)
+            known = Candidate(pruned, self._held_out.measure(pruned, maps))
             self.measured.append(known)
         return known
+
+    def finish(self, candidate: Candidate) -> Candidate:
+        """The set with its final maps: refined, if that helps."""
+        pruned = candidate.pruned
+        if self._states is None:
+            self._final[tuple(pruned)] = Calibration()
+            return candidate
+        self._final[tuple(pruned)] = maps = calibrate(self._states, pruned)
+        refined = refine(
+            self._states, pruned, maps, steps=self._steps, seed=self._seed,
+            progress=lambda *n: self._progress("refine", *n),
+        )  # fmt: skip
+        if refined is maps:
+            return candidate
+        finished = Candidate(pruned, self._held_out.measure(pruned, refined), refined=True)
+        if finished.loss.first_token_kl >= candidate.loss.first_token_kl:
+            return candidate
+        self._final[tuple(pruned)] = refined
+        self.measured.append(finished)
+        return finished
+
+    def final(self, candidate: Candidate) -> Calibration:
+        """The maps of a finished candidate."""
+        return self._final[tuple(candidate.pruned)]
 
     def best(self, count: int) -> Candidate:
         """The candidate of `count` layers with the least first-token KL."""
@@ -95,13 +126,13 @@ class Search:
         return min(found, key=lambda c: c.loss.first_token_kl)
 
     def within(self, budget: Budget) -> Candidate:
-        """The candidate with the most layers whose loss is within the budget, else the last layer alone."""
+        """The candidate with the most layers whose loss is within the budget, else the last layer alone; finished."""
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
         within, beyond = 1, most + 1
         chosen = self.measure([self.num_layers - 1])
         coarse = sorted({min(round(self.num_layers * share), most) for share in (*_SHARES, MOST)} - {0, 1})
         for done, count in enumerate(coarse):
-            self._progress(done, len(coarse) + 3)
+            self._progress("choose", done, len(coarse) + 3)
             best = self.best(count)
             spent = budget.spent(best.loss)
             if spent <= 1:
@@ -111,15 +142,19 @@ class Search:
             if spent > _HOPELESS:
                 break
         while beyond - within > 1:  # between the last that is within the budget and the first that is not
-            self._progress(len(coarse), len(coarse) + 3)
+            self._progress("choose", len(coarse), len(coarse) + 3)
             count = (within + beyond) // 2
             best = self.best(count)
             if budget.spent(best.loss) <= 1:
                 chosen, within = best, count
             else:
                 beyond = count
-        self._progress(1, 1)
-        return chosen
+        while within < most and len(chosen.pruned) == within:  # refined, more layers may keep to the budget
+            more = self.finish(self.best(within + 1))
+            if budget.spent(more.loss) > 1:
+                break
+            chosen, within = more, within + 1
+        return chosen if tuple(chosen.pruned) in self._final else self.finish(chosen)
 
 
 def largest_count(num_layers: int) -> int:

@@ -121,7 +121,10 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--calibration", default="self", metavar="FILE", help="a .txt or .jsonl file, or self (default): no data needed"
     )
-    parser.add_argument("--calibration-texts", metavar="N", type=_positive, default=64, help="default 64")
+    parser.add_argument("--calibration-texts", metavar="N", type=_positive, default=104, help="default 104")
+    parser.add_argument(
+        "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is sampled (default 0)")
     parser.add_argument("--layout", default="split", metavar="KIND", help="split: prefill.onnx and decode.onnx")
     parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default) or fp16")
@@ -149,6 +152,7 @@ def _convert(options: argparse.Namespace) -> None:
             kv_projection=options.kv_projection,
             calibration=options.calibration,
             calibration_texts=options.calibration_texts,
+            refinement_steps=options.refinement_steps,
             max_kl=options.max_kl,
             max_ppl_ratio=options.max_ppl_ratio,
             seed=options.seed,
@@ -345,6 +349,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--prompts", metavar="N", type=_positive, default=32, help="of each text (default 32)")
     parser.add_argument("--prompt-tokens", metavar="N", type=_positive, default=256, help="default 256")
     parser.add_argument("--continuation-tokens", metavar="N", type=_positive, default=64, help="default 64")
+    parser.add_argument(
+        "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
+    )
     parser.add_argument(
         "--greedy-prompts", metavar="N", type=_count, default=8, help="prompts continued greedily too (default 8)"
     )

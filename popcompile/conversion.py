@@ -47,6 +47,7 @@ from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
 from popcompile.plan import MAX_KL, Options, Plan, make_plan, needs_weights
+from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
 from popcompile.staging import require_disk_space, require_writable, staged
@@ -75,6 +76,7 @@ def convert(
     kv_projection: str | None = None,
     calibration: str = SELF,
     calibration_texts: int = TEXTS,
+    refinement_steps: int = STEPS,
     max_kl: float | None = None,
     max_ppl_ratio: float | None = None,
     seed: int = 0,
@@ -93,9 +95,9 @@ def convert(
     max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
     held-out text. layers: which ones ("20-29,17"). kv_projection: "calibrated", the default, or "layer", the layers'
     own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
-    320 tokens of it. seed: of what is sampled. With random_weights nothing is measured by default: a third of the
-    layers, their own weights. dtype: of weights and activations, "fp32" or "fp16". provider: what onnxruntime-genai is
-    told to run on.
+    320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
+    With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
+    activations, "fp32" or "fp16". provider: what onnxruntime-genai is told to run on.
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
@@ -119,6 +121,7 @@ def convert(
         calibrated=kv_projection == "calibrated",
         origin=calibration,
         texts=_require_texts(calibration_texts),
+        steps=_require_steps(refinement_steps),
         budget=_budget(request, max_kl, max_ppl_ratio),
         seed=seed,
     )
@@ -202,6 +205,12 @@ def _require_choice(option: str, value: str, choices: Any) -> None:
 def _require_texts(count: int) -> int:
     if count < 8:
         raise PopcompileError(f"--calibration-texts {count}: too few to fit anything; give at least 8")
+    return count
+
+
+def _require_steps(count: int) -> int:
+    if count < 0:
+        raise PopcompileError(f"--refinement-steps {count}: out of range; give at least 0, which means none")
     return count
 
 

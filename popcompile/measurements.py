@@ -23,12 +23,13 @@ _LOSSES = tuple(field.name for field in fields(Loss))
 @dataclass(frozen=True)
 class Point:
     """A measured set of pruned layers. speedup: prefill FLOPs of the whole model with one row of logits, by those of
-    this prefill.
+    this prefill. refined: with maps refined by gradients, and not only in closed form.
     """
 
     pruned: list[int]
     speedup: float
     loss: Loss
+    refined: bool
     chosen: bool
 
 
@@ -125,7 +126,15 @@ def _choice(entry: dict[str, Any], num_layers: int) -> LayerChoice:
     for point in entry["frontier"]:
         if not set(point["pruned"]) <= set(range(num_layers)):
             raise ValueError(f"the frontier prunes {point['pruned']} of {num_layers} layers")
-        points.append(Point(point["pruned"], _number(point["speedup"]), _loss(point["loss"]), bool(point["chosen"])))
+        points.append(
+            Point(
+                pruned=point["pruned"],
+                speedup=_number(point["speedup"]),
+                loss=_loss(point["loss"]),
+                refined=bool(point.get("refined", False)),
+                chosen=bool(point["chosen"]),
+            )
+        )
     return LayerChoice(
         how=entry["how"],
         max_kl=_number_or_none(budget["max_kl"]),

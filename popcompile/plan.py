@@ -1,6 +1,7 @@
 """Decide which layers prefill skips and calibrate what takes their place: between tracing and pruning.
 
     text -> importance of the prefill gates -> candidates, each calibrated and measured on held-out text -> choice
+    -> refinement -> quality on text that has decided nothing
 
 Without calibration, and with the layers or their number given, nothing has to be run: conversion then reads weights
 only to write them.
@@ -31,6 +32,7 @@ from popcompile.passes import Program
 from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
 from popcompile.passes.graph import runs, shape_of
 from popcompile.passes.layers import layer_output, projected_kv
+from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
 #: the loss that `convert` allows where the user says nothing: KL of the first token, in nats
@@ -43,11 +45,15 @@ Progress = Callable[[str, int, int], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file."""
+    """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file.
+
+    texts: pieces of it. steps: of refinement.
+    """
 
     calibrated: bool = True
     origin: str = SELF
     texts: int = TEXTS
+    steps: int = STEPS
     budget: Budget = field(default_factory=lambda: Budget(max_kl=MAX_KL))
     seed: int = 0
 
@@ -99,27 +105,30 @@ def make_plan(
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
     held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed)
-    search = Search(states, held_out, ranking.prefill if ranking else [0.0] * layers, lambda *n: progress("choose", *n))
+    importance = ranking.prefill if ranking else [0.0] * layers
+    search = Search(states, held_out, importance, progress, steps=options.steps, seed=options.seed)
     if request.how == "auto":
         chosen = search.within(options.budget)
     else:
-        chosen = search.measure(request.layers) if request.how == "layers" else search.best(len(request.layers))
-    own = chosen.loss if states is None else held_out.measure(chosen.pruned, Calibration())
+        found = search.measure(request.layers) if request.how == "layers" else search.best(len(request.layers))
+        chosen = search.finish(found)
+    calibration = search.final(chosen)
+    unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed)
     sections = {
         "choice": _choice(program, search, chosen, request, options),
         "quality": {
             "text": text.source,
-            "texts": len(text.held_out),
+            "texts": len(text.unseen),
             "prompt_tokens": text.prompt,
-            "continuation_tokens": text.held_out.shape[1] - text.prompt,
-            "loss": asdict(chosen.loss),
-            "own_projection": asdict(own),
+            "continuation_tokens": text.unseen.shape[1] - text.prompt,
+            "loss": asdict(unseen.measure(chosen.pruned, calibration)),
+            "own_projection": asdict(unseen.measure(chosen.pruned, Calibration())),
         },
     }
     if ranking:
         sizes = {key: _RANKING[key] for key in ("texts", "tokens")}
         sections["importance"] = {**sizes, "layers": importance_rows(ranking)}
-    return Plan(chosen.pruned, search.calibrate(chosen.pruned), sections)
+    return Plan(chosen.pruned, calibration, sections)
 
 
 def _rank(program: Program, read: Reader, text: CalibrationText, options: Options, progress: Progress) -> Importance:
@@ -139,6 +148,7 @@ def _choice(program: Program, search: Search, chosen: Candidate, request: Reques
             "pruned": candidate.pruned,
             "speedup": round(speedup, 4),
             "loss": asdict(candidate.loss),
+            "refined": candidate.refined,
             "chosen": candidate is chosen,
         }
         for candidate, speedup in zip(candidates, speedups, strict=True)

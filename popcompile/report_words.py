@@ -80,7 +80,7 @@ def frontier_table(choice: LayerChoice) -> Table:
             format_layers(p.pruned),
             f"{p.speedup:.2f}x",
             *loss_cells(p.loss),
-            "chosen" if p.chosen else "",
+            ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen)) if true),
         ]
         for p in points
     ]

@@ -37,7 +37,7 @@ def report_of(package: Path) -> dict[str, Any]:
 def chosen(checkpoint: Path) -> Path:
     """A package whose layers popcompile chose, of 5 at most."""
     out = checkpoint.parent / "auto"
-    popcompile.convert(checkpoint, out, max_kl=2.0, calibration_texts=24)
+    popcompile.convert(checkpoint, out, max_kl=2.0, calibration_texts=24, refinement_steps=32)
     return out
 
 
@@ -93,13 +93,34 @@ def test_the_choice_is_the_largest_within_the_budget(chosen: Path) -> None:
     assert choice["how"] == "auto" and choice["budget"] == {"max_kl": 2.0, "max_ppl_ratio": None} and choice["met"]
     (picked,) = [row for row in choice["frontier"] if row["chosen"]]
     assert picked["pruned"] == manifest.pruned and manifest.kv_projection == "calibrated"
-    assert picked["loss"] == quality["loss"] and picked["loss"]["first_token_kl"] <= 2.0
+    assert picked["refined"] and picked["loss"]["first_token_kl"] <= 2.0
+    assert picked["loss"] != quality["loss"], "quality is measured on text that had no part in the choice"
+    closed_form = next(r for r in choice["frontier"] if r["pruned"] == manifest.pruned and not r["refined"])
+    assert picked["loss"]["first_token_kl"] < closed_form["loss"]["first_token_kl"]
     larger = [row for row in choice["frontier"] if len(row["pruned"]) > len(manifest.pruned)]
     assert all(row["loss"]["first_token_kl"] > 2.0 for row in larger)
     assert quality["texts"] == 12 and quality["prompt_tokens"] == 76 and quality["continuation_tokens"] == 20
     assert quality["own_projection"] != quality["loss"]
     assert report["importance"]["layers"][-1]["prefill"] == 0.0
     assert len(verify(chosen)) == 3
+
+
+def test_refinement_prunes_more_within_a_budget(checkpoint: Path, tmp_path: Path) -> None:
+    """A budget between what two layers lose in closed form and refined, on text that repeats itself."""
+    text = tmp_path / "words.txt"
+    text.write_text("w3 w14 w15 w92 w65 " * 1000)
+    few: dict[str, Any] = {"calibration": str(text), "calibration_texts": 24, "refinement_steps": 64}
+    popcompile.convert(checkpoint, tmp_path / "two", prune=2, **few)
+    rows = report_of(tmp_path / "two")["choice"]["frontier"]
+    refined = next(row for row in rows if row["refined"])
+    closed_form = next(row for row in rows if row["pruned"] == refined["pruned"] and not row["refined"])
+    losses = [row["loss"]["first_token_kl"] for row in (refined, closed_form)]
+    assert losses[0] < 0.99 * losses[1]
+    budget = sum(losses) / 2
+    more = popcompile.convert(checkpoint, tmp_path / "refined", max_kl=budget, **few)
+    fewer = popcompile.convert(checkpoint, tmp_path / "not", max_kl=budget, **few | {"refinement_steps": 0})
+    assert len(more.pruned) >= 2 > len(fewer.pruned)
+    assert not any(row["refined"] for row in report_of(tmp_path / "not")["choice"]["frontier"])
 
 
 def test_predicted_speedup_is_that_of_the_compiled_graph(chosen: Path) -> None:
@@ -111,14 +132,16 @@ def test_predicted_speedup_is_that_of_the_compiled_graph(chosen: Path) -> None:
 
 def test_the_same_seed_gives_the_same_package(checkpoint: Path, tmp_path: Path) -> None:
     def convert(name: str, seed: int) -> tuple[Any, Any]:
-        manifest = popcompile.convert(checkpoint, tmp_path / name, layers="2,4-5", calibration_texts=16, seed=seed)
+        manifest = popcompile.convert(
+            checkpoint, tmp_path / name, layers="2,4-5", calibration_texts=16, refinement_steps=8, seed=seed
+        )
         return manifest.files[manifest.weights]["sha256"], report_of(tmp_path / name)["quality"]
 
     assert convert("one", 3) == convert("two", 3)
 
 
 def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path: Path) -> None:
-    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="2-3,5", dtype="fp16")
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="2-3,5", dtype="fp16", refinement_steps=8)
     report = report_of(tmp_path / "out")
     assert report["choice"]["how"] == "layers" and report["choice"]["budget"] is None and manifest.pruned == [2, 3, 5]
     quality = report["quality"]
@@ -130,7 +153,7 @@ def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path
 
 
 def test_a_count_is_chosen_by_loss(checkpoint: Path, tmp_path: Path) -> None:
-    manifest = popcompile.convert(checkpoint, tmp_path / "out", prune=3, calibration_texts=24)
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", prune=3, calibration_texts=24, refinement_steps=8)
     frontier = report_of(tmp_path / "out")["choice"]["frontier"]
     best = min(frontier, key=lambda row: row["loss"]["first_token_kl"])
     assert best["chosen"] and best["pruned"] == manifest.pruned and len(manifest.pruned) == 3
@@ -156,7 +179,7 @@ def test_without_calibration_the_own_projections_are_measured(checkpoint: Path, 
 
 def test_calibration_on_a_file(checkpoint: Path, tmp_path: Path) -> None:
     text = save_words(tmp_path / "words.txt", 3, 96 * 14)
-    popcompile.convert(checkpoint, tmp_path / "out", layers="3-5", calibration=str(text))
+    popcompile.convert(checkpoint, tmp_path / "out", layers="3-5", calibration=str(text), refinement_steps=8)
     quality = report_of(tmp_path / "out")["quality"]
     assert quality["text"] == "held-out part of words.txt" and 1 <= quality["texts"] <= 4
 
