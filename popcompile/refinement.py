@@ -43,13 +43,12 @@ def refine(
     if steps == 0 or not calibration.projections:
         return calibration
     refined = calibration.each(lambda t: t.clone().requires_grad_())
-    groups = [
-        {"params": [m.weight, m.bias, m.sink], "lr": _RATE * float(m.weight.detach().pow(2).mean().sqrt())}
-        for m in (*refined.projections.values(), *refined.bypasses.values())
-    ]
+    maps = [*refined.projections.values(), *refined.bypasses.values()]
+    rates = [_RATE * float(m.weight.detach().pow(2).mean().sqrt()) for m in maps]
+    groups = [{"params": [m.weight, m.bias, m.sink], "lr": rate} for m, rate in zip(maps, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups], total_steps=steps, pct_start=0.1, cycle_momentum=False
+        optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     random = Generator().manual_seed(seed)
     rows = _shuffled(len(states.rows), random)
