@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
@@ -36,6 +37,18 @@ def fast_products(fast: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def require_memory(program: Program, model: str) -> None:
+    """Raise PopcompileError where the model so named does not fit into the free memory in fp32. program: canonical."""
+    graph = program.graphs["model"]
+    sizes = {n.target: n.meta["val"].numel() for n in graph.graph.nodes if n.op == "get_attr"}
+    needed, free = 4 * sum(sizes.values()), psutil.virtual_memory().available
+    if needed > free:
+        raise PopcompileError(
+            f"{model}: to choose layers and to calibrate takes {needed / 1e9:.1f} GB of memory, the model in fp32, and"
+            f" {free / 1e9:.1f} GB are free; give --kv-projection layer with --prune 1/3 or --layers, which run nothing"
+        )
 
 
 def held_in_memory(read: Reader, model: str) -> Reader:

@@ -22,7 +22,7 @@ from popcompile.analysis import importance_rows
 from popcompile.calibration import Calibration
 from popcompile.calibration_text import SELF, TEXTS, CalibrationText, calibration_text
 from popcompile.choice import Budget, Candidate, Search, first_candidate, largest_count
-from popcompile.execution import Reader, fast_products, held_in_memory, materialise
+from popcompile.execution import Reader, fast_products, held_in_memory, materialise, require_memory
 from popcompile.held_out import HeldOut
 from popcompile.hidden_states import HiddenStates
 from popcompile.importance import Importance, importance
@@ -91,6 +91,7 @@ def make_plan(
     """
     if not needs_weights(program.num_layers, request, options):
         return Plan(request.layers)
+    require_memory(program, name)
     read = held_in_memory(read, name)
     text = calibration_text(
         options.origin, program, read, tokenizer, texts=options.texts, seed=options.seed,

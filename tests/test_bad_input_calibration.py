@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from bad_input import Cli, save_model
 from safetensors.torch import load_file, save_file
 from test_evaluation import save_words
 
+from popcompile.cli import main
 from popcompile.package import REPORT
 
 
@@ -99,10 +102,16 @@ def test_overflow_names_the_layer(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_inspect_without_quality(cli: Cli, pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from popcompile.cli import main
-
     out = tmp_path / "out"
     assert main(["convert", str(pristine), str(out), "--prune", "2", "--kv-projection", "layer"]) == 0
     assert '"quality"' not in (out / REPORT).read_text()
     assert main(["inspect", str(out)]) == 0
     assert "not measured" in capsys.readouterr().out
+
+
+def test_too_little_memory(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=3, max_position_embeddings=96, vocab_size=128)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    line = cli.refuses("convert", model, tmp_path / "out", "--prune", "2")
+    assert "0.0 GB are free; give --kv-projection layer with --prune 1/3 or --layers" in line
+    assert main(["convert", str(model), str(tmp_path / "out"), "--prune", "2", "--kv-projection", "layer"]) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -308,3 +310,42 @@ def test_layer_by_layer_is_the_model(family: str) -> None:
             torch.testing.assert_close(ours, theirs[:, :, :9], rtol=0, atol=1e-4)
         y = layers.layer(layer, y, late, causal[:, 9:], Keys(*entries, positions[:, :9]))
     torch.testing.assert_close(layers.logits(y, late), logits[:, 9:], rtol=0, atol=1e-4)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+BOUNDED = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from calibrated import Traced
+from conftest import tiny_llama
+from popcompile.calibration import calibrate
+from popcompile.hidden_states import HiddenStates
+from popcompile.refinement import refine
+
+def fit(count):
+    rows = torch.randint(64, (count, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = HiddenStates(layers, rows, 1, Path(sys.argv[1]))
+        refine(states, [1, 3], calibrate(states, [1, 3]), steps=2)
+    return states
+
+layers = Traced.of(tiny_llama(num_hidden_layers=4)).layers
+fit(160)
+status = dict(line.split(":") for line in open("/proc/self/status"))
+data = 1024 * int(status["VmData"].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (data + 50_000_000, resource.RLIM_INFINITY))
+print(sum(4 * states.numel() for states in fit(20_000)._states))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """300 MB of hidden states within 50 MB more than a small text takes."""
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 300_000_000
