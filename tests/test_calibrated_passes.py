@@ -17,7 +17,7 @@ from conftest import Inputs, make_inputs, materialise, run_graph, tiny_gemma3, t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pop_prefill
-from test_passes import GRAPHS, PASSES, Step, assert_close, numbered, rows, run_onnx
+from steps import GRAPHS, PASSES, Step, assert_close, numbered, rows, run_onnx
 from torch import Tensor, fx
 from transformers import Olmo2Config, Phi3Config, PreTrainedModel
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Inputs, make_inputs, materialise, run_graph, tiny_gemma3, tiny_llama, tiny_model
-from test_passes import numbered
+from steps import numbered
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 

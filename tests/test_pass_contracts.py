@@ -1,0 +1,197 @@
+"""Every pass refuses a graph that breaks its contract, before and after, and says how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from steps import before, llama_steps
+from torch import fx
+
+from popcompile.passes import ContractError, Pass, Program, lowering, ops, transformations
+from popcompile.passes.annotate_layers import AnnotateLayers
+from popcompile.passes.cleanup import Cleanup
+from popcompile.passes.fold_parameters import FoldParameters
+from popcompile.passes.fuse_rms_norm import FuseRMSNorm
+from popcompile.passes.fuse_rotary_embedding import FuseRotaryEmbedding
+from popcompile.passes.graph import find, inputs_of, outputs_of, replace
+from popcompile.passes.insert_boundary_recompute import InsertBoundaryRecompute
+from popcompile.passes.insert_bypass import InsertBypass
+from popcompile.passes.insert_kv_projection import InsertKVProjection
+from popcompile.passes.lower_attention import LowerAttention
+from popcompile.passes.lower_linear import LowerLinear
+from popcompile.passes.lower_rms_norm import LowerRMSNorm
+from popcompile.passes.lower_rotary_embedding import LowerRotaryEmbedding
+from popcompile.passes.normalize import Normalize
+from popcompile.passes.prune_lm_head import PruneLMHead
+from popcompile.passes.prune_prefill import PrunePrefill
+from popcompile.passes.split_stages import SplitStages
+
+
+@dataclass
+class Breach:
+    """A graph that breaks a pass's contract: the program before `at` (after it, for ensures), damaged."""
+
+    compiler_pass: Callable[[], Pass]
+    damage: Callable[[Program, fx.GraphModule], object]
+    message: str
+    ensures: bool = False
+    at: str = ""
+    stage: str = ""
+
+
+def nothing(program: Program, gm: fx.GraphModule) -> None:
+    """The graph is wrong for the pass as it is."""
+
+
+def drop(op: object, by_argument: int) -> Callable[[Program, fx.GraphModule], None]:
+    """Erase the first node of an operator."""
+
+    def damage(program: Program, gm: fx.GraphModule) -> None:
+        node = find(gm, op=op)[0]
+        replace(node, node.args[by_argument])
+
+    return damage
+
+
+def use_before_definition(program: Program, gm: fx.GraphModule) -> None:
+    first = next(n for n in gm.graph.nodes if n.op == "call_function")
+    outputs_of(gm)[0].append(first)
+
+
+def call_a_method(program: Program, gm: fx.GraphModule) -> None:
+    logits = outputs_of(gm)[0]
+    with gm.graph.inserting_after(logits):
+        called = gm.graph.call_method("relu", (logits,))
+    logits.replace_all_uses_with(called, delete_user_cb=lambda user: user is not called)
+
+
+def forget_module_paths(program: Program, gm: fx.GraphModule) -> None:
+    for node in find(gm, op=ops.attention)[1:]:
+        del node.meta["nn_module_stack"]
+
+
+def query_from_nowhere(program: Program, gm: fx.GraphModule) -> None:
+    find(gm, op=ops.attention)[0].update_arg(0, inputs_of(gm)["past_key_values_0_key"])
+
+
+def attend_to_an_input(program: Program, gm: fx.GraphModule) -> None:
+    find(gm, op=ops.attention)[0].update_arg(1, inputs_of(gm)["past_key_values_0_key"])
+
+
+def two_heads(program: Program, gm: fx.GraphModule) -> None:
+    find(gm, role="o_proj")[0].meta["role"] = "lm_head"
+
+
+def two_positions(program: Program, gm: fx.GraphModule) -> None:
+    positions = find(gm, op=ops.token_positions)[0]
+    with gm.graph.inserting_after(positions):
+        gm.graph.node_copy(positions)
+
+
+def no_decode(program: Program, gm: fx.GraphModule) -> None:
+    del program.graphs["decode"]
+
+
+def return_the_past(program: Program, gm: fx.GraphModule) -> None:
+    """The last layer's projected keys and values are computed for nobody."""
+    for kind in ("key", "value"):
+        append = find(gm, op=ops.append_kv, layer=1)[0]
+        replace(append, inputs_of(gm)[f"past_key_values_1_{kind}"])
+
+
+def project_from_a_deeper_layer(program: Program, gm: fx.GraphModule) -> None:
+    find(gm, role="kv_projection/input_norm")[0].args[0].meta["layer"] = 2
+
+
+def tell_apart(program: Program, gm: fx.GraphModule) -> None:
+    outputs_of(program.graphs["decode"])[0]._rename("another")
+
+
+BREACHES = {
+    "Normalize": Breach(Normalize, call_a_method, "the graph must be one flat torch.export graph"),
+    "Normalize, after": Breach(Normalize, nothing, "an identity is left", ensures=True, at="Traced"),
+    "FuseRMSNorm": Breach(FuseRMSNorm, use_before_definition, "was used before it has been defined"),
+    "FuseRMSNorm, after": Breach(FuseRMSNorm, drop(ops.rms_norm, 0), "a fused norm is missing", ensures=True),
+    "FuseRotaryEmbedding": Breach(FuseRotaryEmbedding, two_positions, "the graph needs one token_positions node"),
+    "FuseRotaryEmbedding, after": Breach(
+        FuseRotaryEmbedding, drop(ops.rotary_embedding, 0), "a fused embedding is missing", ensures=True
+    ),
+    "AnnotateLayers": Breach(
+        AnnotateLayers,
+        lambda p, gm: (drop(ops.attention, 0)(p, gm), drop(ops.attention, 0)(p, gm)),
+        "the graph has no attention node",
+    ),
+    "AnnotateLayers, layers": Breach(AnnotateLayers, forget_module_paths, r"attention nodes are in layers \[0, None\]"),
+    "AnnotateLayers, query": Breach(AnnotateLayers, query_from_nowhere, "q does not come from a projection"),
+    "AnnotateLayers, after": Breach(AnnotateLayers, two_heads, r"no o_proj in layers \[0\]", ensures=True),
+    "SplitStages": Breach(SplitStages, nothing, "the program is split already", at="PrunePrefill"),
+    "SplitStages, after": Breach(SplitStages, tell_apart, "the stages differ already", ensures=True),
+    "PrunePrefill": Breach(lambda: PrunePrefill([1, 7]), nothing, r"has 2 layers, asked to prune \[7\]"),
+    "PrunePrefill, twice": Breach(
+        lambda: PrunePrefill([1]), nothing, "layers are missing already", at="InsertKVProjection"
+    ),
+    "PrunePrefill, after": Breach(lambda: PrunePrefill([0]), nothing, "a pruned layer still attends", ensures=True),
+    "PrunePrefill, cache": Breach(
+        lambda: PrunePrefill([1]), return_the_past, "a layer lost its K/V cache entry", ensures=True
+    ),
+    "InsertKVProjection": Breach(
+        lambda: InsertKVProjection([1]), nothing, r"layer 1 still computes \[.*'attention_1'.*\]", at="PrunePrefill"
+    ),
+    "InsertKVProjection, after": Breach(
+        lambda: InsertKVProjection([1]), project_from_a_deeper_layer, r"layer 1's K/V depend on \['add", ensures=True
+    ),
+    "InsertBoundaryRecompute": Breach(InsertBoundaryRecompute, no_decode, "there is no decode graph to copy"),
+    "InsertBoundaryRecompute, twice": Breach(
+        InsertBoundaryRecompute, nothing, "the boundary token has its way already", at="PruneLMHead"
+    ),
+    "InsertBoundaryRecompute, after": Breach(
+        InsertBoundaryRecompute, nothing, "still skipped by every token", ensures=True, at="InsertKVProjection"
+    ),
+    "InsertBypass": Breach(lambda: InsertBypass([1], [0]), nothing, r"no run of pruned layers begins at \[0\]"),
+    "InsertBypass, too early": Breach(
+        lambda: InsertBypass([1], [1]), nothing, "the boundary token has no way yet", at="InsertKVProjection"
+    ),
+    "InsertBypass, after": Breach(lambda: InsertBypass([1], [1]), nothing, "a run lacks its bypass", ensures=True),
+    "PruneLMHead": Breach(PruneLMHead, two_heads, "the graph needs one lm_head"),
+    "PruneLMHead, after": Breach(
+        PruneLMHead, nothing, r"logits are .*, not \[batch, 1, vocabulary\]", ensures=True, at="InsertBoundaryRecompute"
+    ),
+    "Cleanup": Breach(Cleanup, use_before_definition, "was used before it has been defined"),
+    "LowerAttention": Breach(LowerAttention, attend_to_an_input, "attention reads no cache of its own"),
+    "LowerAttention, after": Breach(LowerAttention, nothing, r"\['attention', .* left", ensures=True, at="Cleanup"),
+    "LowerRotaryEmbedding": Breach(
+        LowerRotaryEmbedding, nothing, "attention is lowered first: it takes RoPE's layout along", at="LowerAttention"
+    ),
+    "LowerRotaryEmbedding, after": Breach(
+        LowerRotaryEmbedding, nothing, "a rotary_embedding is left", ensures=True, at="Cleanup"
+    ),
+    "LowerRMSNorm": Breach(LowerRMSNorm, use_before_definition, "was used before it has been defined"),
+    "LowerRMSNorm, after": Breach(LowerRMSNorm, nothing, "an rms_norm is left", ensures=True, at="Cleanup"),
+    "LowerLinear": Breach(LowerLinear, use_before_definition, "was used before it has been defined"),
+    "LowerLinear, after": Breach(LowerLinear, nothing, "a linear is left", ensures=True, at="Cleanup"),
+    "FoldParameters": Breach(FoldParameters, use_before_definition, "was used before it has been defined"),
+    "FoldParameters, after": Breach(
+        FoldParameters, nothing, "an expression of parameters alone is left", ensures=True, at="LowerLinear"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BREACHES)
+def test_contract(case: str) -> None:
+    breach = BREACHES[case]
+    name = case.split(",")[0]
+    at = breach.at or name
+    program = (llama_steps()[at] if breach.ensures else before(llama_steps(), at)).copy()
+    compiler_pass = breach.compiler_pass()
+    compiler_pass.program = program
+    compiler_pass.matches = {"FuseRMSNorm": 5, "FuseRotaryEmbedding": 4}.get(name, 0) if breach.ensures else 0
+    gm = next(iter(program.graphs.values()))  # model, later prefill
+    breach.damage(program, gm)
+    with pytest.raises(ContractError, match=rf"^{name}: .*{breach.message}"):
+        (compiler_pass.ensures if breach.ensures else compiler_pass)(gm)
+
+
+def test_every_pass_has_a_contract() -> None:
+    assert {case.split(",")[0] for case in BREACHES} == {p.name for p in [*transformations([]), *lowering()]}

@@ -1,0 +1,175 @@
+"""Every pass keeps the meaning that it promises to keep: against transformers, the reference, and the graph before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    Inputs,
+    make_inputs,
+    materialise,
+    run_graph,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_model,
+    transformers_forward,
+)
+from reference import pop_prefill
+from steps import Result, Step, assert_close, before, compile_in_steps, rows, run_onnx
+from torch import Tensor
+from transformers import PreTrainedModel
+
+#: prompts of 9 and 4 tokens after 3, so that Gemma's window of 8 slides and one row is padded
+LENGTHS, PAST = [9, 4], 3
+CONFIGS = {"llama": tiny_llama(), "gemma3": tiny_gemma3()}
+PRUNED = {"llama": [1], "gemma3": [1]}
+
+
+@cache
+def compiled(family: str) -> tuple[PreTrainedModel, dict[str, Step]]:
+    return tiny_model(CONFIGS[family]), compile_in_steps(CONFIGS[family], PRUNED[family])
+
+
+def run_step(family: str, name: str, stage: str, inputs: Inputs) -> Result:
+    model, steps = compiled(family)
+    program = steps[name].program
+    gm = program.graphs.get(stage) or program.graphs["model"]
+    return run_graph(materialise(gm, program, model.state_dict()), inputs)
+
+
+@cache
+def prompts(family: str) -> Inputs:
+    return make_inputs(compiled(family)[0], LENGTHS, PAST)
+
+
+def full_model(model: PreTrainedModel, inputs: Inputs) -> list[list[Tensor]]:
+    """Every row alone, unpadded, through transformers' module."""
+    found = []
+    for i, n in enumerate(inputs.lengths):
+        logits, kv = transformers_forward(model, inputs.ids[i : i + 1, :n], inputs.cache(i))
+        found.append([logits[0], *(t[0] for t in kv)])
+    return found
+
+
+def pop(model: PreTrainedModel, inputs: Inputs, pruned: Iterable[int]) -> list[list[Tensor]]:
+    """Every row alone, unpadded, through the reference; logits of the boundary token."""
+    found = []
+    for i, n in enumerate(inputs.lengths):
+        logits, kv = pop_prefill(model, inputs.ids[i : i + 1, :n], pruned, inputs.cache(i))
+        found.append([logits[0], *(t[0] for layer in kv.layers for t in (layer.keys, layer.values))])
+    return found
+
+
+FULL = {
+    "Traced": ["model"],
+    "Normalize": ["model"],
+    "FuseRMSNorm": ["model"],
+    "FuseRotaryEmbedding": ["model"],
+    "AnnotateLayers": ["model"],
+    "SplitStages": ["prefill", "decode"],
+    "Cleanup": ["decode"],  # what prunes prefill leaves decode alone
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stages in FULL.items() for stage in stages])
+def test_full_graph_is_the_model(family: str, name: str, stage: str) -> None:
+    inputs = prompts(family)
+    ours = rows(inputs, run_step(family, name, stage, inputs))
+    # transformers attends without our mask, in another order of summation
+    assert_close(ours, full_model(compiled(family)[0], inputs), 1e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("Normalize", "model"),
+        ("FuseRMSNorm", "model"),
+        ("FuseRotaryEmbedding", "model"),
+        ("AnnotateLayers", "model"),
+        ("SplitStages", "prefill"),
+        ("SplitStages", "decode"),
+        ("InsertKVProjection", "prefill"),
+        ("PruneLMHead", "decode"),
+        ("Cleanup", "prefill"),
+        ("Cleanup", "decode"),
+    ],
+)
+def test_pass_changes_no_bit(family: str, name: str, stage: str) -> None:
+    """The same arithmetic in the same order, padding included."""
+    inputs = prompts(family)
+    logits, kv = run_step(family, name, stage, inputs)
+    logits_before, kv_before = run_step(family, before(compiled(family)[1], name).name, stage, inputs)
+    for a, b in zip([logits, *kv], [logits_before, *kv_before], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_lm_head_gives_the_boundary_tokens_logits(family: str) -> None:
+    inputs = prompts(family)
+    logits, kv = run_step(family, "PruneLMHead", "prefill", inputs)
+    all_logits, kv_before = run_step(family, "InsertBoundaryRecompute", "prefill", inputs)
+    boundary = torch.stack([all_logits[i, n - 1 : n] for i, n in enumerate(LENGTHS)])
+    assert logits.shape == boundary.shape
+    torch.testing.assert_close(logits, boundary, rtol=0, atol=1e-5)  # a matrix product of fewer rows sums otherwise
+    assert all(torch.equal(a, b) for a, b in zip(kv, kv_before, strict=True))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("name", ["PruneLMHead", "Cleanup"])
+def test_prefill_is_the_reference(family: str, name: str) -> None:
+    model = compiled(family)[0]
+    inputs = prompts(family)
+    ours = rows(inputs, run_step(family, name, "prefill", inputs))
+    expected = pop(model, inputs, PRUNED[family])
+    assert_close(ours, expected, 1e-5)
+    skipped = rows(inputs, run_step(family, "InsertKVProjection", "prefill", inputs))
+    for pruned, boundary_skips in zip(expected, skipped, strict=True):  # the boundary's way shows in the logits
+        assert (pruned[0] - boundary_skips[0][-1:]).abs().max() > 0.1
+
+
+def test_pruning_an_inner_layer_changes_what_follows() -> None:
+    """So that agreement with the reference says something: the pruned model is another one."""
+    model = compiled("gemma3")[0]
+    inputs = prompts("gemma3")
+    for ours, full in zip(pop(model, inputs, [1]), full_model(model, inputs), strict=True):
+        assert (ours[0] - full[0][-1:]).abs().max() > 0.1
+        assert (ours[-1] - full[-1]).abs().max() > 0.1
+
+
+# Lowered graphs hold ONNX operators and run in ONNX Runtime alone.
+
+
+def onnx_prompts(family: str) -> list[Inputs]:
+    """ONNX Runtime's CPU kernel takes several tokens after a past for one row only."""
+    model = compiled(family)[0]
+    uneven = make_inputs(model, [1, 1], 5)  # pasts of 5 and 2 tokens, as in a batch that is being decoded
+    uneven.mask[1, 3:] = 0
+    return [make_inputs(model, LENGTHS), make_inputs(model, [9], PAST), make_inputs(model, [1, 1], PAST), uneven]
+
+
+LOWERED = ["LowerAttention", "LowerRotaryEmbedding", "LowerRMSNorm", "LowerLinear", "FoldParameters"]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("llama", name) for name in LOWERED), ("llama", "LastCleanup"), ("gemma3", "LastCleanup")]
+)
+def test_lowered_prefill_is_the_reference(family: str, name: str, tmp_path: Path) -> None:
+    model, steps = compiled(family)
+    inputs = onnx_prompts(family)
+    for given, result in zip(inputs, run_onnx(tmp_path, steps[name], "prefill", model, inputs), strict=True):
+        # other kernels; logits are up to 10
+        assert_close(rows(given, result), pop(model, given, PRUNED[family]), 1e-4)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_lowered_decode_is_the_model(family: str, tmp_path: Path) -> None:
+    model, steps = compiled(family)
+    inputs = onnx_prompts(family)
+    for given, result in zip(inputs, run_onnx(tmp_path, steps["LastCleanup"], "decode", model, inputs), strict=True):
+        assert_close(rows(given, result), full_model(model, given), 1e-4)
