@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.arguments import Parser, command, count, positive, temperature
+from popcompile.bench_command import add_bench
 from popcompile.errors import PopcompileError
 
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_evaluate(commands)
+    add_bench(commands)
     _add_demo(commands)
     return parser
 
