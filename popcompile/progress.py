@@ -25,11 +25,12 @@ CONVERT_STEPS: Steps = {
 }
 ANALYZE_STEPS: Steps = {"trace": (0, 10), "sample": (10, 50), "analyze": (50, 100)}
 EVALUATE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 100)}
+BENCH_STEPS: Steps = {"compile": (0, 5), "load": (5, 10), "measure": (10, 100)}
 
 
 @contextmanager
 def progress_bar(steps: Steps) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields the `progress` argument of `convert`, `analyze` and `evaluate`."""
+    """Yields the `progress` argument of `convert`, `analyze`, `evaluate` and `bench`."""
     bar_format = "{desc:10}{bar}{percentage:4.0f}%"
     with tqdm(total=100, disable=not sys.stderr.isatty(), bar_format=bar_format, leave=False) as bar:
 

@@ -231,11 +231,14 @@ class Runtime:
     low_memory: let decode read the mapped weights as they are, so that there is a single copy of them. Otherwise, on
     the CPU, the decode session holds its matrices a second time, packed for its kernels: a token then takes three
     quarters of the time, one for each of eight rows a quarter. (fp16 weights save nothing on the CPU, where ONNX
-    Runtime widens them to fp32 in every session.)
+    Runtime widens them to fp32 in every session.) threads: of each session on the CPU; None: as many as it has cores.
     """
 
-    def __init__(self, folder: str | Path, *, provider: str = "cpu", low_memory: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, provider: str = "cpu", low_memory: bool = False, threads: int | None = None
+    ) -> None:
         self.folder = Path(folder)
+        self._threads = threads
         self.manifest: Manifest = read_manifest(self.folder)
         self.provider = find_provider(provider)
         check_files(self.folder, self.manifest)
@@ -258,6 +261,7 @@ class Runtime:
         options = ort.SessionOptions()
         accelerated = self.provider.device != "cpu"
         options.log_severity_level = _SILENT if accelerated else _ERRORS
+        options.intra_op_num_threads = self._threads or 0
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         graph = self.folder / self.manifest.graphs[stage]

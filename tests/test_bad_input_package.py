@@ -20,6 +20,7 @@ from popcompile.package import MANIFEST, REPORT, WEIGHTS, check_files, describe_
 
 #: every command that takes a package, with the rest of its arguments
 COMMANDS = {"inspect": [], "inspect --json": ["--json"], "verify": [], "run": ["--prompt", "the cat"]}
+COMMANDS |= {"bench": ["--lengths", "8", "--decode-tokens", "2"]}
 
 
 @pytest.fixture(scope="module")

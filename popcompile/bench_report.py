@@ -1,0 +1,75 @@
+"""A benchmark as tables on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tabulate import tabulate
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """The result of `bench.bench` for a terminal."""
+    settings, versions = result["settings"], result["versions"]
+    genai = f", onnxruntime-genai {versions['onnxruntime_genai']}" if _uses_genai(result) else ""
+    rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
+    head = (
+        f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
+        f" {result['num_layers']} layers\n{settings['provider']}, {settings['threads']} threads, {result['cpu']};"
+        f" onnxruntime {versions['onnxruntime']}{genai}\nmedian ± half the spread of {settings['repeats']} turns,"
+        f" subjects alternating{rows}; {settings['decode_tokens']} tokens decoded after each prompt"
+    )
+    return "\n\n".join([head, _times(result), _memory(result)])
+
+
+def _uses_genai(result: dict[str, Any]) -> bool:
+    return any(subject["kind"] == "genai" for subject in result["subjects"])
+
+
+def _times(result: dict[str, Any]) -> str:
+    """A row for each length and subject; ratios are how many times pop's median."""
+    ratios = {(ratio["over"], ratio["tokens"]): ratio for ratio in result["ratios"]}
+    rows = []
+    for index, length in enumerate(result["settings"]["lengths"]):
+        for subject in result["subjects"]:
+            measured = subject["lengths"][index]
+            prefill, first, decode = (measured[name] for name in ("prefill", "time_to_first_token", "decode"))
+            ratio = ratios.get((subject["name"], length), {})
+            rows.append(
+                [
+                    f"{length:,}",
+                    subject["name"],
+                    _milliseconds(prefill),
+                    _ratio(ratio.get("prefill")),
+                    f"{prefill['tokens_per_second']:,.0f}",
+                    _milliseconds(first),
+                    _ratio(ratio.get("time_to_first_token")),
+                    f"{decode['tokens_per_second']:.1f}",
+                ]
+            )
+    headers = ["tokens", "subject", "prefill, ms", "/ pop", "tokens/s", "first token, ms", "/ pop", "decode, tokens/s"]
+    align = ("right", "left", *["right"] * 6)
+    return tabulate(rows, headers, disable_numparse=True, colalign=align)
+
+
+def _milliseconds(measure: dict[str, Any]) -> str:
+    median, spread = measure["median"] * 1e3, measure["half_spread"] * 1e3
+    digits = 0 if median >= 100 else 1
+    return f"{median:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _memory(result: dict[str, Any]) -> str:
+    """A row for each subject, in MB (10^6 bytes)."""
+    rows = [
+        [subject["name"], *map(_megabytes, subject["memory"].values()), f"{subject['load_seconds']:.1f}"]
+        for subject in result["subjects"]
+    ]
+    headers = ["subject", "anonymous memory, at most, MB", "resident, at most, MB", "loaded in, s"]
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
+
+
+def _megabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:,.0f}"
