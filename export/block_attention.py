@@ -79,8 +79,9 @@ class _Blocks:
 
     def _constant(self, value: Any) -> ir.Value:
         tensor = ir.tensor(value, dtype=ir.DataType.BOOL if value is True else ir.DataType.INT64)
+        shape = ir.Shape([] if value is True else [len(value)])
         name = f"attention_blocks_constant_{len(self._graph.initializers)}"
-        constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self._graph.register_initializer(constant)
         return constant
 
