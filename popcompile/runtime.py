@@ -262,6 +262,8 @@ class Runtime:
         accelerated = self.provider.device != "cpu"
         options.log_severity_level = _SILENT if accelerated else _ERRORS
         options.intra_op_num_threads = self._threads or 0
+        # Threads of one session that wait actively take the cores from the other: 20 ms of the first step after a prompt.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         graph = self.folder / self.manifest.graphs[stage]
