@@ -65,7 +65,7 @@ class _Blocks:
         seqlens, total = first.inputs[5], first.inputs[6]
         emit = _Nodes("/attention_blocks")
         ids = graph.inputs[0]
-        self.zero, self.one = self._constant([0]), self._constant([1])
+        self.zeros, self.one = self._constant([0, 0]), self._constant([1])
         self.length = emit("Shape", ids, start=1, end=2)
         single = emit("Equal", emit("Shape", ids, start=0, end=1), self.one)
         ends = emit("Add", emit("Cast", emit("ReduceMin", seqlens, keepdims=0), to=int(ir.DataType.INT64)), self.one)
@@ -87,8 +87,9 @@ class _Blocks:
 
     def rewrite(self, attention: ir.Node) -> None:
         emit = _Nodes(str(attention.name))
-        query, past = attention.inputs[0], attention.inputs[3:5]
-        none = emit("Slice", query, self.zero, self.zero, self.one)
+        query, past, shape = attention.inputs[0], attention.inputs[3:5], attention.outputs[0].shape
+        assert shape is not None
+        none = emit("Slice", query, self.zeros, self._constant([0, shape[2]]), self._constant([1, 2]))
         key, value, out = emit("Loop", self.count, self.always, *past, none, outputs=3, body=self._body(attention))
         self._graph.insert_before(attention, emit.nodes)
         for old, new in zip(attention.outputs, (out, key, value), strict=True):
@@ -99,7 +100,7 @@ class _Blocks:
 
     def _body(self, attention: ir.Node) -> ir.Graph:
         """(block, go on, past key, past value, out) -> (go on, key, value, longer out)."""
-        query, key, value, past_key, past_value, seqlens, total = attention.inputs[:7]
+        past_key, past_value, seqlens, total, *tables = attention.inputs[3:]
         prefix = f"{attention.name}/block"
         emit = _Nodes(prefix)
 
@@ -108,16 +109,20 @@ class _Blocks:
             return ir.Value(name=f"{prefix}/{name}", type=kind, shape=None if like is not None else ir.Shape([]))
 
         number, go_on = state("number", None), state("go_on", None, ir.DataType.BOOL)
-        keys, values, done = state("past_key", past_key), state("past_value", past_value), state("done", query)
+        keys, values, done = (
+            state("past_key", past_key),
+            state("past_value", past_value),
+            state("done", attention.outputs[0]),
+        )
         begin = emit("Mul", number, self.size)
         end = emit("Min", emit("Add", begin, self.size), self.length)
-        rows = [emit("Slice", t, begin, end, self.one) for t in (query, key, value)]
+        rows = [t and emit("Slice", t, begin, end, self.one) for t in attention.inputs[:3]]
         left = emit("Cast", emit("Sub", self.length, end), to=int(ir.DataType.INT32))
         seen = emit("Sub", seqlens, left)
         known = emit("Sub", total, emit("Squeeze", left))
         attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
         out, new_key, new_value = emit(
-            "GroupQueryAttention", *rows, keys, values, seen, known, outputs=3, domain=CONTRIB, **attributes
+            "GroupQueryAttention", *rows, keys, values, seen, known, *tables, outputs=3, domain=CONTRIB, **attributes
         )
         longer = emit("Concat", done, out, axis=1)
         still = emit("Identity", go_on)

@@ -73,6 +73,7 @@ def to_onnx(gm: fx.GraphModule, num_layers: int, stage: str, provider: str) -> i
         RemoveUnusedOpsetsPass(),
     ):
         rewrite(model)
+    _leave_out_statistics(model)
     _name_nodes(model)
     NameFixPass()(model)
     _name_dimensions(model)
@@ -111,6 +112,15 @@ def _reexport(gm: fx.GraphModule) -> torch.export.ExportedProgram:
 
 def _is_fake(value: Any) -> bool:
     return isinstance(getattr(value, "raw", None), torch.Tensor) and type(value.raw).__name__ != "Tensor"
+
+
+def _leave_out_statistics(model: ir.Model) -> None:
+    """SkipSimplifiedLayerNormalization's mean and inverse deviation are for training; no kernel here computes them."""
+    for node in model.graph:
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            for value in node.outputs:
+                if not value.uses() and not value.is_graph_output():
+                    value.name = ""
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -13,6 +13,7 @@ from .contract import ContractError
 from .fold_parameters import FoldParameters
 from .fuse_rms_norm import FuseRMSNorm
 from .fuse_rotary_embedding import FuseRotaryEmbedding
+from .fuse_skip_rms_norm import FuseSkipRMSNorm
 from .insert_boundary_recompute import InsertBoundaryRecompute
 from .insert_bypass import InsertBypass
 from .insert_kv_projection import InsertKVProjection
@@ -22,8 +23,10 @@ from .lower_linear import LowerLinear
 from .lower_rms_norm import LowerRMSNorm
 from .lower_rotary_embedding import LowerRotaryEmbedding
 from .normalize import Normalize
+from .pack_qkv import PackQKV
 from .prune_lm_head import PruneLMHead
 from .prune_prefill import PrunePrefill
+from .quantize_linear import Quantization, QuantizeLinear
 from .split_stages import SplitStages
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "PassManager",
     "PassRecord",
     "Program",
+    "Quantization",
     "canonicalization",
     "lowering",
     "pruning",
@@ -67,13 +71,15 @@ def transformations(pruned: Iterable[int]) -> list[Pass]:
     return [*canonicalization(), *pruning(pruned)]
 
 
-def lowering() -> list[Pass]:
-    """The passes that bring both graphs to ONNX Runtime's operators."""
+def lowering(quantization: Quantization | None = None) -> list[Pass]:
+    """The passes that bring both graphs to ONNX Runtime's operators; quantization: of the weights of linear layers."""
     return [
         LowerAttention(),
+        PackQKV(),
         LowerRotaryEmbedding(),
         LowerRMSNorm(),
-        LowerLinear(),
+        FuseSkipRMSNorm(),
+        LowerLinear() if quantization is None else QuantizeLinear(quantization),
         FoldParameters(),
         Cleanup(),
     ]

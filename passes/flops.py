@@ -17,7 +17,7 @@ from torch.utils.flop_counter import addmm_flop, bmm_flop, mm_flop, sdpa_flop_co
 
 from . import ops
 from .graph import call_nodes, dimension_symbols, evaluate_dim, layer_of, shape_of
-from .onnx_ops import attributes_of, onnx_op_type
+from .onnx_ops import attributes_of, onnx_inputs, onnx_op_type
 
 REFERENCE_SIZES: dict[str, dict[str, int]] = {
     "prefill": {"batch": 1, "sequence": 1024, "past": 0, "total": 1024},
@@ -59,6 +59,9 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
         return addmm_flop(shape(node.args[0]), shape(node.args[1]), shape(node.args[2]))
     if name == "aten.bmm.default":
         return bmm_flop(shape(node.args[0]), shape(node.args[1]))
+    if onnx_op_type(node) == "MatMulNBits":
+        x, attributes = shape(onnx_inputs(node)[0]), attributes_of(node)
+        return mm_flop((product(x[:-1]), attributes["K"]), (attributes["K"], attributes["N"]))
     if name == "aten.matmul.default" or onnx_op_type(node) in ("MatMul", "FusedMatMul"):
         a, b = (shape(n) for n in node.all_input_nodes[:2])
         out = shape(node)
@@ -67,10 +70,11 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
         query, value = shape(node.args[0]), shape(node.args[2])
         return attention_flops(query, value[3], total, int(node.args[5]))
     if onnx_op_type(node) == "GroupQueryAttention":
-        batch, new, width = shape(node.all_input_nodes[0])
+        query, past = onnx_inputs(node)[0], onnx_inputs(node)[3]
+        (batch, new, _), head_size = shape(query), shape(past)[3]
         attributes = attributes_of(node)
         heads, window = attributes["num_heads"], max(attributes.get("local_window_size", -1), 0)
-        return attention_flops((batch, heads, new, width // heads), width // heads, total, window)
+        return attention_flops((batch, heads, new, head_size), head_size, total, window)
     return 0
 
 

@@ -1,7 +1,8 @@
 """Turn expressions of parameters into initializers.
 
 A transposed weight or Gemma's 1 + norm weight is computed once, when weights are written, and not on every run. The
-initializer keeps the parameter's name unless the parameter is also read as it is.
+initializer keeps the (first) parameter's name unless the parameter is also read as it is; a pass that makes one
+parameter of several names it, in the node's meta["parameter"].
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class FoldParameters(Pass):
         self._read_as_is: set[str] = set()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        folded = _foldable(graph_module)
+        folded = foldable(graph_module)
         self._read_as_is = set().union(*(self._parameters_read_as_is(gm) for gm in self.program.graphs.values()))
         for node in [n for n in call_nodes(graph_module) if n in folded]:
             if all(user in folded for user in node.users):
@@ -33,7 +34,7 @@ class FoldParameters(Pass):
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        self.check(not _foldable(graph_module), "an expression of parameters alone is left")
+        self.check(not foldable(graph_module), "an expression of parameters alone is left")
 
     def _fold(self, gm: fx.GraphModule, node: fx.Node) -> None:
         needed = dependencies([node], lambda n: True)
@@ -41,7 +42,8 @@ class FoldParameters(Pass):
         parameters = [n for n in ordered if n.op == "get_attr"]
         body = [n for n in ordered if n.op == "call_function"]
         derived = Derived(tuple(str(n.target) for n in parameters), extract([node], parameters, body))
-        name = self._name(derived, parameters[0])
+        stem = next((n.meta["parameter"] for n in reversed(body) if "parameter" in n.meta), str(parameters[0].target))
+        name = self._name(derived, stem)
         self.program.derived[name] = derived
         register_parameter(gm, name, value_of(node))
         with gm.graph.inserting_before(node):
@@ -50,16 +52,15 @@ class FoldParameters(Pass):
         replace(node, attribute)
 
     def _parameters_read_as_is(self, gm: fx.GraphModule) -> set[str]:
-        foldable = _foldable(gm)
+        folded = foldable(gm)
         return {
             str(n.target)
             for n in gm.graph.nodes
-            if n.op == "get_attr" and n.target not in self.program.derived and any(u not in foldable for u in n.users)
+            if n.op == "get_attr" and n.target not in self.program.derived and any(u not in folded for u in n.users)
         }
 
-    def _name(self, derived: Derived, parameter: fx.Node) -> str:
-        """The parameter's own name where nothing else has it, else one with a suffix."""
-        stem = str(parameter.target)
+    def _name(self, derived: Derived, stem: str) -> str:
+        """This name where nothing else has it, else one with a suffix."""
         number = 0
         while True:
             name = f"{stem}_{number}" if number else stem
@@ -69,11 +70,11 @@ class FoldParameters(Pass):
             number += 1
 
 
-def _foldable(gm: fx.GraphModule) -> set[fx.Node]:
+def foldable(gm: fx.GraphModule) -> set[fx.Node]:
     """Calls that depend on parameters alone."""
-    foldable: set[fx.Node] = set()
+    found: set[fx.Node] = set()
     for node in call_nodes(gm):
         inputs = node.all_input_nodes
-        if inputs and all(n.op == "get_attr" or n in foldable for n in inputs):
-            foldable.add(node)
-    return foldable
+        if inputs and all(n.op == "get_attr" or n in found for n in inputs):
+            found.add(node)
+    return found

@@ -129,6 +129,13 @@ def set_value(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
 
 
+def emit_sizes(graph: fx.Graph, x: fx.Node) -> list[int | fx.Node]:
+    """The dimensions of x at the graph's insertion point: numbers, and nodes that compute the free ones."""
+    return [
+        d if isinstance(d, int) else emit(graph, torch.ops.aten.sym_size.int, x, i) for i, d in enumerate(shape_of(x))
+    ]
+
+
 def emit_parameter(gm: fx.GraphModule, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
     """A get_attr node at the graph's insertion point for a parameter of that name, registered on first use."""
     with fake_mode_of(gm.graph):

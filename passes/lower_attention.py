@@ -5,9 +5,9 @@
     attention(q, write_kv(cache_k, k), write_kv(cache_v, v))    the boundary token
         => the same, with the cache as the past
 
-The operator takes and returns [B, S, heads x head size], so the transposes around attention go away; RoPE on the way
-is lowered in the same layout. It counts valid keys with seqlens_k [B] (position of the last query) from the left,
-as our positions do.
+The operator takes and returns [B, S, heads x head size], so the transposes around attention go away. It counts valid
+keys with seqlens_k [B] (position of the last query) from the left, as our positions do, and rotates queries and new
+keys itself; where it cannot (_rotates), RoPE is lowered on its own in the same layout.
 Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftgroupqueryattention
 """
 
@@ -102,13 +102,18 @@ class _Lowering:
             attributes["local_window_size"] = window
         if softcap:
             attributes["softcap"] = softcap
+        tables: list[fx.Node] = []
+        if _rotates(query, key, positions):
+            attributes["do_rotary"] = 1
+            tables = [query.args[2], query.args[3]]
+            query, key = query.args[0], key.args[0]
         present = [self.batch, kv_heads, self.total, head_size]
         with self.graph.inserting_before(node):
             flat = [self._flat_heads(t) for t in (query, key, value)]
             fused = emit_onnx_multi(
                 self.graph,
                 f"{CONTRIB}::GroupQueryAttention",
-                [*flat, past_key, past_value, seqlens, self.total_scalar],
+                [*flat, past_key, past_value, seqlens, self.total_scalar, *tables],
                 attributes,
                 shapes=[[self.batch, queries, heads * head_size], present, present],
                 dtypes=[dtype] * 3,
@@ -165,3 +170,18 @@ class _Lowering:
         past, new, _ = append.args
         with self.graph.inserting_before(append):
             replace(append, emit(self.graph, aten.cat.default, [past, new], 2, like=append))
+
+
+def _rotates(query: fx.Node, key: Any, positions: fx.Node) -> bool:
+    """Whether the operator can take over the rotation of query and key [B, H, S, D].
+
+    Its kernels rotate pairs in vectors of 8, of heads that are multiples of 16.
+    """
+    if not isinstance(key, fx.Node) or not query.target == key.target == ops.rotary_embedding:
+        return False
+    if query.args[1:] != key.args[1:] or query.args[1] is not positions or len(key.users) > 1:
+        return False
+    cos = query.args[2]
+    assert isinstance(cos, fx.Node)
+    head_size, pairs = shape_of(query)[3], shape_of(cos)[1]
+    return bool(head_size % 16 == 0 and pairs % 8 == 0)

@@ -12,7 +12,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .base import Pass
-from .graph import emit, find, replace, shape_of, value_of
+from .fold_parameters import foldable
+from .graph import emit, emit_sizes, find, replace, shape_of, value_of
 from .onnx_ops import CONTRIB, emit_onnx
 
 aten = torch.ops.aten
@@ -23,10 +24,11 @@ class LowerLinear(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
+        folded = foldable(graph_module)
         shared = {
             n.target
             for n in graph.nodes
-            if n.op == "get_attr" and any(u.target != aten.linear.default for u in n.users)
+            if n.op == "get_attr" and any(u.target != aten.linear.default and u not in folded for u in n.users)
         }
         for node in find(graph_module, op=aten.linear.default):
             x, weight = node.args[:2]
@@ -34,16 +36,12 @@ class LowerLinear(Pass):
             assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
             with graph.inserting_before(node):
                 if weight.op == "get_attr" and weight.target in shared:
-                    shape = [
-                        d if isinstance(d, int) else emit(graph, aten.sym_size.int, x, i)
-                        for i, d in enumerate(shape_of(x)[:-1])
-                    ]
                     out = emit_onnx(
                         graph,
                         f"{CONTRIB}::FusedMatMul",
                         [x, weight],
                         {"transB": 1},
-                        shape=[*shape, shape_of(weight)[0]],
+                        shape=[*emit_sizes(graph, x)[:-1], shape_of(weight)[0]],
                         dtype=value_of(node).dtype,
                         like=node,
                     )

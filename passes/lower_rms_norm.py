@@ -8,7 +8,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import emit, find, replace, shape_of, value_of
+from .graph import emit, emit_sizes, find, replace, value_of
 from .onnx_ops import emit_onnx
 
 
@@ -24,16 +24,12 @@ class LowerRMSNorm(Pass):
             with graph.inserting_before(node):
                 if value_of(weight).dtype != dtype:  # the operator returns the weight's dtype
                     weight = emit(graph, torch.ops.aten.to.dtype, weight, dtype, like=node)
-                shape = [
-                    d if isinstance(d, int) else emit(graph, torch.ops.aten.sym_size.int, x, i)
-                    for i, d in enumerate(shape_of(x))
-                ]
                 lowered = emit_onnx(
                     graph,
                     "SimplifiedLayerNormalization",
                     [x, weight],
                     {"axis": -1, "epsilon": eps, "stash_type": 1},
-                    shape=shape,
+                    shape=emit_sizes(graph, x),
                     dtype=dtype,
                     like=node,
                 )

@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import emit, find, replace, shape_of, value_of
+from .graph import emit_sizes, find, replace, shape_of, value_of
 from .onnx_ops import CONTRIB, emit_onnx
 
 aten = torch.ops.aten
@@ -31,13 +31,12 @@ def emit_rotary(
         attributes["num_heads"] = heads
     if rotary_size < head_size:
         attributes["rotary_embedding_dim"] = rotary_size
-    sizes = [d if isinstance(d, int) else emit(graph, aten.sym_size.int, x, i) for i, d in enumerate(shape)]
     return emit_onnx(
         graph,
         f"{CONTRIB}::RotaryEmbedding",
         [x, positions, cos, sin],
         attributes,
-        shape=sizes,
+        shape=emit_sizes(graph, x),
         dtype=value_of(x).dtype,
         like=like,
     )

@@ -24,7 +24,7 @@ _LIBRARY = torch.library.Library("popcompile", "FRAGMENT")
 REFERENCE: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
 
 
-def _operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
+def operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
     """Register the decorated reference implementation as `popcompile::<schema>`; returns the overload."""
 
     def register(reference: Callable[..., Tensor]) -> torch._ops.OpOverload:
@@ -50,7 +50,7 @@ def _positions_shape(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     return attention_mask.new_empty((tokens.shape[0], tokens.shape[1]), dtype=torch.int64)
 
 
-@_operator("token_positions(Tensor attention_mask, Tensor tokens) -> Tensor", _positions_shape)
+@operator("token_positions(Tensor attention_mask, Tensor tokens) -> Tensor", _positions_shape)
 def token_positions(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     """Position of every new token, [B, S] int64.
 
@@ -70,7 +70,7 @@ def _index_shape(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     return attention_mask.new_empty((tokens.shape[0],), dtype=torch.int64)
 
 
-@_operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
+@operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
 def boundary_index(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     """Index of each row's boundary token (its last valid one) among the new tokens, [B] int64."""
     new, total = tokens.shape[1], attention_mask.shape[1]
@@ -82,27 +82,27 @@ def _one_token_shape(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], 1, *x.shape[2:]))
 
 
-@_operator("select_boundary(Tensor x, Tensor index) -> Tensor", _one_token_shape)
+@operator("select_boundary(Tensor x, Tensor index) -> Tensor", _one_token_shape)
 def select_boundary(x: Tensor, index: Tensor) -> Tensor:
     """The boundary token's row of x: [B, S, ...] -> [B, 1, ...]; index [B] from boundary_index."""
     shape = [index.shape[0], 1] + [1] * (x.dim() - 2)
     return torch.gather(x, 1, index.view(shape).expand(-1, -1, *x.shape[2:]))
 
 
-@_operator("insert_boundary(Tensor x, Tensor boundary, Tensor index) -> Tensor", _like_first)
+@operator("insert_boundary(Tensor x, Tensor boundary, Tensor index) -> Tensor", _like_first)
 def insert_boundary(x: Tensor, boundary: Tensor, index: Tensor) -> Tensor:
     """x [B, S, ...] with the boundary token's row replaced by boundary [B, 1, ...]."""
     is_boundary = torch.arange(x.shape[1], device=x.device)[None, :] == index[:, None]
     return torch.where(is_boundary.view(*is_boundary.shape, *[1] * (x.dim() - 2)), boundary, x)
 
 
-@_operator("skip_layers(Tensor x, int first, int last) -> Tensor", _like_first)
+@operator("skip_layers(Tensor x, int first, int last) -> Tensor", _like_first)
 def skip_layers(x: Tensor, first: int, last: int) -> Tensor:
     """The residual stream [B, S, hidden] handed past the pruned layers first..last (inclusive): the identity."""
     return x.clone()
 
 
-@_operator("replace_sink(Tensor x, Tensor sink, Tensor positions) -> Tensor", _like_first)
+@operator("replace_sink(Tensor x, Tensor sink, Tensor positions) -> Tensor", _like_first)
 def replace_sink(x: Tensor, sink: Tensor, positions: Tensor) -> Tensor:
     """x [B, S, F] with sink [F] for the token at position 0, the attention sink; positions [B, S]."""
     return torch.where((positions == 0)[:, :, None], sink, x)
@@ -112,7 +112,7 @@ def _second_shape(before: Tensor, after: Tensor, *_: object) -> Tensor:
     return torch.empty_like(after, memory_format=torch.contiguous_format)
 
 
-@_operator(
+@operator(
     "virtual_gate(Tensor before, Tensor after, Tensor gates, int[] entry, Tensor boundary_index) -> Tensor",
     _second_shape,
 )
@@ -134,7 +134,7 @@ def _appended_shape(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     return new.new_empty((new.shape[0], new.shape[1], past.shape[2] + new.shape[2], new.shape[3]))
 
 
-@_operator("append_kv(Tensor past, Tensor new, Tensor positions) -> Tensor", _appended_shape)
+@operator("append_kv(Tensor past, Tensor new, Tensor positions) -> Tensor", _appended_shape)
 def append_kv(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """Grow a cache: past [B, G, P, D], new [B, G, S, D] -> [B, G, P + S, D], new tokens at their positions [B, S]."""
     return write_kv_reference(torch.cat((past, torch.zeros_like(new)), dim=2), new, positions)
@@ -146,14 +146,14 @@ def write_kv_reference(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     return torch.scatter(cache, 2, slots, new)
 
 
-write_kv = _operator("write_kv(Tensor cache, Tensor new, Tensor positions) -> Tensor", _like_first)(write_kv_reference)
+write_kv = operator("write_kv(Tensor cache, Tensor new, Tensor positions) -> Tensor", _like_first)(write_kv_reference)
 
 
 def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-@_operator(
+@operator(
     "attention(Tensor query, Tensor key, Tensor value, Tensor positions, float scale, int window, float softcap)"
     " -> Tensor",
     _attention_shape,
@@ -188,7 +188,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: fl
 # --- fused element-wise patterns -------------------------------------------------------------------------------
 
 
-@_operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
+@operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in fp32 and returned in x's dtype."""
     y = x.float()
@@ -196,7 +196,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (y * weight.float()).to(x.dtype)
 
 
-@_operator("rotary_embedding(Tensor x, Tensor positions, Tensor cos, Tensor sin) -> Tensor", _like_first)
+@operator("rotary_embedding(Tensor x, Tensor positions, Tensor cos, Tensor sin) -> Tensor", _like_first)
 def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + R/2) of the first R features of x [B, H, S, D]; cos, sin [positions, R/2] are tables."""
     half = cos.shape[1]

@@ -22,9 +22,9 @@ class Checkpoint:
         self._names = {} if source.kind == "random" else self._resolve(source.tensors())
 
     @property
-    def size(self) -> int:
-        """Bytes of the weights in the package's dtype."""
-        return sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a traced parameter, in the checkpoint's dtype. Raises PopcompileError."""

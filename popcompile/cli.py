@@ -110,7 +110,14 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is sampled (default 0)")
     parser.add_argument("--layout", default="split", metavar="KIND", help="split: prefill.onnx and decode.onnx")
-    parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default) or fp16")
+    parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16, int8 or int4")
+    parser.add_argument(
+        "--block-size",
+        metavar="N",
+        type=int,
+        default=32,
+        help="of int8 and int4: inputs that share a scale (default 32)",
+    )
     parser.add_argument(
         "--provider",
         default="cpu",
@@ -144,6 +151,7 @@ def _convert(options: argparse.Namespace) -> None:
             seed=options.seed,
             layout=options.layout,
             dtype=options.dtype,
+            block_size=options.block_size,
             provider=options.provider,
             gguf_file=options.gguf_file,
             random_weights=options.random_weights,

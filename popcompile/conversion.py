@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from popcompile.analysis import source_tokenizer
 from popcompile.calibration_text import SELF, TEXTS
@@ -39,6 +38,7 @@ from popcompile.passes import (
     PassManager,
     PassRecord,
     Program,
+    Quantization,
     canonicalization,
     lowering,
     pruning,
@@ -48,6 +48,7 @@ from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
 from popcompile.plan import MAX_KL, Options, Plan, make_plan, needs_weights
+from popcompile.precision import BLOCK_SIZE, PRECISIONS, precision
 from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
@@ -55,7 +56,6 @@ from popcompile.staging import require_disk_space, require_writable, staged
 from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LAYOUTS = ("split",)
 KV_PROJECTIONS = ("calibrated", "layer")
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
@@ -83,6 +83,7 @@ def convert(
     seed: int = 0,
     layout: str = "split",
     dtype: str = "fp32",
+    block_size: int = BLOCK_SIZE,
     provider: str = "cpu",
     gguf_file: str | None = None,
     random_weights: bool = False,
@@ -98,12 +99,13 @@ def convert(
     own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
     320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
-    activations, "fp32" or "fp16". provider: what the graphs are lowered for and what
-    onnxruntime-genai is told to run on, "cpu" or "cuda".
+    activations, "fp32" or "fp16"; with "int8" and "int4" the weights of linear layers are quantized in blocks of
+    block_size input features. provider: what the graphs are lowered for and what onnxruntime-genai is told to run on,
+    "cpu" or "cuda".
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
-    _require_choice("--dtype", dtype, DTYPES)
+    _require_choice("--dtype", dtype, PRECISIONS)
     _require_choice("--layout", layout, LAYOUTS)
     if random_weights:
         kv_projection = kv_projection or "layer"
@@ -111,6 +113,7 @@ def convert(
     kv_projection = kv_projection or KV_PROJECTIONS[0]
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
     _require_choice("--provider", provider, PROVIDERS)
+    chosen = precision(dtype, provider, block_size)
     require_writable(out, force)
     started = time.perf_counter()
     report_progress = progress or (lambda *_: None)
@@ -133,10 +136,10 @@ def convert(
         if calibration != SELF:
             read_texts(Path(calibration))  # a file that cannot be used is reported before any work
     report_progress("trace", 0, 1)
-    program = trace(source.config, DTYPES[dtype], trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint(source, program, DTYPES[dtype])
+    program = trace(source.config, chosen.dtype, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint(source, program, chosen.dtype)
     shapes = _ModelShapes(program)
-    require_disk_space(out, checkpoint.size)
+    require_disk_space(out, chosen.bytes(checkpoint.parameters))
     with staged(out, force) as folder:
         try:
             compilation = _Compilation(program, folder, report_progress)
@@ -145,7 +148,7 @@ def convert(
                 program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress
             )
             program.constants.update(plan.calibration.constants())
-            report = compilation.prune_and_lower(plan)
+            report = compilation.prune_and_lower(plan, chosen.quantization)
         except ContractError as error:
             raise PopcompileError(
                 f"{source.name}: {source.config.model_type} has a structure that popcompile does not know ({error});"
@@ -174,6 +177,7 @@ def convert(
             pruned=plan.pruned,
             kv_projection=kv_projection if plan.calibration.projections else "layer",
             dtype=dtype,
+            block_size=chosen.quantization.block_size if chosen.quantization else 0,
             provider=provider,
             layout=layout,
             prefill_threshold=PREFILL_THRESHOLD if plan.pruned else 0,
@@ -250,7 +254,7 @@ class _Compilation:
 
         self._records += PassManager(passes, observe).run(self._program)
 
-    def prune_and_lower(self, plan: Plan) -> dict[str, Any]:
+    def prune_and_lower(self, plan: Plan, quantization: Quantization | None) -> dict[str, Any]:
         """Compile the canonical program as planned; returns the report."""
         maps = plan.calibration
         self.run(pruning(plan.pruned, maps.projections, maps.bypasses))
@@ -263,7 +267,7 @@ class _Compilation:
             "pop_prefill": total_flops(prefill, "prefill"),
             "decode": total_flops(decode, "decode"),
         }
-        self.run(lowering())
+        self.run(lowering(quantization))
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}
 
 

@@ -38,6 +38,7 @@ class Manifest:
     """What a package is. Lengths are in tokens, sizes in bytes.
 
     pruned: layers that prefill skips for context tokens.
+    dtype, block_size: precision.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
     prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto").
     graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
@@ -56,6 +57,7 @@ class Manifest:
     pruned: list[int]
     kv_projection: str
     dtype: str
+    block_size: int
     provider: str
     layout: str
     prefill_threshold: int

@@ -40,6 +40,7 @@ Stage = Literal["prefill", "decode"]
 _LOGITS_BYTES = 256 << 20
 #: slots by which a cache grows, at least
 _CACHE_STEP = 256
+_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 _SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
 
 
@@ -247,22 +248,25 @@ class Runtime:
         self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
         self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
         self._sessions: dict[str, ort.InferenceSession] = {}
-        # Prefill multiplies by many tokens at once, where packing on the fly costs 4% and memory nothing.
-        for stage, packed in (("decode", not low_memory), ("prefill", False)):
+        # Prefill multiplies by many tokens at once, where packing on the fly costs 4% and memory nothing. Quantized
+        # weights have kernels for packed ones only; without they are widened at every call.
+        quantized = self.manifest.block_size > 0
+        for stage, packed in (("decode", not low_memory), ("prefill", quantized and not low_memory)):
             self._sessions[stage] = self._open(stage, packed)
         if self.provider.device == "cpu":
             self._weights.release_pages()
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "fp16": torch.float16}[self.manifest.dtype]
+        """Of cache and logits."""
+        return _TYPES[next(i.type for i in self._sessions["decode"].get_inputs() if i.name == self._cache_inputs[0])]
 
     def _open(self, stage: str, packed: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
         accelerated = self.provider.device != "cpu"
         options.log_severity_level = _SILENT if accelerated else _ERRORS
         options.intra_op_num_threads = self._threads or 0
-        # Threads of one session that wait actively take the cores from the other: 20 ms of the first step after a prompt.
+        # Threads of a session that wait actively take the cores from the other one's: 20 ms of the first decode step.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")

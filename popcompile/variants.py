@@ -1,7 +1,7 @@
 """Variants of a package over its own weights: other layers pruned, or dropped in both stages.
 
-The model is traced once more from the package's config.json; of the package's weights every initializer that a variant
-needs is there already. A variant is a package of its own, with hard links where its files are the same.
+The model is traced once more from the package's config.json; the package has every weight that a variant
+needs. A variant is a package of its own, with hard links where its files are the same.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from popcompile.conversion import DTYPES
 from popcompile.errors import PopcompileError
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import Placement, point_to_file
@@ -22,9 +22,11 @@ from popcompile.loading import quiet, reading
 from popcompile.package import MANIFEST, describe_files, read_manifest
 from popcompile.passes import Pass, PassManager, Program, canonicalization, lowering, pruning
 from popcompile.passes.drop_layers import DropLayers
-from popcompile.passes.graph import clone_module
+from popcompile.passes.graph import clone_module, find
+from popcompile.passes.pack_qkv import packed_name
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
+from popcompile.precision import precision
 from popcompile.staging import link_or_copy
 from popcompile.tracing import trace
 
@@ -36,15 +38,20 @@ class Variants:
         """Raises PopcompileError where the package's model cannot be traced again."""
         self.package = package.resolve()
         self.manifest = read_manifest(package)
-        if self.manifest.dtype not in DTYPES:
-            raise PopcompileError(
-                f"{package}: variants of a package in {self.manifest.dtype} cannot be compiled; convert the model in"
-                f" {' or '.join(DTYPES)} for them"
-            )
+        manifest = self.manifest
+        self._precision = precision(manifest.dtype, manifest.provider, manifest.block_size)
         with quiet(), reading(str(package), "config.json does not load"):
             config = AutoConfig.from_pretrained(self.package, local_files_only=True)
-        self._program = trace(config, DTYPES[self.manifest.dtype])
+        self._program = trace(config, self._precision.dtype)
         PassManager(canonicalization()).run(self._program)
+        model = self._program.graphs["model"]
+        #: place of each parameter in the packed one: queries, keys, values
+        self._parts = {
+            str(parameter.target): place
+            for place, role in enumerate(("q_proj", "k_proj", "v_proj"))
+            for projection in find(model, role=role)
+            for parameter in projection.all_input_nodes[1:]
+        }
         self._placements = _placements(self.package / self.manifest.graphs["decode"])
 
     def prune(self, out: Path, layers: Iterable[int]) -> Path:
@@ -63,7 +70,7 @@ class Variants:
     def _write(self, out: Path, layers: list[int], stages: tuple[str, ...], passes: list[Pass]) -> Path:
         """Run `passes` and write the graphs of `stages`, beside links to the package's other files."""
         program = self._copy()
-        PassManager([*passes, *lowering()]).run(program)
+        PassManager([*passes, *lowering(self._precision.quantization)]).run(program)
         manifest = self.manifest
         changed = {manifest.graphs[stage] for stage in stages}
         try:
@@ -77,12 +84,34 @@ class Variants:
             ) from error
         for stage in stages:
             model = to_onnx(program.graphs[stage], program.num_layers, stage, manifest.provider)
+            self._unpack_projections(model, program)
             point_to_file(model, out / manifest.weights, self._placements)
             ir.save(model, out / manifest.graphs[stage])
         known = {name: str(file["sha256"]) for name, file in manifest.files.items() if name not in changed}
         manifest = replace(manifest, pruned=layers, kv_projection="layer", files=describe_files(out, known))
         (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return out
+
+    def _unpack_projections(self, model: ir.Model, program: Program) -> None:
+        """Give the graph the projections that only this variant reads on their own.
+
+        The package keeps every layer's query, key and value projection side by side, in one initializer.
+        """
+        kv_size = self.manifest.num_kv_heads * self.manifest.head_size
+        for name, value in model.graph.initializers.items():
+            if value.const_value is not None or name in self._placements:
+                continue
+            source = program.derived[name].sources[0] if name in program.derived else name
+            place = self._placements[packed_name(name)]
+            assert value.dtype is not None and value.shape is not None
+            dtype, shape = value.dtype.numpy(), list(value.shape.numpy())
+            features = -1 if self._precision.quantization is None else 0  # the dimension of output features
+            shape[features] = -1
+            count = place.length // dtype.itemsize
+            data = np.memmap(self.package / self.manifest.weights, dtype, "r", place.offset, (count,)).reshape(shape)
+            total = data.shape[features]
+            part = np.split(data, [total - 2 * kv_size, total - kv_size], axis=features)[self._parts[source]]
+            value.const_value = ir.tensor(np.ascontiguousarray(part), name=name)
 
     def _copy(self) -> Program:
         """The canonical program, free to be changed."""

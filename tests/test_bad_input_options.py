@@ -52,7 +52,8 @@ def test_a_process_ends_as_main_says() -> None:
 
 
 CHOICES = [
-    (["--dtype", "fp64"], "--dtype fp64: unknown; choose one of fp32, fp16"),
+    (["--dtype", "fp64"], "--dtype fp64: unknown; choose one of fp32, fp16, int8, int4"),
+    (["--dtype", "int4", "--block-size", "48"], "--block-size 48: choose one of 16, 32, 64, 128, 256"),
     (["--dtype", ""], "--dtype : unknown; choose one of"),
     (["--provider", "tpu"], "--provider tpu: unknown; choose one of cpu, cuda"),
     (["--layout", "merged"], "--layout merged: unknown; choose one of split"),

@@ -42,7 +42,8 @@ CONFIGS = {
 @cache
 def traced(family: str) -> Traced:
     found = Traced.of(CONFIGS[family])
-    found.model.config.head_dim = 8  # Phi3Config and Olmo2Config have no such field; make_inputs reads it
+    if getattr(found.model.config, "head_dim", None) is None:  # make_inputs reads it
+        found.model.config.head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
     return found
 
 

@@ -43,8 +43,8 @@ def sign(folder: Path, **changes: Any) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     manifest = Manifest(
         format_version=1, popcompile="0", source={"name": "tiny"}, model_type="llama", num_layers=2, num_kv_heads=1,
-        head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32", provider="cpu",
-        layout="split",
+        head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32",
+        block_size=0, provider="cpu", layout="split",
         prefill_threshold=16, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
         inputs=["input_ids"], outputs=["logits"], versions={}, files=describe_files(folder),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from popcompile.passes.cleanup import Cleanup
 from popcompile.passes.fold_parameters import FoldParameters
 from popcompile.passes.fuse_rms_norm import FuseRMSNorm
 from popcompile.passes.fuse_rotary_embedding import FuseRotaryEmbedding
+from popcompile.passes.fuse_skip_rms_norm import FuseSkipRMSNorm
 from popcompile.passes.graph import find, inputs_of, outputs_of, replace
 from popcompile.passes.insert_boundary_recompute import InsertBoundaryRecompute
 from popcompile.passes.insert_bypass import InsertBypass
@@ -24,8 +25,10 @@ from popcompile.passes.lower_linear import LowerLinear
 from popcompile.passes.lower_rms_norm import LowerRMSNorm
 from popcompile.passes.lower_rotary_embedding import LowerRotaryEmbedding
 from popcompile.passes.normalize import Normalize
+from popcompile.passes.pack_qkv import PackQKV
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.prune_prefill import PrunePrefill
+from popcompile.passes.quantize_linear import Quantization, QuantizeLinear
 from popcompile.passes.split_stages import SplitStages
 
 
@@ -109,6 +112,10 @@ def tell_apart(program: Program, gm: fx.GraphModule) -> None:
     outputs_of(program.graphs["decode"])[0]._rename("another")
 
 
+def quantize() -> QuantizeLinear:
+    return QuantizeLinear(Quantization(bits=4))
+
+
 BREACHES = {
     "Normalize": Breach(Normalize, call_a_method, "the graph must be one flat torch.export graph"),
     "Normalize, after": Breach(Normalize, nothing, "an identity is left", ensures=True, at="Traced"),
@@ -161,6 +168,8 @@ BREACHES = {
     "Cleanup": Breach(Cleanup, use_before_definition, "was used before it has been defined"),
     "LowerAttention": Breach(LowerAttention, attend_to_an_input, "attention reads no cache of its own"),
     "LowerAttention, after": Breach(LowerAttention, nothing, r"\['attention', .* left", ensures=True, at="Cleanup"),
+    "PackQKV": Breach(PackQKV, nothing, "attention is lowered first", at="LowerAttention"),
+    "PackQKV, after": Breach(PackQKV, nothing, "are computed apart", ensures=True, at="LowerAttention"),
     "LowerRotaryEmbedding": Breach(
         LowerRotaryEmbedding, nothing, "attention is lowered first: it takes RoPE's layout along", at="LowerAttention"
     ),
@@ -169,8 +178,14 @@ BREACHES = {
     ),
     "LowerRMSNorm": Breach(LowerRMSNorm, use_before_definition, "was used before it has been defined"),
     "LowerRMSNorm, after": Breach(LowerRMSNorm, nothing, "an rms_norm is left", ensures=True, at="Cleanup"),
+    "FuseSkipRMSNorm": Breach(FuseSkipRMSNorm, nothing, "norms are lowered first", at="LowerRMSNorm"),
+    "FuseSkipRMSNorm, after": Breach(
+        FuseSkipRMSNorm, nothing, "6 norms are left, none is fused", ensures=True, at="LowerRMSNorm"
+    ),
     "LowerLinear": Breach(LowerLinear, use_before_definition, "was used before it has been defined"),
     "LowerLinear, after": Breach(LowerLinear, nothing, "a linear is left", ensures=True, at="Cleanup"),
+    "QuantizeLinear": Breach(quantize, use_before_definition, "was used before it has been defined", at="LowerLinear"),
+    "QuantizeLinear, after": Breach(quantize, nothing, "a linear is left", ensures=True, at="Cleanup"),
     "FoldParameters": Breach(FoldParameters, use_before_definition, "was used before it has been defined"),
     "FoldParameters, after": Breach(
         FoldParameters, nothing, "an expression of parameters alone is left", ensures=True, at="LowerLinear"
@@ -186,7 +201,9 @@ def test_contract(case: str) -> None:
     program = (llama_steps()[at] if breach.ensures else before(llama_steps(), at)).copy()
     compiler_pass = breach.compiler_pass()
     compiler_pass.program = program
-    compiler_pass.matches = {"FuseRMSNorm": 5, "FuseRotaryEmbedding": 4}.get(name, 0) if breach.ensures else 0
+    compiler_pass.matches = (
+        {"FuseRMSNorm": 5, "FuseRotaryEmbedding": 4, "FuseSkipRMSNorm": 5}.get(name, 0) if breach.ensures else 0
+    )
     gm = next(iter(program.graphs.values()))  # model, later prefill
     breach.damage(program, gm)
     with pytest.raises(ContractError, match=rf"^{name}: .*{breach.message}"):
@@ -194,4 +211,6 @@ def test_contract(case: str) -> None:
 
 
 def test_every_pass_has_a_contract() -> None:
-    assert {case.split(",")[0] for case in BREACHES} == {p.name for p in [*transformations([]), *lowering()]}
+    assert {case.split(",")[0] for case in BREACHES} == {
+        p.name for p in [*transformations([]), *lowering(), quantize()]
+    }

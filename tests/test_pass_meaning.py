@@ -156,7 +156,10 @@ def onnx_prompts(family: str) -> list[Inputs]:
     return [make_inputs(model, LENGTHS), make_inputs(model, [9], PAST), make_inputs(model, [1, 1], PAST), uneven]
 
 
-LOWERED = ["LowerAttention", "LowerRotaryEmbedding", "LowerRMSNorm", "LowerLinear", "FoldParameters"]
+LOWERED = [
+    "LowerAttention", "PackQKV", "LowerRotaryEmbedding", "LowerRMSNorm", "FuseSkipRMSNorm", "LowerLinear",
+    "FoldParameters",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""What --dtype means: the type of activations and cache, and how the weights of linear layers are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from popcompile.errors import PopcompileError
+from popcompile.export.providers import PROVIDERS
+from popcompile.passes import Quantization
+
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16}
+_BITS = {"int8": 8, "int4": 4}
+PRECISIONS = (*_FLOATS, *_BITS)
+
+#: input features that share a scale: less error, or fewer scales
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype: of activations, cache, and weights that are not quantized. quantization: of the linear layers'."""
+
+    dtype: torch.dtype
+    quantization: Quantization | None = None
+
+    def bytes(self, parameters: int) -> int:
+        """At least so many for a model of that many parameters."""
+        bits = self.quantization.bits if self.quantization else 8 * self.dtype.itemsize
+        return parameters * bits // 8
+
+
+def precision(name: str, provider: str, block_size: int) -> Precision:
+    """name: one of PRECISIONS. provider: a name in PROVIDERS. Raises PopcompileError for a block size out of range."""
+    if name in _FLOATS:
+        return Precision(_FLOATS[name])
+    if block_size not in BLOCK_SIZES:
+        raise PopcompileError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    choices = PROVIDERS[provider]
+    quantization = Quantization(_BITS[name], block_size, choices.accuracy_level)
+    return Precision(_FLOATS[choices.quantized_activations], quantization)
