@@ -1,0 +1,114 @@
+"""Convert a checkpoint of Llama-3.1-8B's shape: python examples/convert_8b.py WORK [--layers 32] [--dtype fp16]
+
+Writes 16 GB of random bf16 weights to WORK/checkpoint, in shards as on the hub, unless they are there; converts them to
+WORK/package, with the layers' own K/V projections, which runs no forward pass; and prints how long the steps took and
+the most memory that the conversion held. Needs 35 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from tabulate import tabulate
+from transformers import LlamaConfig
+
+from popcompile.package import REPORT, read_manifest
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001, "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+_INTERVAL = 0.05  # seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for checkpoint and package")
+    parser.add_argument("--layers", type=int, default=32, help="of the model (default 32)")
+    parser.add_argument("--dtype", default="fp16", help="of the package (default fp16)")
+    options = parser.parse_args()
+    checkpoint, package = options.work / "checkpoint", options.work / "package"
+    config = LlamaConfig(**CONFIG, num_hidden_layers=options.layers)
+    if not (checkpoint / "config.json").is_file():
+        write_checkpoint(checkpoint, config)
+    command = ["convert", str(checkpoint), str(package), "--prune", "1/3", "--kv-projection", "layer", "--force"]
+    started = time.perf_counter()
+    process = psutil.Popen([sys.executable, "-m", "popcompile", *command, "--dtype", options.dtype])
+    peak = 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, _held(process))
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(_INTERVAL)
+    seconds = time.perf_counter() - started
+    if process.wait():
+        raise SystemExit("the conversion failed")
+    report = json.loads((package / REPORT).read_bytes())
+    size = sum(file["size"] for file in read_manifest(package).files.values())
+    rows = [
+        ["conversion", f"{seconds:.0f} s"],
+        ["- of that, passes", f"{sum(record['seconds'] for record in report['passes']):.0f} s"],
+        ["most memory, mapped files left out", f"{peak / 2**30:.2f} GiB"],
+        ["package", f"{size / 1e9:.1f} GB"],
+    ]
+    print(tabulate(rows, tablefmt="plain"))
+
+
+def _held(process: psutil.Process) -> int:
+    """Bytes that no file can give back: where the system does not tell, all that are resident."""
+    memory = process.memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
+    """Random weights in the shards and under the names of the hub's; every layer has the same values."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    size, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    keys = config.num_key_value_heads * config.head_dim
+    shapes = {
+        "self_attn.q_proj": (size, size), "self_attn.k_proj": (keys, size), "self_attn.v_proj": (keys, size),
+        "self_attn.o_proj": (size, size), "mlp.gate_proj": (inner, size), "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner), "input_layernorm": (size,), "post_attention_layernorm": (size,),
+    }  # fmt: skip
+    layer = {name: _random(shape) for name, shape in shapes.items()}
+    shards = [{"model.embed_tokens.weight": _random((vocabulary, size))}]
+    shards += [
+        {f"model.layers.{i}.{name}.weight": t for name, t in layer.items()} for i in range(config.num_hidden_layers)
+    ]
+    shards += [{"lm_head.weight": _random((vocabulary, size)), "model.norm.weight": _random((size,))}]
+    index = {}
+    for number, tensors in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        print(f"\rwriting {folder}: {number + 1} of {len(shards)} shards", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    content = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    config.save_pretrained(folder)  # last: a checkpoint that has one is whole
+
+
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    """Matrices as they are initialised, norms of ones."""
+    return (
+        torch.randn(shape, dtype=torch.bfloat16) * 0.02 if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
+    )
+
+
+if __name__ == "__main__":
+    main()
