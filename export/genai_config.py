@@ -12,9 +12,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 from .onnx_graph import input_names, output_names
-
-#: provider_options of a session, by provider
-PROVIDER_OPTIONS: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
+from .providers import PROVIDERS
 
 
 def genai_config(
@@ -49,7 +47,7 @@ def genai_config(
                 "num_key_value_heads": kv_heads,
                 "session_options": {
                     "log_id": "onnxruntime-genai",
-                    "provider_options": PROVIDER_OPTIONS[provider],
+                    "provider_options": PROVIDERS[provider].genai_options,
                 },
                 "inputs": {
                     "input_ids": "input_ids",

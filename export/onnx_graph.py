@@ -30,6 +30,9 @@ from popcompile.loading import errors_only
 from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 
+from .block_attention import attend_in_blocks
+from .providers import PROVIDERS
+
 OPSET = 21
 
 
@@ -43,8 +46,8 @@ def output_names(num_layers: int) -> list[str]:
     return ["logits", *(f"present.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value"))]
 
 
-def to_onnx(gm: fx.GraphModule, num_layers: int, name: str) -> ir.Model:
-    """The graph as an ONNX model whose parameters have no value yet."""
+def to_onnx(gm: fx.GraphModule, num_layers: int, stage: str, provider: str) -> ir.Model:
+    """The graph of a stage as an ONNX model whose parameters have no value yet. provider: one of PROVIDERS."""
     with _quiet():
         exported = _reexport(gm)
         program = torch.onnx.export(
@@ -58,7 +61,7 @@ def to_onnx(gm: fx.GraphModule, num_layers: int, name: str) -> ir.Model:
         )
     assert program is not None
     model: ir.Model = program.model
-    model.graph.name = name
+    model.graph.name = stage
     parameters = {n: v for n, v in model.graph.initializers.items() if _is_fake(v.const_value)}
     for value in parameters.values():
         value.const_value = None
@@ -73,6 +76,8 @@ def to_onnx(gm: fx.GraphModule, num_layers: int, name: str) -> ir.Model:
     _name_nodes(model)
     NameFixPass()(model)
     _name_dimensions(model)
+    if stage == "prefill" and (block := PROVIDERS[provider].query_block):
+        attend_in_blocks(model, block)
     return model
 
 

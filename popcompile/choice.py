@@ -26,6 +26,8 @@ KEPT = range(3)
 #: shares of the layers that `auto` measures first, and the loss in budgets that ends it
 _SHARES = (0.1, 0.2, 1 / 3, 0.43, 0.5)
 _HOPELESS = 2.0
+#: what refinement leaves of a loss at best: it is tried on sets that would keep to the budget then
+_REFINED = 0.7
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,15 @@ class Search:
                 chosen, within = best, count
             else:
                 beyond = count
-        while within < most and len(chosen.pruned) == within:  # refined, more layers may keep to the budget
-            more = self.finish(self.best(within + 1))
-            if budget.spent(more.loss) > 1:
-                break
-            chosen, within = more, within + 1
-        return chosen if tuple(chosen.pruned) in self._final else self.finish(chosen)
+        if self._states is not None and self._steps > 0:
+            while within < most and budget.spent(self.best(within + 1).loss) * _REFINED <= 1:
+                within += 1
+        while within > len(chosen.pruned):
+            refined = self.finish(self.best(within))
+            if budget.spent(refined.loss) <= 1:
+                return refined
+            within -= 1
+        return self.finish(chosen)
 
 
 def largest_count(num_layers: int) -> int:

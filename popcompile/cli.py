@@ -112,7 +112,10 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--layout", default="split", metavar="KIND", help="split: prefill.onnx and decode.onnx")
     parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default) or fp16")
     parser.add_argument(
-        "--provider", default="cpu", metavar="NAME", help="what genai_config.json names: cpu (default) or cuda"
+        "--provider",
+        default="cpu",
+        metavar="NAME",
+        help="to lower the graphs for: cpu (default) or cuda; genai_config.json names it",
     )
     parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
     parser.add_argument("--random-weights", action="store_true", help="take only the config, for measurements")

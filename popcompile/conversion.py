@@ -20,8 +20,9 @@ from popcompile.calibration_text import SELF, TEXTS
 from popcompile.checkpoint import Checkpoint
 from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
-from popcompile.export.genai_config import PROVIDER_OPTIONS, genai_config
+from popcompile.export.genai_config import genai_config
 from popcompile.export.onnx_graph import input_names, output_names, to_onnx
+from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
 from popcompile.layer_table import full_prefill_one_logit, layer_table
 from popcompile.package import (
@@ -97,7 +98,8 @@ def convert(
     own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
     320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
-    activations, "fp32" or "fp16". provider: what onnxruntime-genai is told to run on.
+    activations, "fp32" or "fp16". provider: what the graphs are lowered for and what
+    onnxruntime-genai is told to run on, "cpu" or "cuda".
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
@@ -108,7 +110,7 @@ def convert(
         prune = "1/3" if prune is None and layers is None else prune
     kv_projection = kv_projection or KV_PROJECTIONS[0]
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
-    _require_choice("--provider", provider, PROVIDER_OPTIONS)
+    _require_choice("--provider", provider, PROVIDERS)
     require_writable(out, force)
     started = time.perf_counter()
     report_progress = progress or (lambda *_: None)
@@ -152,7 +154,7 @@ def convert(
         models = {}
         for i, stage in enumerate(GRAPHS):
             report_progress("export", i, len(GRAPHS))
-            models[stage] = to_onnx(program.graphs[stage], program.num_layers, stage)
+            models[stage] = to_onnx(program.graphs[stage], program.num_layers, stage, provider)
         hashes = {WEIGHTS: _write_weights(folder, models, program, checkpoint, source.name, report_progress)}
         for stage, file in GRAPHS.items():
             ir.save(models[stage], folder / file)
@@ -172,6 +174,7 @@ def convert(
             pruned=plan.pruned,
             kv_projection=kv_projection if plan.calibration.projections else "layer",
             dtype=dtype,
+            provider=provider,
             layout=layout,
             prefill_threshold=PREFILL_THRESHOLD if plan.pruned else 0,
             graphs=GRAPHS,

@@ -29,9 +29,9 @@ def demo(out: Path) -> None:
         started = time.perf_counter()
         print("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...", flush=True)
         model = sample_model("smollm2")
-        print(f"popcompile convert {model} {out} --prune 1/3 --calibration-texts 24", flush=True)
+        print(f"popcompile convert {model} {out} --prune 1/3 --calibration-texts 24 --refinement-steps 32", flush=True)
         with progress_bar(CONVERT_STEPS) as progress:
-            convert(model, out, prune="1/3", calibration_texts=24, progress=progress)
+            convert(model, out, prune="1/3", calibration_texts=24, refinement_steps=32, progress=progress)
         print(f"done in {time.perf_counter() - started:.0f} s\n", flush=True)
     print(f"popcompile inspect {out}\n\n{inspect_text(out)}", flush=True)
     timings = {how: _answer(out, how) for how in ("full", "pop")}

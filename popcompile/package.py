@@ -38,6 +38,7 @@ class Manifest:
     """What a package is. Lengths are in tokens, sizes in bytes.
 
     pruned: layers that prefill skips for context tokens.
+    provider: what the graphs were lowered for; others run them too.
     prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto").
     graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
     files: {name: {"size", "sha256"}} of every other file in the package.
@@ -55,6 +56,7 @@ class Manifest:
     pruned: list[int]
     kv_projection: str
     dtype: str
+    provider: str
     layout: str
     prefill_threshold: int
     graphs: dict[str, str]

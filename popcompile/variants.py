@@ -76,7 +76,7 @@ class Variants:
                 " that the package is on"
             ) from error
         for stage in stages:
-            model = to_onnx(program.graphs[stage], program.num_layers, stage)
+            model = to_onnx(program.graphs[stage], program.num_layers, stage, manifest.provider)
             point_to_file(model, out / manifest.weights, self._placements)
             ir.save(model, out / manifest.graphs[stage])
         known = {name: str(file["sha256"]) for name, file in manifest.files.items() if name not in changed}

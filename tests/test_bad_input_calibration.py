@@ -53,6 +53,7 @@ OPTIONS = [
     (["--prune", "2", "--max-kl", "0.1"], "are budgets of --prune auto"),
     (["--layers", "2-3", "--max-ppl-ratio", "1.1"], "are budgets of --prune auto"),
     (["--calibration-texts", "7"], "--calibration-texts 7: too few to fit anything; give at least 8"),
+    (["--refinement-steps", "-1"], "--refinement-steps -1: out of range; give at least 0, which means none"),
     (["--calibration-texts", "0"], "0 is not a number of at least 1"),
     (["--kv-projection", "best"], "--kv-projection best: unknown; choose one of calibrated, layer"),
 ]

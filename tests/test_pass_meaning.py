@@ -23,6 +23,9 @@ from steps import Result, Step, assert_close, before, compile_in_steps, rows, ru
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from popcompile.export.onnx_graph import to_onnx
+from popcompile.export.providers import PROVIDERS, ProviderChoices
+
 #: prompts of 9 and 4 tokens after 3, so that Gemma's window of 8 slides and one row is padded
 LENGTHS, PAST = [9, 4], 3
 CONFIGS = {"llama": tiny_llama(), "gemma3": tiny_gemma3()}
@@ -173,3 +176,28 @@ def test_lowered_decode_is_the_model(family: str, tmp_path: Path) -> None:
     inputs = onnx_prompts(family)
     for given, result in zip(inputs, run_onnx(tmp_path, steps["LastCleanup"], "decode", model, inputs), strict=True):
         assert_close(rows(given, result), full_model(model, given), 1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_in_blocks_is_the_reference(
+    family: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that divide the prompt and that do not, Gemma's window within and across them, padding, a past."""
+    monkeypatch.setitem(PROVIDERS, "cpu", ProviderChoices(query_block=block))
+    model, steps = compiled(family)
+    padded = make_inputs(model, [9])
+    padded.mask[:, 7:], padded.lengths = 0, [7]
+    inputs = [*onnx_prompts(family), make_inputs(model, [16], 2), padded]
+    for given, result in zip(inputs, run_onnx(tmp_path, steps["LastCleanup"], "prefill", model, inputs), strict=True):
+        assert_close(rows(given, result), pop(model, given, PRUNED[family]), 1e-4)
+
+
+@pytest.mark.parametrize(("provider", "loops"), [("cpu", 2), ("cuda", 0)])
+def test_attention_in_blocks_is_a_choice_of_the_provider(provider: str, loops: int) -> None:
+    """The boundary token's attention, one query, is never in blocks, and decode has none."""
+    program = compiled("gemma3")[1]["LastCleanup"].program
+    prefill, decode = (to_onnx(program.graphs[s], program.num_layers, s, provider) for s in ("prefill", "decode"))
+    kinds = [node.op_type for node in prefill.graph]
+    assert kinds.count("Loop") == loops and kinds.count("GroupQueryAttention") == 3 - loops
+    assert [node.op_type for node in decode.graph].count("GroupQueryAttention") == 3
