@@ -136,7 +136,7 @@ def builds_folder(options: argparse.Namespace) -> Path:
 
 
 def build(peer: Peer, options: argparse.Namespace, builds: Path) -> str | None:
-    """A peer's model by its name in `builds`, built unless it is there. None, and a line on stderr, where that fails."""
+    """A peer's model by its name in `builds`, built unless it is there. None, with a line on stderr, if that fails."""
     name = f"{peer.name}-{options.precision}"
     target = builds / name
     if target.is_dir():
