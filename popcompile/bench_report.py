@@ -14,7 +14,7 @@ def bench_text(result: dict[str, Any]) -> str:
     rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
     head = (
         f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
-        f" {result['num_layers']} layers\n{settings['provider']}, {settings['threads']} threads, {result['cpu']};"
+        f" {result['num_layers']} layers\n{settings['provider']}, threads: {settings['threads']}, {result['cpu']};"
         f" onnxruntime {versions['onnxruntime']}{genai}\nmedian ± half the spread of {settings['repeats']} turns,"
         f" subjects alternating{rows}; {settings['decode_tokens']} tokens decoded after each prompt"
     )

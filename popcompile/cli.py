@@ -328,9 +328,6 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--prompt-tokens", metavar="N", type=positive, default=256, help="default 256")
     parser.add_argument("--continuation-tokens", metavar="N", type=positive, default=64, help="default 64")
     parser.add_argument(
-        "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
-    )
-    parser.add_argument(
         "--greedy-prompts", metavar="N", type=count, default=8, help="prompts continued greedily too (default 8)"
     )
     parser.add_argument("--greedy-tokens", metavar="N", type=positive, default=32, help="by at most N (default 32)")

@@ -129,7 +129,7 @@ def test_table(result: dict[str, Any], peer: Path) -> None:
     ratio = next(r for r in result["ratios"] if r["over"] == str(peer) and r["tokens"] == 24)
     (row,) = [line for line in lines if line.split()[:2] == ["24", str(peer)] and "(genai)" not in line]
     assert f"{ratio['prefill']:.2f}x" in row and f"{ratio['time_to_first_token']:.2f}x" in row
-    assert "prefill skips 1 of 2 layers" in lines[0] and "1 threads" in lines[1]
+    assert "prefill skips 1 of 2 layers" in lines[0] and "threads: 1" in lines[1]
 
 
 def test_plot(result: dict[str, Any], peer: Path, tmp_path: Path) -> None:
