@@ -3,8 +3,7 @@
 Builds CHECKPOINT (a transformers folder) with onnxruntime-genai's model builder and with mobius (PyPI: mobius-onnx),
 each in a virtual environment of its own, and runs `popcompile bench OUT --against` them. The builder comes twice: as it
 is, and with one row of logits (prune_lm_head), as our full prefill has. Builds and environments stay in --work and are
-used again. mobius quantizes no checkpoint, so int4 is onnxruntime-genai's alone; a package holds fp32 or fp16 either
-way.
+used again. mobius quantizes no checkpoint: with --precision int4, for a package in int4, the builder is alone.
 
 Every model is run by ONNX Runtime; where onnxruntime-genai is installed beside popcompile, by that as well.
 """

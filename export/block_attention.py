@@ -9,7 +9,8 @@ little more than the triangle:
             o, past = GroupQueryAttention(q[begin:end], k[begin:end], v[begin:end], past)
             out = Concat(out, o)
 
-The operator takes several tokens after a past for one row only, so a batch, or a row with padding, is one block.
+The operator takes several tokens after a past for one row only, so a batch, or a row with padding, is one block. With a
+sliding window a block is given no keys but its window's.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class _Blocks:
         seqlens, total = first.inputs[5], first.inputs[6]
         emit = _Nodes("/attention_blocks")
         ids = graph.inputs[0]
-        self.zeros, self.one = self._constant([0, 0]), self._constant([1])
+        self._constants: dict[str, ir.Value] = {}
+        self.one = self._constant([1])
         self.length = emit("Shape", ids, start=1, end=2)
         single = emit("Equal", emit("Shape", ids, start=0, end=1), self.one)
         ends = emit("Add", emit("Cast", emit("ReduceMin", seqlens, keepdims=0), to=int(ir.DataType.INT64)), self.one)
@@ -78,18 +80,20 @@ class _Blocks:
         graph.insert_before(first, emit.nodes)
 
     def _constant(self, value: Any) -> ir.Value:
-        tensor = ir.tensor(value, dtype=ir.DataType.BOOL if value is True else ir.DataType.INT64)
-        shape = ir.Shape([] if value is True else [len(value)])
-        name = f"attention_blocks_constant_{len(self._graph.initializers)}"
-        constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        self._graph.register_initializer(constant)
+        if (constant := self._constants.get(repr(value))) is None:
+            tensor = ir.tensor(value, dtype=ir.DataType.BOOL if value is True else ir.DataType.INT64)
+            name = f"attention_blocks_constant_{len(self._constants)}"
+            shape = ir.Shape([len(value)] if isinstance(value, list) else [])
+            constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self._graph.register_initializer(constant)
+            self._constants[repr(value)] = constant
         return constant
 
     def rewrite(self, attention: ir.Node) -> None:
         emit = _Nodes(str(attention.name))
         query, past, shape = attention.inputs[0], attention.inputs[3:5], attention.outputs[0].shape
         assert shape is not None
-        none = emit("Slice", query, self.zeros, self._constant([0, shape[2]]), self._constant([1, 2]))
+        none = emit("Slice", query, self._constant([0, 0]), self._constant([0, shape[2]]), self._constant([1, 2]))
         key, value, out = emit("Loop", self.count, self.always, *past, none, outputs=3, body=self._body(attention))
         self._graph.insert_before(attention, emit.nodes)
         for old, new in zip(attention.outputs, (out, key, value), strict=True):
@@ -121,9 +125,27 @@ class _Blocks:
         seen = emit("Sub", seqlens, left)
         known = emit("Sub", total, emit("Squeeze", left))
         attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
-        out, new_key, new_value = emit(
-            "GroupQueryAttention", *rows, keys, values, seen, known, *tables, outputs=3, domain=CONTRIB, **attributes
-        )
+
+        def attend(*inputs: ir.Value | None) -> Any:
+            return emit("GroupQueryAttention", *rows, *inputs, outputs=3, domain=CONTRIB, **attributes)
+
+        window = int(attributes.get("local_window_size", -1))
+        if window > 0:
+            count, last = emit("Sub", end, begin), emit("Cast", seen, to=int(ir.DataType.INT64))
+            first = emit("Add", emit("Sub", last, count), self.one)  # position of each row's first query
+            zero, axis = self._constant([0]), self._constant([2])
+            reach = emit("Sub", emit("ReduceMin", first, keepdims=1), self._constant([window - 1]))
+            low = emit("Max", reach, zero)
+            hidden = emit("Cast", low, to=int(ir.DataType.INT32))
+            columns = emit("Range", self._constant(0), emit("Squeeze", count), self._constant(1))
+            positions = [emit("Add", emit("Unsqueeze", first, self.one), columns)] if tables else []
+            near = [emit("Slice", t, low, self._constant([2**62]), axis) for t in (keys, values)]
+            far = [emit("Slice", t, zero, low, axis) for t in (keys, values)]
+            shifted = emit("Sub", seen, hidden), emit("Sub", known, emit("Squeeze", hidden))
+            out, *nearer = attend(*near, *shifted, *tables, *positions)
+            new_key, new_value = (emit("Concat", *parts, axis=2) for parts in zip(far, nearer, strict=True))
+        else:
+            out, new_key, new_value = attend(keys, values, seen, known, *tables)
         longer = emit("Concat", done, out, axis=1)
         still = emit("Identity", go_on)
         return ir.Graph(

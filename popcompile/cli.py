@@ -334,6 +334,12 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--seed", metavar="N", type=count, default=0, help="of the sample of prompts (default 0)")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        type=Path,
+        help="compare with the full model of another package, as fp32's with int4's",
+    )
     parser.add_argument("--tasks", metavar="LIST", help="tasks of EleutherAI's lm-eval instead of text, with commas")
     parser.add_argument("--limit", metavar="N", type=positive, help="with --tasks: examples of each")
     parser.add_argument("--include-path", metavar="DIR", type=Path, help="with --tasks: a folder of task files")
@@ -348,8 +354,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.tasks is None and (options.limit or options.include_path):
         raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
-    if options.tasks is not None and (options.text or options.baselines):
-        raise PopcompileError("--tasks runs the harness instead of text; leave out --text and --baselines")
+    if options.tasks is not None and (options.text or options.baselines or options.reference):
+        raise PopcompileError("--tasks runs the harness instead of text; leave out --text, --baselines and --reference")
     if options.save:
         require_saveable(options.package)
     manifest = read_manifest(options.package)
@@ -383,6 +389,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 progress,
                 greedy_prompts=options.greedy_prompts,
                 greedy_tokens=options.greedy_tokens,
+                reference=options.reference,
             )
     if options.save:
         save_in_report(options.package, manifest, key, result)

@@ -1,5 +1,7 @@
 """Measure what pruning costs: a package's pruned prefill against the full model that the same package holds.
 
+Or another package of the same model: fp32's full model against int4's pruned prefill shows what both changes cost.
+
 Every prompt is encoded twice, by prefill.onnx and by decode.onnx, which is the full model for any number of tokens.
 Both caches are then continued with the text's own next tokens by decode.onnx (teacher forcing), so that each of them
 is predicted once by the full model and once by the full model over a pruned prompt.
@@ -64,16 +66,18 @@ def evaluate(
     *,
     greedy_prompts: int = 8,
     greedy_tokens: int = 32,
+    reference: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compare the package's pruned prefill with its full model on windows of text.
 
     text: files to take `prompts` windows from each (texts.read_texts); default: texts.default_texts. Lengths are in
     tokens. greedy_prompts: of how many prompts, the first ones, greedy continuations of up to greedy_tokens are
     compared; 0 for none. baselines: measure variants of the package on the same windows too, which compiles them.
+    reference: a package whose full model is compared with, in place of this one's, which becomes a baseline, "full".
 
-    Returns {"package", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines": {variant: {name:
-    metrics}}, "seconds"}; of several texts, "all" is their union. Each metric is {"value", "low", "high"} with a 95%
-    confidence interval over prompts:
+    Returns {"package", "reference", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines":
+    {variant: {name: metrics}}, "seconds"}; of several texts, "all" is their union. Each metric is {"value", "low",
+    "high"} with a 95% confidence interval over prompts:
 
         first_token_kl_mean, first_token_kl_p95   KL(full || pop) of the first new token, nats
         continuation_kl_mean                      the same over all tokens of the continuation
@@ -83,7 +87,8 @@ def evaluate(
         greedy_agreement_tokens                   tokens until the greedy continuations differ (EOS is one of them)
 
     baselines are "none" (nothing pruned: the full model), "dropped" (the pruned layers dropped in prefill and decode)
-    and, unless the package has it, "layer" (pruned with the layers' own K/V projection). Raises PopcompileError.
+    and, unless the package has it, "layer" (pruned with the layers' own K/V projection); "full" with a reference.
+    Raises PopcompileError.
     """
     started = time.perf_counter()
     _require_numbers(prompts, prompt_tokens, continuation_tokens, seed, greedy_prompts, greedy_tokens)
@@ -93,6 +98,7 @@ def evaluate(
     _require_room(manifest, prompt_tokens, continuation_tokens)
     if baselines and not manifest.pruned:
         raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
+    expected = runtime if reference is None else _reference(Path(reference), manifest, provider)
     samples = _windows(Path(folder), manifest, documents, prompts, prompt_tokens + continuation_tokens, seed)
     greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
     report = progress or (lambda *_: None)
@@ -101,7 +107,9 @@ def evaluate(
         encoders = {"pop": Encoder(runtime, "prefill")}
         if baselines:
             encoders |= _compile_baselines(Path(folder), manifest, Path(temporary), provider, report)
-        full = Encoder(runtime, "decode")
+        if reference is not None:
+            encoders["full"] = Encoder(runtime, "decode")
+        full = Encoder(expected, "decode")
         scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
         total, done = sum(len(w) for w in samples.values()), 0
         for name, tokens in samples.items():
@@ -118,6 +126,7 @@ def evaluate(
     metrics = {variant: _summaries(by_text, seed) for variant, by_text in scores.items()}
     result: dict[str, Any] = {
         "package": str(folder),
+        "reference": None if reference is None else str(reference),
         "pruned": manifest.pruned,
         "kv_projection": manifest.kv_projection,
         "settings": {
@@ -133,7 +142,7 @@ def evaluate(
         },
         "texts": metrics.pop("pop"),
     }
-    if baselines:
+    if baselines or metrics:
         unpruned = {name: [_itself(s) for s in found] for name, found in scores["pop"].items()}
         result["baselines"] = {"none": _summaries(unpruned, seed), **metrics}
     return result | {"seconds": round(time.perf_counter() - started, 1)}
@@ -165,6 +174,18 @@ def _require_room(manifest: Manifest, prompt_tokens: int, continuation_tokens: i
             f"--prompt-tokens {prompt_tokens} and --continuation-tokens {continuation_tokens} are more than the model's"
             f" context of {limit}; lower one of them"
         )
+
+
+def _reference(folder: Path, manifest: Manifest, provider: str) -> Runtime:
+    """The reference's runtime. Raises PopcompileError where its model cannot be compared with."""
+    runtime = Runtime(folder, provider=provider)
+    ours, theirs = (m.vocab_size for m in (manifest, runtime.manifest))
+    if ours != theirs or runtime.manifest.context_length < manifest.context_length:
+        raise PopcompileError(
+            f"--reference {folder}: it is another model ({runtime.manifest.source['name']}, a vocabulary of {theirs});"
+            f" give a package of {manifest.source['name']}"
+        )
+    return runtime
 
 
 def _windows(

@@ -35,6 +35,7 @@ _COLUMNS = {
 }
 _VARIANTS = {
     "none": "nothing pruned",
+    "full": "this package, nothing pruned",
     "dropped": "dropped in prefill and decode",
     "layer": "pruned, layers' own projection",
 }
@@ -46,11 +47,15 @@ def evaluation_text(result: dict[str, Any]) -> str:
     prompts = ", ".join(f"{metrics['prompts']} of {name}" for name, metrics in result["texts"].items() if name != "all")
     head = (
         f"{result['package']}: prefill skips {format_layers(result['pruned'])}, {result['kv_projection']} projection,"
-        f" against its full model\n{prompts}: prompts of {settings['prompt_tokens']} tokens and"
+        f" against {_reference(result)} full model\n{prompts}: prompts of {settings['prompt_tokens']} tokens and"
         f" {settings['continuation_tokens']} after them; [95% confidence interval]"
     )
     tables = [metric_rows(result)] + ([baseline_rows(result)] if "baselines" in result else [])
     return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
+
+
+def _reference(result: dict[str, Any]) -> str:
+    return "its" if result.get("reference") is None else f"{result['reference']}'s"
 
 
 def evaluation_words(result: dict[str, Any]) -> str:

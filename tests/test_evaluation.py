@@ -250,6 +250,34 @@ def test_baselines_of_another_projection_in_fp16(
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_another_package_as_the_reference(files: list[Path], tmp_path: Path) -> None:
+    """Of int4: what pruning and rounding cost together, and rounding alone."""
+    save_tiny(tmp_path / "model", tiny_llama(vocab_size=128, max_position_embeddings=64, num_hidden_layers=3))
+    packages = {}
+    for dtype in ("fp32", "int4"):
+        packages[dtype] = tmp_path / dtype
+        convert(tmp_path / "model", packages[dtype], layers="1", kv_projection="layer", dtype=dtype)
+    alone = {dtype: next(iter(evaluate(p, files[:1], **SIZES)["texts"].values())) for dtype, p in packages.items()}
+    result = evaluate(packages["int4"], files[:1], reference=packages["fp32"], **SIZES)
+    assert result["reference"] == str(packages["fp32"]) and list(result["baselines"]) == ["none", "full"]
+    (both,), (rounded,) = result["texts"].values(), result["baselines"]["full"].values()
+    assert both["full_perplexity"] == alone["fp32"]["full_perplexity"]
+    assert both["pop_perplexity"] == alone["int4"]["pop_perplexity"]
+    assert rounded["pop_perplexity"]["value"] == pytest.approx(alone["int4"]["full_perplexity"]["value"], rel=1e-6)
+    assert 0 < rounded["first_token_kl_mean"]["value"] != both["first_token_kl_mean"]["value"]
+    text = evaluation_text(result)
+    assert f"against {packages['fp32']}'s full model" in text and "this package, nothing pruned" in text
+    itself = evaluate(packages["fp32"], files[:1], reference=packages["fp32"], **SIZES)
+    assert next(iter(itself["texts"].values())) == alone["fp32"]
+
+
+def test_a_reference_of_another_model(tiny: tuple[PreTrainedModel, Path], files: list[Path], tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", tiny_llama(vocab_size=160, max_position_embeddings=64))
+    convert(tmp_path / "model", tmp_path / "other", prune=1, kv_projection="layer")
+    with pytest.raises(PopcompileError, match=r"it is another model .*, a vocabulary of 160.*; give a package of"):
+        evaluate(tiny[1], files[:1], reference=tmp_path / "other", **SIZES)
+
+
 def test_weights_that_compute_nan(tiny: tuple[PreTrainedModel, Path], files: list[Path], tmp_path: Path) -> None:
     package = Path(shutil.copytree(tiny[1], tmp_path / "out"))
     manifest = read_manifest(package)

@@ -29,12 +29,16 @@ from popcompile.export.providers import PROVIDERS, ProviderChoices
 #: prompts of 9 and 4 tokens after 3, so that Gemma's window of 8 slides and one row is padded
 LENGTHS, PAST = [9, 4], 3
 CONFIGS = {"llama": tiny_llama(), "gemma3": tiny_gemma3()}
-PRUNED = {"llama": [1], "gemma3": [1]}
+#: GroupQueryAttention rotates no heads of 8 features
+SMALL_HEADS = {f"{family}, small heads": config(head_dim=8) for family, config in
+               (("llama", tiny_llama), ("gemma3", tiny_gemma3))}  # fmt: skip
+PRUNED = {family: [1] for family in [*CONFIGS, *SMALL_HEADS]}
 
 
 @cache
 def compiled(family: str) -> tuple[PreTrainedModel, dict[str, Step]]:
-    return tiny_model(CONFIGS[family]), compile_in_steps(CONFIGS[family], PRUNED[family])
+    config = (CONFIGS | SMALL_HEADS)[family]
+    return tiny_model(config), compile_in_steps(config, PRUNED[family])
 
 
 def run_step(family: str, name: str, stage: str, inputs: Inputs) -> Result:
@@ -163,7 +167,8 @@ LOWERED = [
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*(("llama", name) for name in LOWERED), ("llama", "LastCleanup"), ("gemma3", "LastCleanup")]
+    ("family", "name"),
+    [*(("llama", name) for name in LOWERED), *((family, "LastCleanup") for family in [*CONFIGS, *SMALL_HEADS])],
 )
 def test_lowered_prefill_is_the_reference(family: str, name: str, tmp_path: Path) -> None:
     model, steps = compiled(family)
@@ -182,7 +187,7 @@ def test_lowered_decode_is_the_model(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 4, 100])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, "gemma3, small heads"])
 def test_attention_in_blocks_is_the_reference(
     family: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +199,21 @@ def test_attention_in_blocks_is_the_reference(
     inputs = [*onnx_prompts(family), make_inputs(model, [16], 2), padded]
     for given, result in zip(inputs, run_onnx(tmp_path, steps["LastCleanup"], "prefill", model, inputs), strict=True):
         assert_close(rows(given, result), pop(model, given, PRUNED[family]), 1e-4)
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *SMALL_HEADS])
+def test_what_the_operators_take_over(family: str) -> None:
+    """RoPE where heads are wide enough, one product for q, k and v where no norm is between, residual additions."""
+    program = compiled(family)[1]["LastCleanup"].program
+    decode = to_onnx(program.graphs["decode"], program.num_layers, "decode", "cpu")
+    kinds = [node.op_type for node in decode.graph]
+    layers, norms = program.num_layers, "gemma3" in family
+    assert kinds.count("RotaryEmbedding") == (2 * layers if "small" in family else 0)
+    packed = [n for n in decode.graph if n.op_type == "GroupQueryAttention" and n.inputs[1] is None]
+    assert len(packed) == (0 if norms or "small" in family else layers)
+    # the first norm of the model follows the embedding; Gemma has four a layer and two more of q and k
+    assert kinds.count("SkipSimplifiedLayerNormalization") == 2 * layers
+    assert kinds.count("SimplifiedLayerNormalization") == 1 + (4 * layers if norms else 0)
 
 
 @pytest.mark.parametrize(("provider", "loops"), [("cpu", 2), ("cuda", 0)])

@@ -54,19 +54,29 @@ def gemma(gemma_checkpoint: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(gemma_checkpoint, dtype=torch.float32).eval()
 
 
+@pytest.fixture(scope="module")
+def smollm2_variants(smollm2_package: Path) -> Variants:
+    return Variants(smollm2_package)
+
+
+@pytest.fixture(scope="module")
+def gemma_variants(gemma_package: Path) -> Variants:
+    return Variants(gemma_package)
+
+
 @pytest.mark.parametrize("kind", SMOLLM2_SETS)
-def test_smollm2_prune_sets(kind: str, smollm2_package: Path, smollm2: PreTrainedModel, tmp_path: Path) -> None:
+def test_smollm2_prune_sets(kind: str, smollm2_variants: Variants, smollm2: PreTrainedModel, tmp_path: Path) -> None:
     pruned = SMOLLM2_SETS[kind]
-    runtime = Runtime(Variants(smollm2_package).prune(tmp_path / "variant", pruned))
+    runtime = Runtime(smollm2_variants.prune(tmp_path / "variant", pruned))
     assert_close(runtime, smollm2, pruned, (2, 17, 300))
     if kind != "scattered":
         _assert_equals_full_model(runtime, smollm2, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", GEMMA_SETS)
-def test_gemma_prune_sets(kind: str, gemma_package: Path, gemma: PreTrainedModel, tmp_path: Path) -> None:
+def test_gemma_prune_sets(kind: str, gemma_variants: Variants, gemma: PreTrainedModel, tmp_path: Path) -> None:
     pruned = GEMMA_SETS[kind]
-    runtime = Runtime(Variants(gemma_package).prune(tmp_path / "variant", pruned))
+    runtime = Runtime(gemma_variants.prune(tmp_path / "variant", pruned))
     assert_close(runtime, gemma, pruned, (2, 17, 700))
     if kind != "scattered":
         # matrix products of one row and of 64 add up in another order: 1.4e-4 was seen
