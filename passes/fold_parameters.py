@@ -39,8 +39,9 @@ class FoldParameters(Pass):
     def _fold(self, gm: fx.GraphModule, node: fx.Node) -> None:
         needed = dependencies([node], lambda n: True)
         ordered = [n for n in gm.graph.nodes if n in needed]
-        parameters = [n for n in ordered if n.op == "get_attr"]
         body = [n for n in ordered if n.op == "call_function"]
+        # in the order of their use, so that equal expressions of two graphs are told to be equal
+        parameters = list(dict.fromkeys(n for step in body for n in step.all_input_nodes if n.op == "get_attr"))
         derived = Derived(tuple(str(n.target) for n in parameters), extract([node], parameters, body))
         stem = next((n.meta["parameter"] for n in reversed(body) if "parameter" in n.meta), str(parameters[0].target))
         name = self._name(derived, stem)

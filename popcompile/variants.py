@@ -102,7 +102,9 @@ class Variants:
             if value.const_value is not None or name in self._placements:
                 continue
             source = program.derived[name].sources[0] if name in program.derived else name
-            place = self._placements[packed_name(name)]
+            if (packed := packed_name(name)) not in self._placements:
+                raise PopcompileError(f"{self.package}: its graphs read no {packed}; convert the model again")
+            place = self._placements[packed]
             assert value.dtype is not None and value.shape is not None
             dtype, shape = value.dtype.numpy(), list(value.shape.numpy())
             features = -1 if self._precision.quantization is None else 0  # the dimension of output features

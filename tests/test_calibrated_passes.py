@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from transformers import Olmo2Config, Phi3Config, PreTrainedModel
 
 from popcompile.calibration import AffineMap, Calibration, own_projection
-from popcompile.passes import ContractError, PassManager, Program, lowering, pruning
+from popcompile.passes import ContractError, PassManager, Program, Quantization, lowering, pruning
 from popcompile.passes.graph import find, runs
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.printing import print_graph
@@ -238,6 +238,20 @@ def test_calibration_leaves_the_boundary_token_and_decode_alone(family: str) -> 
     parameters = {str(n.target) for n in program.graphs["decode"].graph.nodes if n.op == "get_attr"}
     assert not {p for p in parameters if p.startswith(("kv_projection.", "bypass."))}
     assert not find(program.graphs["decode"], role="bypass")
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(bits=4, block_size=16)])
+def test_both_stages_read_the_same_initializers(quantization: Quantization | None) -> None:
+    """The boundary token takes decode's weights: the package holds them once."""
+    program = copy_of(three_layers().program)
+    PassManager([*pruning([1], [1], [1]), *lowering(quantization)]).run(program)
+    prefill, decode = (
+        {str(n.target) for n in program.graphs[stage].graph.nodes if n.op == "get_attr"}
+        for stage in ("prefill", "decode")
+    )
+    assert decode <= prefill
+    extra = {name.partition(".weight")[0].partition(".bias")[0].partition(".sink")[0] for name in prefill - decode}
+    assert extra == {"kv_projection.1", "bypass.1", "kv_projection.norm"}
 
 
 @st.composite
