@@ -67,7 +67,7 @@ class PackageRunner:
 
         from popcompile.runtime import Runtime
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # as `generate` does
         self._torch = torch
         self._runtime = Runtime(folder, provider=provider, threads=threads)
 
