@@ -15,6 +15,7 @@ sliding window a block is given no keys but its window's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -129,19 +130,15 @@ class _Blocks:
         def attend(*inputs: ir.Value | None) -> Any:
             return emit("GroupQueryAttention", *rows, *inputs, outputs=3, domain=CONTRIB, **attributes)
 
-        window = int(attributes.get("local_window_size", -1))
-        if window > 0:
+        if (window := int(attributes.get("local_window_size", -1))) > 0:
             count, last = emit("Sub", end, begin), emit("Cast", seen, to=int(ir.DataType.INT64))
             first = emit("Add", emit("Sub", last, count), self.one)  # position of each row's first query
-            zero, axis = self._constant([0]), self._constant([2])
-            reach = emit("Sub", emit("ReduceMin", first, keepdims=1), self._constant([window - 1]))
-            low = emit("Max", reach, zero)
+            low = self._lowest(emit, first, window)
+            far, near = self._split(emit, (keys, values), low)
             hidden = emit("Cast", low, to=int(ir.DataType.INT32))
+            shifted = emit("Sub", seen, hidden), emit("Sub", known, emit("Squeeze", hidden))
             columns = emit("Range", self._constant(0), emit("Squeeze", count), self._constant(1))
             positions = [emit("Add", emit("Unsqueeze", first, self.one), columns)] if tables else []
-            near = [emit("Slice", t, low, self._constant([2**62]), axis) for t in (keys, values)]
-            far = [emit("Slice", t, zero, low, axis) for t in (keys, values)]
-            shifted = emit("Sub", seen, hidden), emit("Sub", known, emit("Squeeze", hidden))
             out, *nearer = attend(*near, *shifted, *tables, *positions)
             new_key, new_value = (emit("Concat", *parts, axis=2) for parts in zip(far, nearer, strict=True))
         else:
@@ -150,4 +147,18 @@ class _Blocks:
         still = emit("Identity", go_on)
         return ir.Graph(
             [number, go_on, keys, values, done], [still, new_key, new_value, longer], nodes=emit.nodes, name="block"
+        )
+
+    def _lowest(self, emit: _Nodes, first: ir.Value, window: int) -> ir.Value:
+        """The lowest slot [1] that a block reads whose first queries are at positions `first` [B]."""
+        earliest = emit("ReduceMin", first, keepdims=1)
+        lowest: ir.Value = emit("Max", emit("Sub", earliest, self._constant([window - 1])), self._constant([0]))
+        return lowest
+
+    def _split(self, emit: _Nodes, cache: Sequence[ir.Value], slot: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+        """The cache before a slot and from it on."""
+        axis = self._constant([2])
+        return (
+            [emit("Slice", t, self._constant([0]), slot, axis) for t in cache],
+            [emit("Slice", t, slot, self._constant([2**62]), axis) for t in cache],
         )

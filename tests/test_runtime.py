@@ -45,7 +45,8 @@ def test_full_model_is_transformers(name: str, length: int, request: pytest.Fixt
         with torch.no_grad():
             logits = pair.reference(ids, past_key_values=expected).logits
         assert output.logits.shape == logits.shape
-        assert (output.logits - logits).abs().max() < TOLERANCE
+        # Gemma's logits reach 100, where the last of fp32's digits is 1e-5
+        assert (output.logits - logits).abs().max() < max(TOLERANCE, 2e-5 * float(logits.abs().max()))
         assert_same_cache(cache, expected)
 
 
