@@ -39,10 +39,15 @@ class Pair:
         return torch.randint(5, 40_000, (1, length), generator=random)
 
 
+def tolerance(expected: Tensor) -> float:
+    """Rounding of other kernels: relative to the largest value, which Gemma has at 100 in logits and keys."""
+    return max(TOLERANCE, 5e-5 * float(expected.abs().max()))
+
+
 def assert_same_cache(cache: PopCache, expected: DynamicCache, row: int = 0) -> None:
     length = cache.kv.lengths[row]
     for index, tensor in enumerate(cache.kv.tensors()):
         layer = expected.layers[index // 2]
         other = layer.keys if index % 2 == 0 else layer.values
         assert other is not None and other.shape[2] == length
-        assert (tensor[row, :, :length] - other[0]).abs().max() < TOLERANCE, f"layer {index // 2}"
+        assert (tensor[row, :, :length] - other[0]).abs().max() < tolerance(other), f"layer {index // 2}"
