@@ -99,11 +99,11 @@ def test_a_calibrated_package_beats_the_papers(smollm2_checkpoint: Path, tmp_pat
     With the default of 104 texts and 128 steps KL is a fourth of the paper's (README); here it is quick.
     """
     out = tmp_path / "out"
-    convert(smollm2_checkpoint, out, layers="20-29", calibration_texts=12, refinement_steps=6)
+    convert(smollm2_checkpoint, out, layers="20-29", calibration_texts=24, refinement_steps=12)
     frontier = json.loads((out / REPORT).read_text())["choice"]["frontier"]
     assert [row["refined"] for row in frontier] == [True, False]
     assert frontier[0]["loss"]["first_token_kl"] < frontier[1]["loss"]["first_token_kl"]
-    found = evaluate(out, prompts=6, prompt_tokens=128, continuation_tokens=24, baselines=True, greedy_prompts=0)
+    found = evaluate(out, prompts=8, prompt_tokens=192, continuation_tokens=24, baselines=True, greedy_prompts=0)
     ours = found["texts"]["prose"]
     papers = found["baselines"]["layer"]["prose"]
     for metric in ("first_token_kl_mean", "continuation_kl_mean"):
