@@ -1,8 +1,8 @@
 """genai_config.json: what onnxruntime-genai needs to load the package as it is.
 
 The split layout is its "decoder-pipeline": prefill.onnx runs on prompts, decode.onnx on single tokens. Prefill stands
-first in the pipeline, for genai reads the shape of the logits from the first stage. Sliding windows need no entry:
-GroupQueryAttention applies them inside the graphs.
+first in the pipeline, for genai reads the shape of the logits from the first stage. The cache is one buffer, which both
+graphs write in place. Sliding windows need no entry: GroupQueryAttention applies them inside the graphs.
 """
 
 from __future__ import annotations
@@ -77,6 +77,6 @@ def genai_config(
             "do_sample": False,
             "num_beams": 1,
             "max_length": config.max_position_embeddings,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": True,
         },
     }

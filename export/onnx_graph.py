@@ -30,7 +30,7 @@ from popcompile.loading import errors_only
 from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 
-from .block_attention import attend_in_blocks
+from .cached_attention import choose_by_tokens
 from .providers import PROVIDERS
 
 OPSET = 21
@@ -73,12 +73,11 @@ def to_onnx(gm: fx.GraphModule, num_layers: int, stage: str, provider: str) -> i
         RemoveUnusedOpsetsPass(),
     ):
         rewrite(model)
-    _leave_out_statistics(model)
     _name_nodes(model)
     NameFixPass()(model)
+    _leave_out_statistics(model)
     _name_dimensions(model)
-    if stage == "prefill" and (block := PROVIDERS[provider].query_block):
-        attend_in_blocks(model, block)
+    choose_by_tokens(model, PROVIDERS[provider].query_block)
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 class ProviderChoices:
     """genai_options: provider_options of a session in genai_config.json.
 
-    query_block: queries that the attention of a long prompt takes at a time (block_attention.py); None: all.
+    query_block: queries that the attention of a long prompt takes at a time (cached_attention.py); None: all.
     quantized_activations: what is multiplied with quantized weights; accuracy_level: MatMulNBits' attribute, 4 lets it
     multiply in int8, which the CPU's kernels are made for.
     """

@@ -60,7 +60,7 @@ def open_runner(subject: dict[str, Any], provider: str, threads: int) -> Runner:
 
 
 class PackageRunner:
-    """A popcompile package through its own runtime: prompts by prefill.onnx, steps by decode.onnx."""
+    """A popcompile package through its own runtime."""
 
     def __init__(self, folder: Path, provider: str, threads: int) -> None:
         import torch
@@ -81,14 +81,14 @@ class PackageRunner:
         self._logits = self._runtime.feed(prompt, self._cache, "prefill")
 
     def likeliest(self) -> list[int]:
-        return self._logits[:, -1].argmax(-1).tolist()
+        return self._logits[:, -1].numpy().argmax(-1).tolist()
 
     def pick(self) -> list[int]:
-        self._tokens = self._logits[:, -1].argmax(-1)
-        return self._tokens.tolist()
+        self._tokens = self.likeliest()
+        return self._tokens
 
     def step(self) -> list[int]:
-        self._logits = self._runtime.feed(self._tokens[:, None].unbind(), self._cache, "decode")
+        self._logits = self._runtime.feed(self.encode([[t] for t in self._tokens]), self._cache, "prefill")
         return self.pick()
 
     def end(self) -> None:

@@ -44,7 +44,7 @@ def demo(out: Path) -> None:
 
 def _answer(out: Path, how: str) -> Timing:
     """Answer once to warm up, unheard, then once to be timed."""
-    model, tokenizer = load(out), load_tokenizer(out)
+    model, tokenizer = load(out, prefill=how), load_tokenizer(out)
     input_ids = encode(tokenizer, [{"role": "user", "content": _document() + _QUESTION}], raw=False)
     generate(model, tokenizer, input_ids, prefill=how, out=io.StringIO(), max_new_tokens=1, do_sample=False)
     print(f"--- {how} prefill", flush=True)

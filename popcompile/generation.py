@@ -38,7 +38,12 @@ def load(
     Raises PopcompileError where the package is incomplete, was changed, or the provider cannot run here.
     """
     _require_prefill(prefill)
-    return PopForCausalLM(Runtime(folder, provider=provider, low_memory=low_memory), prefill)
+    runtime = Runtime(
+        folder, provider=provider, main="decode" if prefill == "full" else "prefill", low_memory=low_memory
+    )
+    if prefill == "auto":
+        runtime.open("decode")
+    return PopForCausalLM(runtime, prefill)
 
 
 def _require_prefill(prefill: str) -> None:

@@ -51,8 +51,8 @@ class OnnxDecoder:
     ids: input_ids. mask, positions: the inputs that count slots and positions, None where the graph has none.
     past, present: keys and values of every layer, in one order. cache_shapes: [kv_heads, head_size] of each of them.
     windows: of each, 0, or how many slots it has from the start to the end (sliding_window_cache).
-    in_place: a step may write into the cache's buffers, for every layer's attention is a GroupQueryAttention, which
-    takes one buffer as past and present. context_length: None where nothing says it.
+    in_place: a step may write into the cache's buffers, for genai_config.json says that past and present may share one,
+    or every layer's attention is a GroupQueryAttention, which takes that. context_length: None where nothing says it.
     """
 
     graph: str
@@ -109,7 +109,7 @@ def read_decoder(path: Path) -> OnnxDecoder:
         windows=[windows.get(name, 0) for name in past],
         cache_dtype=dtypes.pop(),
         ids_dtype=_dtype(path, inputs[ids]),
-        in_place=_takes_one_buffer(graph, mask, past, present),
+        in_place=mask is not None and (facts.shares_buffer or _takes_one_buffer(graph, past, present)),
         vocab_size=_dimensions(outputs[logits])[-1] or facts.require("vocab_size"),
         context_length=facts.number("context_length"),
     )
@@ -123,7 +123,9 @@ class _Facts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        model = _section(_read(path.with_name(GENAI_CONFIG)), "model")
+        genai = _read(path.with_name(GENAI_CONFIG))
+        model = _section(genai, "model")
+        self.shares_buffer = _section(genai, "search").get("past_present_share_buffer") is True
         decoder = _section(model, "decoder")
         self._names = _INPUTS | _OUTPUTS | _section(decoder, "inputs") | _section(decoder, "outputs")
         config = _read((path.parent.parent if path.parent.name == "onnx" else path.parent) / _CONFIG)
@@ -236,7 +238,7 @@ def _windows(graph: onnx.GraphProto) -> dict[str, int]:
     return found
 
 
-def _takes_one_buffer(graph: onnx.GraphProto, mask: str | None, past: list[str], present: list[str]) -> bool:
+def _takes_one_buffer(graph: onnx.GraphProto, past: list[str], present: list[str]) -> bool:
     """Whether nothing but GroupQueryAttention sees how long a past is: the others count by the mask."""
     layers = {(*past[i : i + 2], *present[i : i + 2]) for i in range(0, len(past), 2)}
     for node in graph.node:
@@ -244,4 +246,4 @@ def _takes_one_buffer(graph: onnx.GraphProto, mask: str | None, past: list[str],
             layers.remove(caches)
         elif set(past) & set(node.input):
             return False
-    return mask is not None and not layers
+    return not layers

@@ -27,7 +27,7 @@ from popcompile.errors import PopcompileError
 MANIFEST = "popcompile.json"
 REPORT = "report.json"
 WEIGHTS = "weights.onnx.data"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 _CHECKSUM = "manifest_sha256"
@@ -108,6 +108,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise PopcompileError(
             f"{path}: format version {version} is newer than this popcompile reads ({FORMAT_VERSION});"
             " upgrade popcompile"
+        )
+    if version < FORMAT_VERSION:
+        raise PopcompileError(
+            f"{path}: was made by an older popcompile (format version {version}, this one reads {FORMAT_VERSION});"
+            " convert the model again"
         )
     checksum = data.pop(_CHECKSUM, None)
     if problem := _wrong_fields(data):

@@ -1,4 +1,4 @@
-"""Run a package's graphs with ONNX Runtime: two sessions, one mapping of the weights, a cache that never leaves them.
+"""Run a package's graphs with ONNX Runtime: one mapping of the weights, a cache that the graphs write in place.
 
 Tokens come in as rows of unequal length and are padded on the right. Slot j of a cache row holds the token at position
 j, which is how the graphs count (passes/ops.py). ONNX Runtime's GroupQueryAttention takes a batch in three cases:
@@ -41,6 +41,7 @@ _LOGITS_BYTES = 256 << 20
 #: slots by which a cache grows, at least
 _CACHE_STEP = 256
 _TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 _SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
 
 
@@ -49,19 +50,13 @@ class Provider:
     """What differs between execution providers.
 
     device: where weights and cache live, in ONNX Runtime's words.
-    in_place: decode writes into the cache's buffers instead of returning longer copies of them.
     """
 
     name: str
     device: str
-    in_place: bool
 
 
-PROVIDERS = {
-    "cpu": Provider("CPUExecutionProvider", "cpu", in_place=True),
-    # On a device we have no allocator of our own for wider buffers, and copying them there takes microseconds.
-    "cuda": Provider("CUDAExecutionProvider", "cuda", in_place=False),
-}
+PROVIDERS = {"cpu": Provider("CPUExecutionProvider", "cpu"), "cuda": Provider("CUDAExecutionProvider", "cuda")}
 
 
 # --- the cache -------------------------------------------------------------------------------------------------
@@ -71,51 +66,64 @@ PROVIDERS = {
 class KVCache:
     """Keys and values of every layer, in the order of the graphs' inputs.
 
-    values: [batch, kv_heads, slots, head_size] each, on the provider's device.
+    values: [batch, kv_heads, slots, head_size] each, on the provider's device; the graphs write into them.
     lengths: tokens of every row; slots past them hold nothing that is read.
     """
 
     values: list[ort.OrtValue]
     lengths: list[int]
     device: str = "cpu"
-    step: Any = field(default=None, repr=False)  # the binding of the decode session to `values`, while they stay
+    #: of a stage's session to `values`, as input and output, while they stay
+    bindings: dict[str, ort.IOBinding] = field(default_factory=dict, repr=False)
 
     @property
     def slots(self) -> int:
         return int(self.values[0].shape()[2])
 
     def tensors(self) -> list[Tensor]:
-        """The values as torch tensors on the CPU, without a copy where they live there."""
-        return [_to_torch(v) for v in self.values]
+        """What holds tokens, as torch tensors on the CPU: views, where the values live there."""
+        used = max(self.lengths)
+        return [_to_torch(v)[:, :, :used] for v in self.values]
 
     def replace(self, tensors: Sequence[Tensor]) -> None:
         self.values = [_to_ort(t, self.device) for t in tensors]
-        self.step = None
+        self.bindings = {}
 
-    def resize(self, slots: int) -> None:
-        """Keep the first `slots` slots, or add empty ones."""
-        if slots < self.slots:
-            self.replace([t[:, :, :slots].contiguous() for t in self.tensors()])
-        elif slots > self.slots:
-            self.replace([torch.nn.functional.pad(t, (0, 0, 0, slots - t.shape[2])) for t in self.tensors()])
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` tokens a row, and for some after them."""
+        if slots <= self.slots:
+            return
+        shape, kind = self.values[0].shape(), self.values[0].element_type()
+        shape[2] = slots + max(_CACHE_STEP, slots // 4)
+        if any(self.lengths):
+            self.replace([_widen(t, shape) for t in self.tensors()])
+        else:
+            self.values = [ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device) for _ in self.values]
+            self.bindings = {}
 
     def row(self, index: int) -> KVCache:
         """A cache of one row, without the slots that it does not use."""
         length = self.lengths[index]
-        values = [t[index : index + 1, :, :length].contiguous() for t in self.tensors()]
-        return KVCache([_to_ort(t, self.device) for t in values], [length], self.device)
+        rows = (t[index : index + 1, :, :length].contiguous() for t in self.tensors())
+        return KVCache([_to_ort(t, self.device) for t in rows], [length], self.device)
 
     def assign(self, rows: Sequence[KVCache]) -> None:
         """Take the rows of other caches, one each, in place of those held."""
         self.lengths = [r.lengths[0] for r in rows]
         slots = max(self.lengths)
-        for r in rows:
-            r.resize(slots)
-        self.replace([torch.cat(parts) for parts in zip(*(r.tensors() for r in rows), strict=True)])
+        padded = ([_widen(t, (*t.shape[:2], slots, t.shape[3])) for t in r.tensors()] for r in rows)
+        self.replace([torch.cat(parts) for parts in zip(*padded, strict=True)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        values = [_to_ort(t.clone(), self.device) for t in self.tensors()]
+        values = [_to_ort(t.clone(memory_format=torch.contiguous_format), self.device) for t in self.tensors()]
         return KVCache(values, copy.copy(self.lengths), self.device)
+
+
+def _widen(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor at the beginning of a larger one."""
+    wider = tensor.new_empty(tuple(shape))
+    wider[:, :, : tensor.shape[2]] = tensor
+    return wider
 
 
 def _to_torch(value: ort.OrtValue) -> Tensor:
@@ -229,17 +237,25 @@ def _load_cuda_libraries() -> None:
 class Runtime:
     """The graphs of one package, ready to run.
 
-    low_memory: let the sessions read the mapped weights as they are, so that there is a single copy of them. Otherwise,
-    on the CPU, each holds its matrices packed for its kernels, which ONNX Runtime cannot share between sessions: a
-    decode step then takes three quarters of the time, one for each of eight rows a quarter, and a prompt of 64, 256 or
-    1,024 tokens 0.62, 0.82 and 0.91 of it. (fp16 weights save nothing on the CPU, where ONNX Runtime widens them to
-    fp32 in every session.) threads: of each session on the CPU; None: as many as it has cores.
+    main: the graph that is loaded at once and that single tokens go through: "prefill", or "decode" where prompts are
+    encoded in full. On the CPU its session holds the matrices packed for their kernels. ONNX Runtime cannot share what
+    is packed between sessions, so the other graph, opened when it is first asked for, reads the mapped weights as they
+    are. low_memory: let both do that, so that there is a single copy of them. (fp16 weights save nothing on the CPU,
+    where ONNX Runtime widens them to fp32 in every session.) threads: of each session on the CPU; None: as many as it
+    has cores.
     """
 
     def __init__(
-        self, folder: str | Path, *, provider: str = "cpu", low_memory: bool = False, threads: int | None = None
+        self,
+        folder: str | Path,
+        *,
+        provider: str = "cpu",
+        main: Stage = "prefill",
+        low_memory: bool = False,
+        threads: int | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.main = main
         self._threads = threads
         self.manifest: Manifest = read_manifest(self.folder)
         self.provider = find_provider(provider)
@@ -248,26 +264,28 @@ class Runtime:
         self._weights = SharedWeights(self.folder / self.manifest.weights, self.provider.device)
         self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
         self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        for stage in ("decode", "prefill"):
-            self._sessions[stage] = self._open(stage, packed=not low_memory)
+        self._sessions = {main: self._open(main, packed=not low_memory)}
+        types = {i.name: i.type for i in self._sessions[main].get_inputs()}
+        #: of cache and logits
+        self.dtype = _TYPES[types[self._cache_inputs[0]]]
         if self.provider.device == "cpu":
             self._weights.release_pages()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of cache and logits."""
-        return _TYPES[next(i.type for i in self._sessions["decode"].get_inputs() if i.name == self._cache_inputs[0])]
+    def open(self, stage: Stage) -> ort.InferenceSession:
+        """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load."""
+        if stage not in self._sessions:
+            self._sessions[stage] = self._open(stage, packed=False)
+        return self._sessions[stage]
 
     def _open(self, stage: str, packed: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
         accelerated = self.provider.device != "cpu"
         options.log_severity_level = _SILENT if accelerated else _ERRORS
         options.intra_op_num_threads = self._threads or 0
-        # Threads of a session that wait actively take the cores from the other one's: 20 ms of the first decode step.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # its threads, waiting actively for more, would take the cores from the main session's
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = self.folder / self.manifest.graphs[stage]
         try:
             self._weights.add_to(options, graph)
@@ -304,7 +322,7 @@ class Runtime:
         """
         batch, longest = len(rows), max(len(r) for r in rows)
         if longest == 1:
-            return self._step(torch.stack(list(rows)), cache)
+            return self.run(self.main, torch.stack(list(rows)), [n + 1 for n in cache.lengths], cache)
         if not any(cache.lengths):
             size = batch * longest * self.manifest.vocab_size * self.dtype.itemsize
             if stage == "prefill" or every_token or size <= _LOGITS_BYTES:
@@ -316,32 +334,37 @@ class Runtime:
         cache.assign(caches)
         return torch.nn.utils.rnn.pad_sequence(logits, batch_first=True)
 
-    def run(self, stage: Stage, input_ids: Tensor, attention_mask: Tensor, cache: KVCache) -> Tensor:
-        """One call of a graph: input_ids [B, S], attention_mask [B, T] as passes/ops.py has them.
+    def run(self, stage: Stage, input_ids: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+        """One call of a graph, with the new tokens input_ids [B, S] padded on the right; returns its logits.
 
-        The cache must hold T - S slots. Returns the graph's logits.
+        lengths: tokens of every row with the new ones, whose entries go to the cache's slots [T - S, T), T being the
+        largest length.
         """
-        binding = self._sessions[stage].io_binding()
-        binding.bind_ortvalue_input("input_ids", _to_ort(input_ids.contiguous()))
-        binding.bind_ortvalue_input("attention_mask", _to_ort(attention_mask.contiguous()))
-        for name, value in zip(self._cache_inputs, cache.values, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._cache_outputs:
-            binding.bind_output(name, self.provider.device)
+        total = max(lengths)
+        cache.reserve(total)
+        binding = cache.bindings.get(stage)
+        if binding is None:
+            binding = cache.bindings[stage] = self.open(stage).io_binding()
+            for source, target, value in zip(self._cache_inputs, self._cache_outputs, cache.values, strict=True):
+                binding.bind_ortvalue_input(source, value)
+                binding.bind_ortvalue_output(target, value)
+        logits = torch.empty(
+            (len(lengths), 1 if stage == "prefill" else input_ids.shape[1], self.manifest.vocab_size), dtype=self.dtype
+        )
+        binding.bind_output("logits", "cpu", 0, _NUMPY[self.dtype], logits.shape, logits.data_ptr())
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids.numpy()))
+        binding.bind_cpu_input("attention_mask", _mask(lengths))
         self._run(stage, binding)
-        logits, *cache.values = binding.get_outputs()
-        cache.lengths, cache.step = attention_mask.sum(1).tolist(), None
-        return _to_torch(logits)
+        cache.lengths = list(lengths)
+        return logits
 
     def _first(self, rows: Sequence[Tensor], cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
-        cache.resize(0)
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        lengths = torch.tensor([len(r) for r in rows])
-        logits = self.run(stage, ids, _mask(lengths, ids.shape[1]), cache)
+        lengths = [len(r) for r in rows]
+        logits = self.run(stage, ids, lengths, cache)
         if every_token or stage == "prefill":
             return logits
-        return logits[torch.arange(len(rows)), lengths - 1][:, None]
+        return logits[torch.arange(len(rows)), torch.tensor(lengths) - 1][:, None]
 
     def _continue(self, tokens: Tensor, cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
         """Several tokens of one row. Where only the last logits are asked for, a full prefill goes in pieces."""
@@ -349,37 +372,16 @@ class Runtime:
         if stage == "decode" and not every_token:
             piece = max(1, _LOGITS_BYTES // (self.manifest.vocab_size * self.dtype.itemsize))
         for part in tokens.split(piece):
-            cache.resize(cache.lengths[0])
-            mask = torch.ones((1, cache.lengths[0] + len(part)), dtype=torch.int64)
-            logits = self.run(stage, part[None], mask, cache)
+            logits = self.run(stage, part[None], [cache.lengths[0] + len(part)], cache)
         return logits if every_token else logits[:, -1:]
 
-    def _step(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """One token per row, [B, 1], after pasts of any lengths: decode."""
-        total = max(cache.lengths) + 1
-        mask = _mask(torch.tensor(cache.lengths) + 1, total)
-        if not self.provider.in_place:
-            cache.resize(total - 1)
-            return self.run("decode", input_ids, mask, cache)
-        if cache.slots < total:
-            cache.resize(total + max(_CACHE_STEP, total // 4) - 1)
-        if cache.step is None:
-            cache.step = self._sessions["decode"].io_binding()
-            cache.step.bind_output("logits", "cpu")
-            for source, target, value in zip(self._cache_inputs, self._cache_outputs, cache.values, strict=True):
-                cache.step.bind_ortvalue_input(source, value)
-                cache.step.bind_ortvalue_output(target, value)
-        cache.step.bind_ortvalue_input("input_ids", _to_ort(input_ids))
-        cache.step.bind_ortvalue_input("attention_mask", _to_ort(mask))
-        cache.step.bind_output("logits", "cpu")  # anew, or the next run writes over the tensor that we return
-        self._run("decode", cache.step)
-        cache.lengths = [n + 1 for n in cache.lengths]
-        return _to_torch(ort.OrtValue(cache.step.get_outputs_as_ortvaluevector()[0]))
-
-    def _run(self, stage: str, binding: ort.IOBinding) -> None:
-        self._sessions[stage].run_with_iobinding(binding)
+    def _run(self, stage: Stage, binding: ort.IOBinding) -> None:
+        self.open(stage).run_with_iobinding(binding)
 
 
-def _mask(lengths: Tensor, total: int) -> Tensor:
-    """[B, total] int64, ones for each row's first `lengths` slots."""
-    return (torch.arange(total)[None] < lengths[:, None]).to(torch.int64)
+def _mask(lengths: Sequence[int]) -> np.ndarray[Any, Any]:
+    """[B, T] int64, ones for each row's first `lengths` slots."""
+    mask = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    return mask

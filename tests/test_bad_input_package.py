@@ -93,6 +93,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is not JSON"),
     "a list": (lambda p: (p / MANIFEST).write_text("[]"), "not a popcompile manifest, it has no format_version"),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), f"not a popcompile package, it has no {MANIFEST}; give the"),
+    "older": (lambda p: edit_manifest(p, format_version=1), "was made by an older popcompile (format version 1"),
     "newer": (lambda p: edit_manifest(p, format_version=99), "format version 99 is newer than this popcompile reads"),
     "unknown field": (lambda p: edit_manifest(p, flavour=1), "has an unknown field flavour; convert the model again"),
     "missing field": (drop_field, "has no field pruned; convert the model again"),

@@ -42,7 +42,7 @@ def sign(folder: Path, **changes: Any) -> None:
     """Write a manifest that fits the files."""
     (folder / MANIFEST).unlink(missing_ok=True)
     manifest = Manifest(
-        format_version=1, popcompile="0", source={"name": "tiny"}, model_type="llama", num_layers=2, num_kv_heads=1,
+        format_version=2, popcompile="0", source={"name": "tiny"}, model_type="llama", num_layers=2, num_kv_heads=1,
         head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32",
         block_size=0, provider="cpu", layout="split",
         prefill_threshold=16, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
@@ -120,8 +120,8 @@ def test_odd_format_versions(version: object, folder: Path) -> None:
 
 
 def test_a_newer_format(folder: Path) -> None:
-    message = edited(folder, format_version=2, another_field=1)
-    assert "format version 2 is newer than this popcompile reads (1); upgrade popcompile" in message
+    message = edited(folder, format_version=3, another_field=1)
+    assert "format version 3 is newer than this popcompile reads (2); upgrade popcompile" in message
 
 
 NOT_MANIFESTS = [

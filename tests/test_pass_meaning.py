@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from conftest import (
     tiny_model,
     transformers_forward,
 )
+from onnx_ir import Node
 from reference import pop_prefill
 from steps import Result, Step, assert_close, before, compile_in_steps, rows, run_onnx
 from torch import Tensor
@@ -201,26 +204,47 @@ def test_attention_in_blocks_is_the_reference(
         assert_close(rows(given, result), pop(model, given, PRUNED[family]), 1e-4)
 
 
+def kinds(graph: Iterable[Node]) -> Counter[str]:
+    return Counter(node.op_type for node in graph)
+
+
 @pytest.mark.parametrize("family", [*CONFIGS, *SMALL_HEADS])
 def test_what_the_operators_take_over(family: str) -> None:
     """RoPE where heads are wide enough, one product for q, k and v where no norm is between, residual additions."""
     program = compiled(family)[1]["LastCleanup"].program
-    decode = to_onnx(program.graphs["decode"], program.num_layers, "decode", "cpu")
-    kinds = [node.op_type for node in decode.graph]
+    decode = to_onnx(program.graphs["decode"], program.num_layers, "decode", "cuda").graph
+    found = kinds(decode)
     layers, norms = program.num_layers, "gemma3" in family
-    assert kinds.count("RotaryEmbedding") == (2 * layers if "small" in family else 0)
-    packed = [n for n in decode.graph if n.op_type == "GroupQueryAttention" and n.inputs[1] is None]
+    assert found["RotaryEmbedding"] == (2 * layers if "small" in family else 0)
+    packed = [n for n in decode if n.op_type == "GroupQueryAttention" and n.inputs[1] is None]
     assert len(packed) == (0 if norms or "small" in family else layers)
     # the first norm of the model follows the embedding; Gemma has four a layer and two more of q and k
-    assert kinds.count("SkipSimplifiedLayerNormalization") == 2 * layers
-    assert kinds.count("SimplifiedLayerNormalization") == 1 + (4 * layers if norms else 0)
+    assert found["SkipSimplifiedLayerNormalization"] == 2 * layers
+    assert found["SimplifiedLayerNormalization"] == 1 + (4 * layers if norms else 0)
 
 
-@pytest.mark.parametrize(("provider", "loops"), [("cpu", 2), ("cuda", 0)])
-def test_attention_in_blocks_is_a_choice_of_the_provider(provider: str, loops: int) -> None:
-    """The boundary token's attention, one query, is never in blocks, and decode has none."""
+@pytest.mark.parametrize(("provider", "stage", "choices"), [("cpu", "prefill", 3), ("cpu", "decode", 3),
+                                                            ("cuda", "prefill", 1), ("cuda", "decode", 0)])  # fmt: skip
+def test_attention_of_one_token_is_a_branch(provider: str, stage: str, choices: int) -> None:
+    """Blocks are a choice of the provider; projected keys and values are made in the other branch on each."""
     program = compiled("gemma3")[1]["LastCleanup"].program
-    prefill, decode = (to_onnx(program.graphs[s], program.num_layers, s, provider) for s in ("prefill", "decode"))
-    kinds = [node.op_type for node in prefill.graph]
-    assert kinds.count("Loop") == loops and kinds.count("GroupQueryAttention") == 3 - loops
-    assert [node.op_type for node in decode.graph].count("GroupQueryAttention") == 3
+    graph = to_onnx(program.graphs[stage], program.num_layers, stage, provider).graph
+    assert kinds(graph)["If"] == choices and kinds(graph)["GroupQueryAttention"] == 3 - choices
+    branches = [n for n in graph if n.op_type == "If"]
+    for node in branches:
+        assert kinds(node.attributes["then_branch"].as_graph()) == {"GroupQueryAttention": 1}
+    projected = [kinds(n.attributes["else_branch"].as_graph())["MatMul"] for n in branches]
+    assert sum(projected) == (2 if stage == "prefill" else 0)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_cache_with_room(family: str, stage: str, tmp_path: Path) -> None:
+    """A past in buffers with room behind its tokens, whatever is in it: the same logits and entries, and room left."""
+    model, steps = compiled(family)
+    exact = onnx_prompts(family)
+    roomy = [replace(i, past=[torch.nn.functional.pad(t, (0, 0, 0, 12), value=1e9) for t in i.past]) for i in exact]
+    results = run_onnx(tmp_path, steps["LastCleanup"], stage, model, [*exact, *roomy])
+    for given, expected, found in zip(exact, results, results[len(exact) :], strict=False):
+        assert found[1][0].shape[2] == given.past[0].shape[2] + 12
+        assert_close(rows(given, found), rows(given, expected), 0)

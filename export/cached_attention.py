@@ -1,0 +1,282 @@
+"""Attention in two ways: a single token in place, several after the cache is written.
+
+GroupQueryAttention appends new keys and values to the cache and attends to it. For one token per row that is all there
+is to do, and nothing is copied where past and present are one buffer. A prompt has better ways, so each attention
+becomes a choice:
+
+    out, present = GroupQueryAttention(q, k, v, past)
+    =>  If there is one token: the same
+        else: present = Concat(past[:before], RoPE(k), past[after:])
+              out = Concat of blocks: GroupQueryAttention(q[begin:end], no keys, present)
+
+On the CPU the operator multiplies every query with every key that it is given and masks half of the products away;
+blocks over growing prefixes compute little more than the triangle, and with a sliding window a block is given no keys
+but its window's. The operator takes several tokens after a past for one row only, so a batch is one block.
+
+    out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token
+    =>  If there is one token: GroupQueryAttention(q, k, v, past)
+        else: GroupQueryAttention(q, k, v, Concat(past[:before], projected, past[after:]))
+
+What only the projected keys and values need goes into the branch with them: the pruned prefill graph is a decoder as
+well, and computes no more than one. `past[after:]` is the room that a buffer has behind its tokens, and keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from popcompile.passes.onnx_ops import CONTRIB
+
+_END = 2**62  # of a Slice: as far as there is something
+_INT32, _INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
+
+
+def choose_by_tokens(model: ir.Model, block: int | None) -> int:
+    """Rewrite the attention of a graph in place; returns how many. Entries that none reads are written as well.
+
+    block: queries that attention of a prompt takes at a time; None leaves it to the operator.
+    """
+    graph = model.graph
+    found = [n for n in graph if n.op_type == "GroupQueryAttention" and (block or _appended(n))]
+    unread = [n for value in graph.outputs if (n := value.producer()) and n.op_type == "Concat"]
+    if not found and not unread:
+        return 0
+    shared = _Shared(graph, block or 0)
+    for attention in found:
+        emit = shared.emitter(f"{attention.name}/several_tokens")
+        past: Sequence[ir.Value | None] = attention.inputs[3:5]
+        if appended := _appended(attention):
+            past, outputs = _attend_to_projected(shared, attention, appended, emit)
+        else:
+            outputs = _attend_in_blocks(shared, attention, emit)
+        _rewrite(shared, attention, past, emit, outputs)
+        graph.remove(appended, safe=True)
+    for append in unread:
+        emit = shared.emitter(str(append.name))
+        present = shared.write(emit, *append.inputs[:2])
+        graph.insert_before(append, emit.nodes)
+        _replace(append.outputs[0], present)
+        graph.remove(append, safe=True)
+    return len(found)
+
+
+def _appended(attention: ir.Node) -> list[ir.Node]:
+    """The two Concat that append projected keys and values to the cache, where attention reads them as its past."""
+    made = [past.producer() for past in attention.inputs[3:5] if past is not None]
+    return [node for node in made if node is not None]
+
+
+class _Emitter:
+    """Appends operators to a list of nodes, each with a name of its own."""
+
+    def __init__(self, prefix: str, constant: Callable[[Any], ir.Value]) -> None:
+        self.prefix, self._constant, self.nodes = prefix, constant, list[ir.Node]()
+
+    def __call__(self, op: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """The operator's output, or outputs as a tuple. Inputs that are numbers, or lists of them, are constants."""
+        name = f"{self.prefix}/{op}_{len(self.nodes)}"
+        values = [i if i is None or isinstance(i, ir.Value) else self._constant(i) for i in inputs]
+        node = ir.node(op, values, attributes or None, domain=domain, num_outputs=outputs, name=name)
+        for i, value in enumerate(node.outputs):
+            value.name = f"{name}_output_{i}"
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
+        return ir.Graph(list(inputs), list(outputs), nodes=self.nodes, name=self.prefix.rsplit("/", 1)[1])
+
+
+class _Shared:
+    """What all layers need, computed once.
+
+    batch, tokens, before, after: B, S, T - S and T, [1] each. single: whether S is 1. size: queries of a block, [1].
+    whole: blocks before the last one, which may be shorter. last: where it begins, [1].
+    """
+
+    def __init__(self, graph: ir.Graph, block: int) -> None:
+        self.graph = graph
+        self._constants: dict[str, ir.Value] = {}
+        emit = self.emitter("/attention")
+        ids, mask = graph.inputs[:2]
+        self.tokens = emit("Shape", ids, start=1, end=2)
+        self.after = emit("Shape", mask, start=1, end=2)
+        self.before = emit("Sub", self.after, self.tokens)
+        self.single = emit("Squeeze", emit("Equal", self.tokens, [1]))
+        if block:
+            self.batch = emit("Shape", ids, start=0, end=1)
+            wanted = emit("Where", emit("Equal", self.batch, [1]), [block], self.tokens)
+            self.size = emit("Min", wanted, self.tokens)
+            whole = emit("Div", emit("Sub", self.tokens, [1]), self.size)
+            self.whole, self.last = emit("Squeeze", whole), emit("Mul", whole, self.size)
+        graph.insert_before(graph[0], emit.nodes)
+
+    def emitter(self, prefix: str) -> _Emitter:
+        return _Emitter(prefix, self._constant)
+
+    def _constant(self, value: Any) -> ir.Value:
+        if (constant := self._constants.get(repr(value))) is None:
+            tensor = ir.tensor(value, dtype=ir.DataType.BOOL if isinstance(value, bool) else ir.DataType.INT64)
+            shape = ir.Shape([len(value)] if isinstance(value, list) else [])
+            name = f"attention_constant_{len(self._constants)}"
+            constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self.graph.register_initializer(constant)
+            self._constants[repr(value)] = constant
+        return constant
+
+    def write(self, emit: _Emitter, past: ir.Value | None, new: ir.Value | None) -> ir.Value:
+        """A cache with new entries [B, kv heads, S, head size] at slots [before, after)."""
+        kept = emit("Slice", past, [0], self.before, [2])
+        room = emit("Slice", past, self.after, [_END], [2])
+        present: ir.Value = emit("Concat", kept, new, room, axis=2)
+        return present
+
+
+def _rewrite(
+    shared: _Shared,
+    attention: ir.Node,
+    past: Sequence[ir.Value | None],
+    several: _Emitter,
+    outputs: Sequence[ir.Value],
+) -> None:
+    """Put a choice in an attention's place: itself over `past`, or `outputs`, which `several` has emitted."""
+    one = shared.emitter(f"{attention.name}/one_token")
+    in_place = _like(one, attention, *attention.inputs[:3], *past, *attention.inputs[5:])
+    emit = shared.emitter(str(attention.name))
+    branches: dict[str, Any] = {"then_branch": one.graph([], in_place), "else_branch": several.graph([], outputs)}
+    chosen = emit("If", shared.single, outputs=3, **branches)
+    shared.graph.insert_before(attention, emit.nodes)
+    for old, new, *alternatives in zip(attention.outputs, chosen, in_place, outputs, strict=True):
+        for value in alternatives:
+            value.type, value.shape = old.type, old.shape
+        _replace(old, new)
+    shared.graph.remove(attention, safe=True)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Put a value in another one's place, under its name."""
+    new.type, new.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name, new.name = None, old.name
+
+
+def _like(emit: _Emitter, attention: ir.Node, *inputs: ir.Value | None, outputs: int = 3) -> Any:
+    """The same operator with other inputs; without new keys and values it needs no present ones, and one output."""
+    attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
+    return emit(attention.op_type, *inputs, outputs=outputs, domain=attention.domain, **attributes)
+
+
+def _width(value: ir.Value | None, dimension: int) -> int:
+    """A dimension that is a number."""
+    assert value is not None and value.shape is not None
+    width = value.shape[dimension]
+    assert isinstance(width, int)
+    return width
+
+
+# --- the boundary token ----------------------------------------------------------------------------------------
+
+
+def _attend_to_projected(
+    shared: _Shared, attention: ir.Node, appended: Sequence[ir.Node], emit: _Emitter
+) -> tuple[list[ir.Value | None], Sequence[ir.Value]]:
+    """The graph's own past of a boundary token, and its attention over the projected cache."""
+    pairs = [node.inputs[:2] for node in appended]
+    moved = _needed_only_by(shared.graph, appended)
+    shared.graph.remove(moved)
+    emit.nodes.extend(moved)
+    cache = [shared.write(emit, past, projected) for past, projected in pairs]
+    return [past for past, _ in pairs], _like(emit, attention, *attention.inputs[:3], *cache, *attention.inputs[5:])
+
+
+def _needed_only_by(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """What is computed for these nodes and nothing else, in order."""
+    inside = set(nodes)
+    for node in reversed(graph):
+        users = [user for value in node.outputs for user, _ in value.uses()]
+        if users and inside.issuperset(users) and not any(value.is_graph_output() for value in node.outputs):
+            inside.add(node)
+    return [node for node in graph if node in inside and node not in nodes]
+
+
+# --- the prompt ------------------------------------------------------------------------------------------------
+
+
+def _attend_in_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Sequence[ir.Value]:
+    """Write the cache, then attend to it in blocks of queries: output, present key, present value."""
+    query, key, value, past_key, past_value, _, _, *tables = attention.inputs
+    width = _width(attention.outputs[0], 2)
+    heads, kv_heads = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    head_size = width // heads
+    if key is None:  # packed
+        parts = [width, kv_heads * head_size, kv_heads * head_size]
+        query, key, value = emit("Split", query, parts, outputs=3, axis=2)
+    nothing = emit("Slice", key, [0], [0], [1])
+    if tables:
+        rotated = 2 * _width(tables[0], 1)
+        sizes: dict[str, Any] = {"num_heads": kv_heads, "rotary_embedding_dim": rotated if rotated < head_size else 0}
+        key = emit("RotaryEmbedding", key, shared.before, *tables, domain=CONTRIB, **sizes)
+    present = []
+    for past, new in ((past_key, key), (past_value, value)):
+        split = emit("Reshape", new, [0, 0, kv_heads, head_size])
+        present.append(shared.write(emit, past, emit("Transpose", split, perm=[0, 2, 1, 3])))
+    blocks = _Blocks(shared, attention, (query, nothing, nothing), present)
+    whole = emit("Loop", shared.whole, True, body=blocks.body())
+    done = emit("Reshape", whole, emit("Concat", shared.batch, shared.last, [width], axis=0), allowzero=1)
+    out = emit("Concat", done, blocks.attend(emit, shared.last, shared.tokens), axis=1)
+    return out, *present
+
+
+class _Blocks:
+    """Attention of blocks of queries over a cache that holds their keys and values.
+
+    new: queries [B, S, heads x head size], and keys and values of no token.
+    """
+
+    def __init__(
+        self, shared: _Shared, attention: ir.Node, new: Sequence[ir.Value | None], cache: Sequence[ir.Value]
+    ) -> None:
+        self.shared, self.attention = shared, attention
+        self.new, self.cache = new, cache
+        self.seqlens, self.total, *self.tables = attention.inputs[5:]
+        window = attention.attributes.get("local_window_size")
+        self.window = window.as_int() if window else 0
+
+    def body(self) -> ir.Graph:
+        """Of a Loop over whole blocks: (block, go on) -> (go on, output [B, size, heads x head size])."""
+        emit = self.shared.emitter(f"{self.attention.name}/block")
+        number, go_on = (
+            ir.Value(name=f"{emit.prefix}/{name}", type=ir.TensorType(dtype), shape=ir.Shape([]))
+            for name, dtype in (("number", ir.DataType.INT64), ("go_on", ir.DataType.BOOL))
+        )
+        begin = emit("Mul", number, self.shared.size)
+        out = self.attend(emit, begin, emit("Add", begin, self.shared.size))
+        whole = self.attention.outputs[0]
+        out.type, out.shape = whole.type, ir.Shape([None, None, _width(whole, 2)])
+        return emit.graph([number, go_on], [emit("Identity", go_on), out])
+
+    def attend(self, emit: _Emitter, begin: ir.Value, end: ir.Value) -> ir.Value:
+        """Attention of queries [begin, end), [1] each."""
+        query, *nothing = self.new
+        rows = emit("Slice", query, begin, end, [1])
+        left = emit("Cast", emit("Sub", self.shared.tokens, end), to=_INT32)
+        seqlens, total = emit("Sub", self.seqlens, left), emit("Sub", self.total, emit("Squeeze", left))
+        if not self.window:
+            return self._like(emit, rows, *nothing, *self.cache, seqlens, total, *self.tables)
+        count = emit("Sub", end, begin)
+        # position of each row's first query
+        first = emit("Add", emit("Sub", emit("Cast", seqlens, to=_INT64), count), [1])
+        earliest = emit("ReduceMin", first, keepdims=1)
+        low = emit("Max", emit("Sub", earliest, [self.window - 1]), [0])
+        near = [emit("Slice", t, low, emit("Add", self.shared.before, end), [2]) for t in self.cache]
+        hidden = emit("Cast", low, to=_INT32)
+        seqlens, total = emit("Sub", seqlens, hidden), emit("Sub", total, emit("Squeeze", hidden))
+        columns = emit("Range", 0, emit("Squeeze", count), 1)
+        positions = [emit("Add", emit("Unsqueeze", first, [1]), columns)] if self.tables else []
+        return self._like(emit, rows, *nothing, *near, seqlens, total, *self.tables, *positions)
+
+    def _like(self, emit: _Emitter, *inputs: ir.Value | None) -> ir.Value:
+        out: ir.Value = _like(emit, self.attention, *inputs, outputs=1)
+        return out
