@@ -11,7 +11,8 @@ becomes a choice:
 
 On the CPU the operator multiplies every query with every key that it is given and masks half of the products away;
 blocks over growing prefixes compute little more than the triangle, and with a sliding window a block is given no keys
-but its window's. The operator takes several tokens after a past for one row only, so a batch is one block.
+but its window's. The operator takes several tokens after a past for one row only, so a batch is one block. It takes no
+new keys since ONNX Runtime 1.27.
 
     out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token
     =>  If there is one token: GroupQueryAttention(q, k, v, past)
@@ -162,10 +163,10 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
     old.name, new.name = None, old.name
 
 
-def _like(emit: _Emitter, attention: ir.Node, *inputs: ir.Value | None, outputs: int = 3) -> Any:
-    """The same operator with other inputs; without new keys and values it needs no present ones, and one output."""
+def _like(emit: _Emitter, attention: ir.Node, *inputs: ir.Value | None) -> Any:
+    """The same operator with other inputs: output, present key, present value."""
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
-    return emit(attention.op_type, *inputs, outputs=outputs, domain=attention.domain, **attributes)
+    return emit(attention.op_type, *inputs, outputs=3, domain=attention.domain, **attributes)
 
 
 def _width(value: ir.Value | None, dimension: int) -> int:
@@ -278,5 +279,6 @@ class _Blocks:
         return self._like(emit, rows, *nothing, *near, seqlens, total, *self.tables, *positions)
 
     def _like(self, emit: _Emitter, *inputs: ir.Value | None) -> ir.Value:
-        out: ir.Value = _like(emit, self.attention, *inputs, outputs=1)
+        # the present outputs copy the cache, unread: without them ONNX Runtime before 1.31 crashes
+        out: ir.Value = _like(emit, self.attention, *inputs)[0]
         return out

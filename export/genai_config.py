@@ -1,8 +1,9 @@
 """genai_config.json: what onnxruntime-genai needs to load the package as it is.
 
-The split layout is its "decoder-pipeline": prefill.onnx runs on prompts, decode.onnx on single tokens. Prefill stands
-first in the pipeline, for genai reads the shape of the logits from the first stage. The cache is one buffer, which both
-graphs write in place. Sliding windows need no entry: GroupQueryAttention applies them inside the graphs.
+The unified layout is a decoder of one graph. The split layout is a "decoder-pipeline": prefill.onnx runs on prompts,
+decode.onnx on single tokens; prefill stands first, for genai reads the shape of the logits from the first stage. The
+cache is one buffer, which the graphs write in place. Sliding windows need no entry: GroupQueryAttention applies them
+inside the graphs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from .onnx_graph import input_names, output_names
 from .providers import PROVIDERS
+
+#: model_type of a checkpoint -> type of a decoder in genai 0.18, where they are not the same. All its decoders take
+#: these graphs; but its phi3 encodes a text again where that becomes too long for the short RoPE factors.
+_TYPES = {
+    "gemma3": "gemma3_text", "gpt_neox": "llama", "mixtral": "mistral", "olmo2": "olmo", "phi3": "llama",
+    "qwen2_moe": "qwen2", "qwen3_moe": "qwen3",
+}  # fmt: skip
+_KNOWN = {
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo", "phi", "qwen2", "qwen3",
+    "smollm3",
+}  # fmt: skip
 
 
 def genai_config(
@@ -25,15 +37,15 @@ def genai_config(
     vocab_size: int,
     provider: str,
 ) -> dict[str, Any]:
-    """The contents of genai_config.json for the split layout; graphs: stage -> file name."""
+    """The contents of genai_config.json; graphs: stage -> file name, of one stage in the unified layout."""
     layers = config.num_hidden_layers
     eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
     pad = next((t for t in (generation.pad_token_id, config.pad_token_id, first_eos) if t is not None), 0)
-    io = {"inputs": input_names(layers), "outputs": output_names(layers)}
+    unified = len(graphs) == 1
     return {
         "model": {
-            "type": "decoder-pipeline",
+            "type": _family(config.model_type) if unified else "decoder-pipeline",
             **({"bos_token_id": config.bos_token_id} if config.bos_token_id is not None else {}),
             **({"eos_token_id": eos} if eos is not None else {}),
             "pad_token_id": pad,
@@ -60,17 +72,7 @@ def genai_config(
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "pipeline": [
-                    {
-                        stage: {
-                            "filename": graphs[stage],
-                            **io,
-                            "run_on_prompt": stage == "prefill",
-                            "run_on_token_gen": stage == "decode",
-                        }
-                        for stage in ("prefill", "decode")
-                    }
-                ],
+                **({"filename": graphs["prefill"]} if unified else {"pipeline": _pipeline(graphs, layers)}),
             },
         },
         "search": {
@@ -80,3 +82,23 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
+
+
+def _family(model_type: str) -> str:
+    known = _TYPES.get(model_type, model_type)
+    return known if known in _KNOWN else "llama"
+
+
+def _pipeline(graphs: dict[str, str], layers: int) -> list[dict[str, Any]]:
+    io = {"inputs": input_names(layers), "outputs": output_names(layers)}
+    return [
+        {
+            stage: {
+                "filename": graphs[stage],
+                **io,
+                "run_on_prompt": stage == "prefill",
+                "run_on_token_gen": stage == "decode",
+            }
+            for stage in ("prefill", "decode")
+        }
+    ]

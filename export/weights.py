@@ -8,6 +8,7 @@ tensor and not the model.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +111,18 @@ def _value(name: str, value: ir.Value, program: Program, read: Reader) -> torch.
     if tuple(tensor.shape) != expected:
         raise WeightError(f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(expected)}")
     if tensor.is_floating_point():
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise WeightError(f"tensor {name} holds NaN or infinity")
         target = _torch_dtype(value.dtype)
         tensor = tensor.to(target)
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise WeightError(f"tensor {name} has values beyond the range of {target}".replace("torch.", ""))
     return tensor.contiguous()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN or infinity, told by the extremes: torch.isfinite makes copies of the tensor."""
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)) if tensor.numel() else True
 
 
 def _torch_dtype(dtype: ir.DataType) -> torch.dtype:

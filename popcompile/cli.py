@@ -109,7 +109,12 @@ def _add_convert(commands: Any) -> None:
         "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is sampled (default 0)")
-    parser.add_argument("--layout", default="split", metavar="KIND", help="split: prefill.onnx and decode.onnx")
+    parser.add_argument(
+        "--layout",
+        default="split",
+        metavar="KIND",
+        help="split (default): prefill.onnx and decode.onnx; unified: model.onnx, for runtimes that load one graph",
+    )
     parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16, int8 or int4")
     parser.add_argument(
         "--block-size",

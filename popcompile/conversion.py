@@ -26,9 +26,10 @@ from popcompile.export.weights import WeightError, data_size, pending_initialize
 from popcompile.layer_table import full_prefill_one_logit, layer_table
 from popcompile.package import (
     FORMAT_VERSION,
+    LAYOUTS,
     MANIFEST,
     REPORT,
-    WEIGHTS,
+    Layout,
     Manifest,
     describe_files,
 )
@@ -56,9 +57,7 @@ from popcompile.staging import require_disk_space, require_writable, staged
 from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
-LAYOUTS = ("split",)
 KV_PROJECTIONS = ("calibrated", "layer")
-GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 
 #: tokens below which the whole model encodes a prompt in the time that the pruned one takes: both are bound by reading
 #: the weights then (README, "Short prompts")
@@ -101,7 +100,7 @@ def convert(
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
     activations, "fp32" or "fp16"; with "int8" and "int4" the weights of linear layers are quantized in blocks of
     block_size input features. provider: what the graphs are lowered for and what onnxruntime-genai is told to run on,
-    "cpu" or "cuda".
+    "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone.
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
@@ -155,13 +154,15 @@ def convert(
                 " it supports decoders of attention and feed-forward layers"
             ) from error
         models = {}
-        for i, stage in enumerate(GRAPHS):
-            report_progress("export", i, len(GRAPHS))
+        files = LAYOUTS[layout]
+        for i, stage in enumerate(files.graphs):
+            report_progress("export", i, len(files.graphs))
             models[stage] = to_onnx(program.graphs[stage], program.num_layers, stage, provider)
-        hashes = {WEIGHTS: _write_weights(folder, models, program, checkpoint, source.name, report_progress)}
-        for stage, file in GRAPHS.items():
+        data = folder / files.weights
+        hashes = {files.weights: _write_weights(data, models, program, checkpoint, source.name, report_progress)}
+        for stage, file in files.graphs.items():
             ir.save(models[stage], folder / file)
-        _write_configs(folder, source, shapes, provider)
+        _write_configs(folder, source, shapes, files, provider)
         report["seconds"] = round(time.perf_counter() - started, 1)
         _write_json(folder / REPORT, report)
         manifest = Manifest(
@@ -180,14 +181,14 @@ def convert(
             block_size=chosen.quantization.block_size if chosen.quantization else 0,
             provider=provider,
             layout=layout,
-            prefill_threshold=PREFILL_THRESHOLD if plan.pruned else 0,
-            graphs=GRAPHS,
-            weights=WEIGHTS,
+            prefill_threshold=PREFILL_THRESHOLD if plan.pruned and "decode" in files.graphs else 0,
+            graphs=files.graphs,
+            weights=files.weights,
             inputs=input_names(program.num_layers),
             outputs=output_names(program.num_layers),
             versions=_versions(),
         )
-        manifest = replace(manifest, files=describe_files(folder, hashes))
+        manifest = replace(manifest, files=describe_files(folder, files.weights, hashes))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         report_progress("flush", 0, 1)
     report_progress("done", 1, 1)
@@ -272,11 +273,11 @@ class _Compilation:
 
 
 def _write_weights(
-    folder: Path, models: dict[str, ir.Model], program: Program, checkpoint: Checkpoint, name: str, progress: Progress
+    file: Path, models: dict[str, ir.Model], program: Program, checkpoint: Checkpoint, name: str, progress: Progress
 ) -> str:
     """Write the data file; returns its SHA-256."""
     size = data_size(pending_initializers(models))
-    require_disk_space(folder, size)
+    require_disk_space(file.parent, size)
     written = 0
 
     def count(_: str, length: int) -> None:
@@ -285,12 +286,12 @@ def _write_weights(
         progress("weights", written, size)
 
     try:
-        return str(write_weights(folder / WEIGHTS, models, program, checkpoint.read, count)["sha256"])
+        return str(write_weights(file, models, program, checkpoint.read, count)["sha256"])
     except WeightError as error:
         raise PopcompileError(f"{name}: {error}; mend the checkpoint or choose another --dtype") from error
 
 
-def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, provider: str) -> None:
+def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, layout: Layout, provider: str) -> None:
     source.config.save_pretrained(folder)
     source.generation_config.save_pretrained(folder)
     source.save_tokenizer(folder)
@@ -299,7 +300,7 @@ def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, provider:
         genai_config(
             source.config,
             source.generation_config,
-            graphs=GRAPHS,
+            graphs=layout.graphs,
             head_size=shapes.head_size,
             kv_heads=shapes.kv_heads,
             vocab_size=shapes.vocab_size,

@@ -12,6 +12,7 @@ is predicted once by the full model and once by the full model over a pruned pro
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import tempfile
@@ -30,11 +31,11 @@ from popcompile.chat import load_tokenizer
 from popcompile.conversion import Progress
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
-from popcompile.package import Manifest
+from popcompile.package import Manifest, read_manifest
 from popcompile.predictions import compare
 from popcompile.runtime import KVCache, Runtime
 from popcompile.texts import default_texts, read_texts, windows
-from popcompile.variants import Variants
+from popcompile.variants import Variants, with_full_model
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,24 @@ def evaluate(
     started = time.perf_counter()
     _require_numbers(prompts, prompt_tokens, continuation_tokens, seed, greedy_prompts, greedy_tokens)
     documents = {str(path): read_texts(path) for path in text} if text else default_texts()
-    runtime = Runtime(folder, provider=provider)
-    manifest = runtime.manifest
+    manifest = read_manifest(Path(folder))
     _require_room(manifest, prompt_tokens, continuation_tokens)
     if baselines and not manifest.pruned:
         raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
-    expected = runtime if reference is None else _reference(Path(reference), manifest, provider)
-    samples = _windows(Path(folder), manifest, documents, prompts, prompt_tokens + continuation_tokens, seed)
     greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
     report = progress or (lambda *_: None)
 
-    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary:
+    with contextlib.ExitStack() as stack:
+        runtime = Runtime(stack.enter_context(with_full_model(Path(folder))), provider=provider)
+        expected = runtime
+        if reference is not None:
+            _require_same_model(Path(reference), manifest)
+            expected = Runtime(stack.enter_context(with_full_model(Path(reference))), provider=provider)
+        samples = _windows(Path(folder), manifest, documents, prompts, prompt_tokens + continuation_tokens, seed)
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True))
         encoders = {"pop": Encoder(runtime, "prefill")}
         if baselines:
-            encoders |= _compile_baselines(Path(folder), manifest, Path(temporary), provider, report)
+            encoders |= _compile_baselines(runtime.folder, manifest, Path(temporary), provider, report)
         if reference is not None:
             encoders["full"] = Encoder(runtime, "decode")
         full = Encoder(expected, "decode")
@@ -176,16 +181,13 @@ def _require_room(manifest: Manifest, prompt_tokens: int, continuation_tokens: i
         )
 
 
-def _reference(folder: Path, manifest: Manifest, provider: str) -> Runtime:
-    """The reference's runtime. Raises PopcompileError where its model cannot be compared with."""
-    runtime = Runtime(folder, provider=provider)
-    ours, theirs = (m.vocab_size for m in (manifest, runtime.manifest))
-    if ours != theirs or runtime.manifest.context_length < manifest.context_length:
+def _require_same_model(reference: Path, manifest: Manifest) -> None:
+    other = read_manifest(reference)
+    if other.vocab_size != manifest.vocab_size or other.context_length < manifest.context_length:
         raise PopcompileError(
-            f"--reference {folder}: it is another model ({runtime.manifest.source['name']}, a vocabulary of {theirs});"
-            f" give a package of {manifest.source['name']}"
+            f"--reference {reference}: it is another model ({other.source['name']}, a vocabulary of"
+            f" {other.vocab_size}); give a package of {manifest.source['name']}"
         )
-    return runtime
 
 
 def _windows(

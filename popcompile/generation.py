@@ -41,7 +41,7 @@ def load(
     runtime = Runtime(
         folder, provider=provider, main="decode" if prefill == "full" else "prefill", low_memory=low_memory
     )
-    if prefill == "auto":
+    if prefill == "auto" and runtime.manifest.prefill_threshold:
         runtime.open("decode")
     return PopForCausalLM(runtime, prefill)
 

@@ -29,6 +29,7 @@ from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM
 from popcompile.loading import errors_only, one_line, quiet
 from popcompile.runtime import KVCache, Runtime, Stage
+from popcompile.variants import with_full_model
 
 PREFILLS: dict[str, Stage] = {"full": "decode", "pop": "prefill"}
 
@@ -54,10 +55,10 @@ def run_tasks(
         raise PopcompileError("--tasks: names no task; give one, for example --tasks hellaswag")
     if include_path is not None and not include_path.is_dir():
         raise PopcompileError(f"--include-path {include_path}: no such folder; give the one with the task files")
-    runtime = Runtime(folder, provider=provider)
     tokenizer = load_tokenizer(Path(folder))
     results: dict[str, Any] = {}
-    with _silent():
+    with with_full_model(Path(folder)) as complete, _silent():
+        runtime = Runtime(complete, provider=provider)
         manager = _find_tasks(tasks, include_path)
         for prefill in PREFILLS:
             model = PopForCausalLM(runtime, prefill)

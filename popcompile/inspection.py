@@ -12,6 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from popcompile.compatibility import runtimes
 from popcompile.errors import PopcompileError
 from popcompile.evaluation_report import evaluation_words
 from popcompile.measurements import Measurements, read_measurements
@@ -29,14 +30,16 @@ from popcompile.selection import format_layers
 
 
 def inspect_json(folder: Path) -> dict[str, Any]:
-    """Manifest and report as one JSON document: {"manifest", "report", "not_measured"}. Raises PopcompileError.
+    """Manifest and report as one JSON document. Raises PopcompileError.
 
-    not_measured: of "quality", "importance" and "frontier" those that the report lacks, with the command that measures.
+    {"manifest", "report", "not_measured": of "quality", "importance" and "frontier" those that the report lacks, with
+    the command that measures, "runtimes": [{"runtime", "loads", "note"}]}
     """
     manifest, report = read_package(folder)
     with readable_report(folder):
         missing = unmeasured(folder, manifest, read_measurements(report, manifest))
-    return {"manifest": asdict(manifest), "report": report, "not_measured": missing}
+    known = [asdict(runtime) for runtime in runtimes(manifest)]
+    return {"manifest": asdict(manifest), "report": report, "not_measured": missing, "runtimes": known}
 
 
 def inspect_text(folder: Path) -> str:
@@ -126,10 +129,17 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
             f"{pop:.1f} G; full model {full:.1f} G, with one row of logits {best:.1f} G",
         ),
         ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
-        ("short prompts", f"below {manifest.prefill_threshold} tokens the runtime takes the full prefill (auto)"),
+        *_short_prompts(manifest),
         *_measured(unmeasured(folder, manifest, found), found),
+        *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _short_prompts(manifest: Manifest) -> list[tuple[str, str]]:
+    if not manifest.prefill_threshold:
+        return []
+    return [("short prompts", f"below {manifest.prefill_threshold} tokens the runtime takes the full prefill (auto)")]
 
 
 def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:

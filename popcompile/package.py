@@ -1,7 +1,7 @@
 """A package on disk: its manifest, and the checks before it is used.
 
-    prefill.onnx  decode.onnx  weights.onnx.data  popcompile.json  report.json  genai_config.json
-    config.json  generation_config.json  tokenizer files  passes/
+    prefill.onnx  decode.onnx  weights.onnx.data    or, in the unified layout, model.onnx  model.onnx_data
+    popcompile.json  report.json  genai_config.json  config.json  generation_config.json  tokenizer files  passes/
 
 popcompile.json, the manifest, names every other file with its size and SHA-256, and carries a checksum of itself.
 What finds which damage:
@@ -26,9 +26,23 @@ from popcompile.errors import PopcompileError
 
 MANIFEST = "popcompile.json"
 REPORT = "report.json"
-WEIGHTS = "weights.onnx.data"
 FORMAT_VERSION = 2
 
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of a package's files. graphs: of each stage."""
+
+    graphs: dict[str, str]
+    weights: str
+
+
+#: unified has the prefill graph alone, which is a decoder as well, under the names that optimum and transformers.js
+#: look for
+LAYOUTS = {
+    "split": Layout({"prefill": "prefill.onnx", "decode": "decode.onnx"}, "weights.onnx.data"),
+    "unified": Layout({"prefill": "model.onnx"}, "model.onnx_data"),
+}
 
 _CHECKSUM = "manifest_sha256"
 
@@ -40,8 +54,8 @@ class Manifest:
     pruned: layers that prefill skips for context tokens.
     dtype, block_size: precision.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
-    prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto").
-    graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
+    prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto"); 0 for none.
+    layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
     files: {name: {"size", "sha256"}} of every other file in the package.
     """
 
@@ -235,12 +249,15 @@ def sample_sha256(path: Path, samples: int = 64, length: int = 65536) -> str:
     return digest.hexdigest()
 
 
-def describe_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """{name: {"size", "sha256"}} of the files in `folder`; `known` has hashes that are computed already."""
+def describe_files(folder: Path, weights: str, known: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """{name: {"size", "sha256"}} of the files in `folder`; `known` has hashes that are computed already.
+
+    weights: the data file, of which samples are hashed as well.
+    """
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": (known or {}).get(name) or file_sha256(path)}
-        if name == WEIGHTS:
+        if name == weights:
             files[name]["sample_sha256"] = sample_sha256(path)
     return files

@@ -272,12 +272,19 @@ class Runtime:
             self._weights.release_pages()
 
     def open(self, stage: Stage) -> ort.InferenceSession:
-        """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load."""
+        """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load, and
+        where the package has none.
+        """
         if stage not in self._sessions:
             self._sessions[stage] = self._open(stage, packed=False)
         return self._sessions[stage]
 
     def _open(self, stage: str, packed: bool) -> ort.InferenceSession:
+        if stage not in self.manifest.graphs:
+            raise PopcompileError(
+                f"{self.folder}: has no graph of the full model, for it has the {self.manifest.layout} layout; convert"
+                " with --layout split"
+            )
         options = ort.SessionOptions()
         accelerated = self.provider.device != "cpu"
         options.log_severity_level = _SILENT if accelerated else _ERRORS

@@ -11,6 +11,7 @@ names and quantized blocks; transformers' own loader turns it into a state dict,
 """
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -352,7 +353,16 @@ def write_tokenizer(model: str, source: Path, folder: Path, **options: Any) -> l
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **options)
         folder.mkdir(parents=True, exist_ok=True)
         written = tokenizer.save_pretrained(folder)
+        _for_older_transformers(folder / "tokenizer_config.json", tokenizer)
     return sorted({Path(path).relative_to(folder).as_posix() for path in written if Path(path).is_file()})
+
+
+def _for_older_transformers(path: Path, tokenizer: Any) -> None:
+    """Name the class as transformers 4 does, and the inputs, which it would not find: optimum needs it."""
+    config = json.loads(path.read_bytes())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plain(config: PretrainedConfig) -> None:

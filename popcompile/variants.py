@@ -1,14 +1,17 @@
-"""Variants of a package over its own weights: other layers pruned, or dropped in both stages.
+"""Variants of a package over its own weights: other layers pruned, dropped in both stages, or with the full model.
 
-The model is traced once more from the package's config.json; the package has every weight that a variant
-needs. A variant is a package of its own, with hard links where its files are the same.
+The model is traced once more from the package's config.json; the package has every weight that a variant needs. A
+variant is a package of its own, with hard links where its files are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +22,7 @@ from popcompile.errors import PopcompileError
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import Placement, point_to_file
 from popcompile.loading import quiet, reading
-from popcompile.package import MANIFEST, describe_files, read_manifest
+from popcompile.package import LAYOUTS, MANIFEST, describe_files, read_manifest
 from popcompile.passes import Pass, PassManager, Program, canonicalization, lowering, pruning
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import clone_module, find
@@ -52,7 +55,9 @@ class Variants:
             for projection in find(model, role=role)
             for parameter in projection.all_input_nodes[1:]
         }
-        self._placements = _placements(self.package / self.manifest.graphs["decode"])
+        self._placements: dict[str, Placement] = {}
+        for graph in manifest.graphs.values():
+            self._placements |= _placements(self.package / graph)
 
     def prune(self, out: Path, layers: Iterable[int]) -> Path:
         """The package with `layers` pruned in prefill, their K/V made with the layers' own weights; written to `out`.
@@ -60,18 +65,29 @@ class Variants:
         `out` must not exist.
         """
         layers = sorted(set(layers))
-        return self._write(out, layers, ("prefill",), pruning(layers))
+        return self._write(out, ("prefill",), pruning(layers), pruned=layers, kv_projection="layer")
 
     def drop(self, out: Path, layers: Iterable[int]) -> Path:
         """The package without `layers`, in prefill and in decode; written to `out`, which must not exist."""
         layers = sorted(set(layers))
-        return self._write(out, layers, ("prefill", "decode"), [SplitStages(), DropLayers(layers), PruneLMHead()])
+        passes = [SplitStages(), DropLayers(layers), PruneLMHead()]
+        return self._write(out, tuple(self.manifest.graphs), passes, pruned=layers, kv_projection="layer")
 
-    def _write(self, out: Path, layers: list[int], stages: tuple[str, ...], passes: list[Pass]) -> Path:
-        """Run `passes` and write the graphs of `stages`, beside links to the package's other files."""
+    def complete(self, out: Path) -> Path:
+        """The package with a graph of the full model, which the unified layout leaves out; written to `out`, which must
+        not exist.
+        """
+        graphs = self.manifest.graphs | {"decode": LAYOUTS["split"].graphs["decode"]}
+        return self._write(out, ("decode",), pruning([]), layout="split", graphs=graphs)
+
+    def _write(self, out: Path, stages: tuple[str, ...], passes: list[Pass], **changes: Any) -> Path:
+        """Run `passes` and write the graphs of `stages`, beside links to the package's other files.
+
+        changes: of the manifest.
+        """
         program = self._copy()
         PassManager([*passes, *lowering(self._precision.quantization)]).run(program)
-        manifest = self.manifest
+        manifest = replace(self.manifest, **changes)
         changed = {manifest.graphs[stage] for stage in stages}
         try:
             for name in sorted(set(manifest.files) - changed):
@@ -88,7 +104,7 @@ class Variants:
             point_to_file(model, out / manifest.weights, self._placements)
             ir.save(model, out / manifest.graphs[stage])
         known = {name: str(file["sha256"]) for name, file in manifest.files.items() if name not in changed}
-        manifest = replace(manifest, pruned=layers, kv_projection="layer", files=describe_files(out, known))
+        manifest = replace(manifest, files=describe_files(out, manifest.weights, known))
         (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return out
 
@@ -120,6 +136,16 @@ class Variants:
         program = self._program
         graphs = {stage: clone_module(gm) for stage, gm in program.graphs.items()}
         return replace(program, graphs=graphs, derived=dict(program.derived))
+
+
+@contextlib.contextmanager
+def with_full_model(package: Path) -> Iterator[Path]:
+    """The package itself or, while the block runs, a variant of it: one that has a graph of the full model."""
+    if "decode" in read_manifest(package).graphs:
+        yield package
+        return
+    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary:
+        yield Variants(package).complete(Path(temporary) / "package")
 
 
 def _placements(graph: Path) -> dict[str, Placement]:

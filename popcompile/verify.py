@@ -1,8 +1,9 @@
 """Check a package: its files, its graphs, and prefill against decode in numbers.
 
 The numeric check needs no second model. Prefill encodes a prompt and runs the boundary token through the whole model;
-the same must come out when decode takes one step with the boundary token after the context tokens' cache that prefill
-left. A damaged graph, a wrong weight or an operator that a provider computes differently shows up as a difference.
+the same must come out when decode (in the unified layout the same graph) takes one step with the boundary token after
+the context tokens' cache that prefill left. A damaged graph, a wrong weight or an operator that a provider computes
+differently shows up as a difference.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
-from popcompile.runtime import Runtime
+from popcompile.runtime import Runtime, Stage
 
 #: largest difference of two logits or cache entries, relative to the largest value, that rounding explains
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2, "int4": 5e-2}
@@ -65,7 +66,8 @@ def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:
     prefilled, stepped = runtime.new_cache(1), runtime.new_cache(1)
     logits = runtime.feed([ids[0]], prefilled, "prefill")
     runtime.feed([ids[0]], stepped, "prefill")
-    expected = runtime.run("decode", ids[:, -1:], [length], stepped)  # anew, over its own slot
+    stage: Stage = "decode" if "decode" in manifest.graphs else "prefill"
+    expected = runtime.run(stage, ids[:, -1:], [length], stepped)  # anew, over its own slot
     pairs = [(logits, expected), *zip(prefilled.tensors(), stepped.tensors(), strict=True)]
     worst = 0.0
     for one, other in pairs:

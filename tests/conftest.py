@@ -201,5 +201,15 @@ def smollm2_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unified_package(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 in one graph, calibrated: quickly, with a few texts and steps."""
+    if ready := os.environ.get("POPCOMPILE_TEST_UNIFIED"):
+        return Path(ready)
+    out = tmp_path_factory.mktemp("packages") / "unified"
+    convert(smollm2_checkpoint, out, layers="20-29", calibration_texts=16, refinement_steps=4, layout="unified")
+    return out
+
+
+@pytest.fixture(scope="session")
 def gemma_package(gemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _package("gemma", "POPCOMPILE_TEST_GEMMA", gemma_checkpoint, tmp_path_factory)

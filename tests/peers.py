@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from popcompile.package import WEIGHTS, read_manifest
+from popcompile.package import LAYOUTS, read_manifest
+
+WEIGHTS = LAYOUTS["split"].weights
 
 
 def genai_folder(package: Path, folder: Path, **model: Any) -> Path:

@@ -16,7 +16,9 @@ from peers import genai_folder, save_mean_decoder
 from popcompile.bench import bench
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.package import WEIGHTS
+from popcompile.package import LAYOUTS
+
+WEIGHTS = LAYOUTS["split"].weights
 
 SMALL = ["--lengths", "8", "--decode-tokens", "2", "--repeats", "1"]
 

@@ -16,7 +16,9 @@ from bad_input import Cli, save_model
 
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.package import MANIFEST, REPORT, WEIGHTS, check_files, describe_files, read_manifest
+from popcompile.package import LAYOUTS, MANIFEST, REPORT, check_files, describe_files, read_manifest
+
+WEIGHTS = LAYOUTS["split"].weights
 
 #: every command that takes a package, with the rest of its arguments
 COMMANDS = {"inspect": [], "inspect --json": ["--json"], "verify": [], "run": ["--prompt", "the cat"]}
@@ -35,7 +37,7 @@ def sign(package: Path, **changes: Any) -> None:
     """Make the manifest fit the package's files again."""
     manifest = read_manifest(package)
     (package / MANIFEST).unlink()
-    manifest = dataclasses.replace(manifest, files=describe_files(package), **changes)
+    manifest = dataclasses.replace(manifest, files=describe_files(package, WEIGHTS), **changes)
     (package / MANIFEST).write_text(manifest.to_json())
 
 

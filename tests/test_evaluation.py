@@ -30,11 +30,13 @@ from popcompile.errors import PopcompileError
 from popcompile.evaluation import evaluate
 from popcompile.evaluation_report import evaluation_text, save_in_report
 from popcompile.inspection import inspect_text
-from popcompile.package import MANIFEST, REPORT, WEIGHTS, describe_files, read_manifest
+from popcompile.package import LAYOUTS, MANIFEST, REPORT, describe_files, read_manifest
 from popcompile.runtime import Runtime
 from popcompile.texts import default_texts, read_texts, windows
 from popcompile.variants import Variants
 from popcompile.verify import verify
+
+WEIGHTS = LAYOUTS["split"].weights
 
 #: fp32 logits differ by up to 1e-3 (test_real_models.py), and mean differences of log-probabilities by no more
 TOLERANCE = 1e-3
@@ -283,7 +285,7 @@ def test_weights_that_compute_nan(tiny: tuple[PreTrainedModel, Path], files: lis
     manifest = read_manifest(package)
     (package / MANIFEST).unlink()  # the manifest describes every other file
     (package / WEIGHTS).write_bytes(b"\xff" * (package / WEIGHTS).stat().st_size)
-    (package / MANIFEST).write_text(replace(manifest, files=describe_files(package)).to_json())
+    (package / MANIFEST).write_text(replace(manifest, files=describe_files(package, WEIGHTS)).to_json())
     with pytest.raises(PopcompileError, match="NaN or infinity"):
         evaluate(package, files[:1], **SIZES)
 

@@ -1,4 +1,4 @@
-"""onnxruntime-genai loads the split package as it is and produces our runtime's tokens."""
+"""onnxruntime-genai loads a package of either layout as it is and produces our runtime's tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ import torch
 from transformers import AutoTokenizer
 
 from popcompile import load
+from popcompile.generation import PopForCausalLM
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 
-#: run in a process of its own: genai brings its own onnxruntime
+#: run in a process of its own: genai brings its own onnxruntime. Each conversation is rows of prompts, turn by turn.
 GENERATE = """
 import json, sys
 import numpy as np
 import onnxruntime_genai as og
-model = og.Model(sys.argv[1])
-for ids in json.loads(sys.argv[2]):
+folder, conversations, new_tokens, share = sys.argv[1], *map(json.loads, sys.argv[2:])
+config = og.Config(folder)
+config.overlay(json.dumps({"search": {"past_present_share_buffer": share}}))
+model = og.Model(config)
+for turns in conversations:
     params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(ids) + int(sys.argv[3]), do_sample=False)
+    length = sum(len(rows[0]) + new_tokens for rows in turns)
+    params.set_search_options(max_length=length, min_length=length, batch_size=len(turns[0]), do_sample=False)
     generator = og.Generator(model, params)
-    generator.append_tokens(np.asarray(ids, dtype=np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    print(json.dumps([int(t) for t in generator.get_sequence(0)][len(ids):]))
+    found = []
+    for rows in turns:
+        if found:  # the token that was generated last is not in the cache, and append_tokens does not put it there
+            rows = [[found[-1][0][-1], *rows[0]]]
+            generator.rewind_to(len(generator.get_sequence(0)) - 1)
+        generator.append_tokens(np.asarray(rows if len(rows) > 1 else rows[0], dtype=np.int32))
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+        found.append([generator.get_sequence(i)[-new_tokens:].tolist() for i in range(len(rows))])
+    print(json.dumps(found))
 """
 
 PROMPTS = [
@@ -38,21 +49,43 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "A B-tree is a self-balancing tree data structure that maintains sorted data and allows searches, " * 8,
 ]
+SECOND = "And what is a hash table good for? Tell me in a few words, please."
 
 
-@pytest.mark.parametrize("model", ["smollm2", "gemma"])
-def test_same_greedy_tokens(model: str, request: pytest.FixtureRequest) -> None:
-    package: Path = request.getfixturevalue(f"{model}_package")
-    tokenizer = AutoTokenizer.from_pretrained(package)
-    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    ours = load(package, prefill="pop")
-    stop = ours.generation_config.eos_token_id
-    expected = []
-    for ids in prompts:
-        tokens = ours.generate(input_ids=torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
-        new = tokens[0, len(ids) :].tolist()
-        expected.append(new[: new.index(stop)] if stop in new else new)  # genai leaves the end token out
-    arguments = [sys.executable, "-c", GENERATE, str(package), json.dumps(prompts), str(NEW_TOKENS)]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+def genai(package: Path, conversations: list[list[list[list[int]]]], share: bool) -> list[list[list[list[int]]]]:
+    arguments = [json.dumps(given) for given in (conversations, NEW_TOKENS, share)]
+    command = [sys.executable, "-c", GENERATE, str(package), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert [json.loads(line) for line in result.stdout.splitlines()] == expected
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def ours(model: PopForCausalLM, turns: list[list[list[int]]]) -> list[list[list[int]]]:
+    """The new tokens of every row, turn by turn."""
+    ids, cache, found = torch.zeros((len(turns[0]), 0), dtype=torch.int64), None, []
+    for rows in turns:
+        ids = torch.cat((ids, torch.tensor(rows)), 1)
+        output = model.generate(
+            ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        ids, cache = output.sequences, output.past_key_values
+        found.append(ids[:, -NEW_TOKENS:].tolist())
+    return found
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", ["smollm2_package", "gemma_package", "unified_package"])
+def test_same_greedy_tokens(name: str, share: bool, request: pytest.FixtureRequest) -> None:
+    """Prompts, a batch, and a second turn; with one buffer for past and present, and with two.
+
+    With two, genai 0.18 itself cannot go on with a second turn, whatever the model, and it rewinds no decoder-pipeline.
+    """
+    package: Path = request.getfixturevalue(name)
+    tokenizer = AutoTokenizer.from_pretrained(package)
+    short, code, long = ([tokenizer(text)["input_ids"]] for text in PROMPTS)
+    conversations = [[short], [long], [[*short, short[0][::-1]]]]
+    if share and name == "unified_package":
+        conversations.append([code, [tokenizer(SECOND)["input_ids"]]])
+    model = load(package, prefill="pop")
+    assert genai(package, conversations, share) == [ours(model, turns) for turns in conversations]

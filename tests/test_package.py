@@ -14,14 +14,16 @@ from onnx import TensorProto, helper
 
 from popcompile.errors import PopcompileError
 from popcompile.package import (
+    LAYOUTS,
     MANIFEST,
-    WEIGHTS,
     Manifest,
     check_external_data,
     check_files,
     describe_files,
     read_manifest,
 )
+
+WEIGHTS = LAYOUTS["split"].weights
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def sign(folder: Path, **changes: Any) -> None:
         head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32",
         block_size=0, provider="cpu", layout="split",
         prefill_threshold=16, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
-        inputs=["input_ids"], outputs=["logits"], versions={}, files=describe_files(folder),
+        inputs=["input_ids"], outputs=["logits"], versions={}, files=describe_files(folder, WEIGHTS),
     )  # fmt: skip
     (folder / MANIFEST).write_text(replace(manifest, **changes).to_json())
 
