@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program
@@ -35,8 +38,9 @@ class Checkpoint:
     def _resolve(self, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Traced name -> checkpoint name, where every parameter is there in the right shape."""
         names: dict[str, str] = {}
+        renamed = _renamed(self._source.config.model_type, tensors)
         for name, shape in self._shapes.items():
-            found = next((n for n in _spellings(name) if n in tensors), None)
+            found = next((n for n in (*_spellings(name), renamed.get(name)) if n in tensors), None)
             if found is None:
                 raise PopcompileError(
                     f"{self._source.name}: the checkpoint has no tensor {name}; its config describes another model,"
@@ -64,6 +68,17 @@ def parameter_shapes(program: Program) -> dict[str, tuple[int, ...]]:
         for n in program.graphs["model"].graph.nodes
         if n.op == "get_attr" and n.users and n.target not in program.constants
     }
+
+
+def _renamed(model_type: str, stored: Iterable[str]) -> dict[str, str]:
+    """Name in transformers' module -> name in the checkpoint, by transformers' own rules for the model type."""
+    by_class = get_checkpoint_conversion_mapping(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type))
+    rules = by_class or get_checkpoint_conversion_mapping(model_type) or []
+    renamed = {name: name for name in stored}
+    for rule in rules:
+        if isinstance(rule, WeightRenaming):
+            renamed = {name: rule.rename_source_key(new)[0] for name, new in renamed.items()}
+    return {new: name for name, new in renamed.items()}
 
 
 def _spellings(name: str) -> list[str]:

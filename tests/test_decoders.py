@@ -22,6 +22,8 @@ REFUSED = {
     "jamba": "is a state-space hybrid",
     "recurrent_gemma": "is a hybrid of recurrence and attention",
     "lfm2": "is a hybrid of convolution and attention",
+    "qwen3_moe": "is a mixture of experts, whose routing is not compiled yet",
+    "mixtral": "is a mixture of experts",
     "qwen3_next": "has layers of type linear_attention",
     "gemma3": "takes more than text; popcompile supports the text decoder alone: give a checkpoint of the text decoder",
     "llava": "takes more than text",

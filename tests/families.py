@@ -1,0 +1,98 @@
+"""Tiny models of the decoder families, and POP prefill of any of them by hooks on transformers' modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+_SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+#: name -> what the family has that Llama 2 has not, model_type, and fields of its config
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama 2": ("", "llama", {"num_key_value_heads": 4}),
+    "Llama 3.1": ("grouped queries, llama3 RoPE scaling", "llama", {"rope_parameters": _LLAMA3}),
+    "Llama 3.2": ("the same, tied embeddings", "llama", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}),
+    "Mistral": ("sliding window", "mistral", {"sliding_window": 8}),
+    "Qwen2.5": ("biases of q, k, v", "qwen2", {}),
+    "Qwen3": ("q and k norms", "qwen3", {}),
+    "Gemma 2": (
+        "softcaps, alternating windows, post-norms",
+        "gemma2",
+        {"sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": [_SLIDING, _FULL] * 2},
+    ),
+    "Gemma 3": (
+        "q and k norms, two RoPE bases",
+        "gemma3_text",
+        {"sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING]},
+    ),
+    "Phi-3": ("fused qkv and gate_up", "phi3", {}),
+    "Phi-4-mini": ("the same, partial rotary", "phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "SmolLM3": ("layers without RoPE", "smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
+    "Granite": (
+        "multipliers",
+        "granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "OLMo 2": ("post-norms, q and k norms over all heads", "olmo2", {}),
+    "GPT-NeoX": (
+        "LayerNorm, parallel residual, partial rotary, fused qkv",
+        "gpt_neox",
+        {"rotary_pct": 0.5, "num_key_value_heads": None, "head_dim": None},
+    ),
+    "GPT-2": (
+        "LayerNorm, learned positions",
+        "gpt2",
+        {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    ),
+}
+
+
+def family_config(name: str) -> PreTrainedConfig:
+    _, model_type, changes = FAMILIES[name]
+    fields = {k: v for k, v in (_SIZES | changes).items() if v is not None}
+    if model_type == "gpt2":
+        fields = {k: v for k, v in fields.items() if k not in _SIZES or k in ("vocab_size",) or k.endswith("token_id")}
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The one list of as many modules as the model has layers."""
+    count = model.config.num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+
+
+@torch.no_grad()
+def pop_by_hooks(
+    model: PreTrainedModel, ids: torch.Tensor, pruned: Collection[int], cache: DynamicCache | None = None
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Logits [1, 1, vocabulary] of the boundary token and the cache after ids [1, S].
+
+    A pruned layer runs on the context tokens for its cache entries alone: what it hands on is what it was given.
+    """
+    cache = cache if cache is not None else DynamicCache()
+
+    def hand_on(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
+        x = given[0] if given else named["hidden_states"]
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+    if ids.shape[1] > 1:
+        layers = layers_of(model)
+        hooks = [layers[i].register_forward_hook(hand_on, with_kwargs=True) for i in pruned]
+        try:
+            model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return model(ids[:, -1:], past_key_values=cache, use_cache=True).logits, cache
