@@ -356,7 +356,7 @@ class PopForCausalLM(_GenerationMixin):
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch only picks tokens here; its threads, waiting actively, take the cores from ONNX Runtime: 5% of a step."""
+    """PyTorch only picks tokens here; its threads, waiting actively, would take the cores from ONNX Runtime."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
