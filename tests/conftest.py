@@ -206,7 +206,7 @@ def unified_package(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathF
     if ready := os.environ.get("POPCOMPILE_TEST_UNIFIED"):
         return Path(ready)
     out = tmp_path_factory.mktemp("packages") / "unified"
-    convert(smollm2_checkpoint, out, layers="20-29", calibration_texts=16, refinement_steps=4, layout="unified")
+    convert(smollm2_checkpoint, out, layers="20-29", calibration_texts=12, refinement_steps=3, layout="unified")
     return out
 
 

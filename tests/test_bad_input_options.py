@@ -100,7 +100,7 @@ def test_json_is_one_document(tiny_package: Path) -> None:
     done = popcompile("inspect", tiny_package, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     document = json.loads(done.stdout)
-    assert set(document) == {"manifest", "report", "not_measured"} and document["manifest"]["pruned"] == [1]
+    assert set(document) == {"manifest", "report", "not_measured", "runtimes"} and document["manifest"]["pruned"] == [1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")

@@ -40,7 +40,7 @@ def assert_close(runtime: Runtime, model: PreTrainedModel, pruned: list[int], le
 
 
 SMOLLM2_SETS = {"empty": [], "last layer": [29], "scattered": [3, 4, 11, 17, 20, 21, 22, 28]}
-GEMMA_SETS = {"empty": [], "last layer": [17], "scattered": [2, 5, 6, 11, 13, 14, 16]}
+GEMMA_SETS = {"last layer": [17], "scattered": [2, 5, 6, 11, 13, 14, 16]}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_calibrated_package_beats_the_papers(unified_package: Path) -> None:
     assert [row["refined"] for row in frontier] == [True, False]
     assert frontier[0]["loss"]["first_token_kl"] < frontier[1]["loss"]["first_token_kl"]
     found = evaluate(
-        unified_package, prompts=8, prompt_tokens=128, continuation_tokens=16, baselines=True, greedy_prompts=0
+        unified_package, prompts=6, prompt_tokens=128, continuation_tokens=16, baselines=True, greedy_prompts=0
     )
     ours = found["texts"]["prose"]
     papers = found["baselines"]["layer"]["prose"]
