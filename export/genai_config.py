@@ -15,13 +15,9 @@ from transformers import GenerationConfig, PretrainedConfig
 from .onnx_graph import input_names, output_names
 from .providers import PROVIDERS
 
-#: model_type of a checkpoint -> type of a decoder in genai 0.18, where they are not the same. All its decoders take
-#: these graphs; but its phi3 encodes a text again where that becomes too long for the short RoPE factors.
+#: model types that are types of decoders in genai 0.18 as well. All take these graphs, so any other is a "llama"; phi3
+#: too, for genai encodes its text again where that becomes too long for the short RoPE factors.
 _TYPES = {
-    "gemma3": "gemma3_text", "gpt_neox": "llama", "mixtral": "mistral", "olmo2": "olmo", "phi3": "llama",
-    "qwen2_moe": "qwen2", "qwen3_moe": "qwen3",
-}  # fmt: skip
-_KNOWN = {
     "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo", "phi", "qwen2", "qwen3",
     "smollm3",
 }  # fmt: skip
@@ -43,9 +39,10 @@ def genai_config(
     first_eos = eos[0] if isinstance(eos, list) else eos
     pad = next((t for t in (generation.pad_token_id, config.pad_token_id, first_eos) if t is not None), 0)
     unified = len(graphs) == 1
+    family = config.model_type if config.model_type in _TYPES else "llama"
     return {
         "model": {
-            "type": _family(config.model_type) if unified else "decoder-pipeline",
+            "type": family if unified else "decoder-pipeline",
             **({"bos_token_id": config.bos_token_id} if config.bos_token_id is not None else {}),
             **({"eos_token_id": eos} if eos is not None else {}),
             "pad_token_id": pad,
@@ -82,11 +79,6 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
-
-
-def _family(model_type: str) -> str:
-    known = _TYPES.get(model_type, model_type)
-    return known if known in _KNOWN else "llama"
 
 
 def _pipeline(graphs: dict[str, str], layers: int) -> list[dict[str, Any]]:

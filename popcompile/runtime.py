@@ -41,7 +41,6 @@ _LOGITS_BYTES = 256 << 20
 #: slots by which a cache grows, at least
 _CACHE_STEP = 256
 _TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 _SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
 
 
@@ -358,7 +357,7 @@ class Runtime:
         logits = torch.empty(
             (len(lengths), 1 if stage == "prefill" else input_ids.shape[1], self.manifest.vocab_size), dtype=self.dtype
         )
-        binding.bind_output("logits", "cpu", 0, _NUMPY[self.dtype], logits.shape, logits.data_ptr())
+        binding.bind_output("logits", "cpu", 0, logits.numpy().dtype.type, logits.shape, logits.data_ptr())
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids.numpy()))
         binding.bind_cpu_input("attention_mask", _mask(lengths))
         self._run(stage, binding)
