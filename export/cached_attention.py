@@ -1,4 +1,4 @@
-"""Attention in two ways: a single token in place, several after the cache is written.
+"""Attention in two ways: a single token in place, several in blocks.
 
 GroupQueryAttention appends new keys and values to the cache and attends to it. For one token per row that is all there
 is to do, and nothing is copied where past and present are one buffer. A prompt has better ways, so each attention
@@ -6,13 +6,15 @@ becomes a choice:
 
     out, present = GroupQueryAttention(q, k, v, past)
     =>  If there is one token: the same
-        else: present = Concat(past[:before], RoPE(k), past[after:])
-              out = Concat of blocks: GroupQueryAttention(q[begin:end], no keys, present)
+        else: cache = past[:before]
+              for blocks [begin, end) of tokens:
+                  out, cache = GroupQueryAttention(q[begin:end], k[begin:end], v[begin:end], cache)
+              present = Concat(cache, past[after:])
 
 On the CPU the operator multiplies every query with every key that it is given and masks half of the products away;
-blocks over growing prefixes compute little more than the triangle, and with a sliding window a block is given no keys
-but its window's. The operator takes several tokens after a past for one row only, so a batch is one block. It takes no
-new keys since ONNX Runtime 1.27.
+blocks over growing prefixes compute little more than the triangle. With a sliding window the cache is written first,
+and a block is given no keys but its window's of the cache, and no new ones, which the operator takes since ONNX Runtime
+1.27. The operator takes several tokens after a past for one row only, so a batch is one block.
 
     out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token
     =>  If there is one token: GroupQueryAttention(q, k, v, past)
@@ -76,15 +78,15 @@ class _Emitter:
     def __init__(self, prefix: str, constant: Callable[[Any], ir.Value]) -> None:
         self.prefix, self._constant, self.nodes = prefix, constant, list[ir.Node]()
 
-    def __call__(self, op: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """The operator's output, or outputs as a tuple. Inputs that are numbers, or lists of them, are constants."""
+    def __call__(self, op: str, *inputs: Any, outputs: int | None = None, domain: str = "", **attributes: Any) -> Any:
+        """The operator's output, or a tuple of `outputs`. Inputs that are numbers, or lists of them, are constants."""
         name = f"{self.prefix}/{op}_{len(self.nodes)}"
         values = [i if i is None or isinstance(i, ir.Value) else self._constant(i) for i in inputs]
-        node = ir.node(op, values, attributes or None, domain=domain, num_outputs=outputs, name=name)
+        node = ir.node(op, values, attributes or None, domain=domain, num_outputs=outputs or 1, name=name)
         for i, value in enumerate(node.outputs):
             value.name = f"{name}_output_{i}"
         self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return node.outputs[0] if outputs is None else tuple(node.outputs)
 
     def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
         return ir.Graph(list(inputs), list(outputs), nodes=self.nodes, name=self.prefix.rsplit("/", 1)[1])
@@ -93,8 +95,8 @@ class _Emitter:
 class _Shared:
     """What all layers need, computed once.
 
-    batch, tokens, before, after: B, S, T - S and T, [1] each. single: whether S is 1. size: queries of a block, [1].
-    whole: blocks before the last one, which may be shorter. last: where it begins, [1].
+    batch, tokens, before, after: B, S, T - S and T, [1] each. single: whether S is 1. size: queries of a whole block,
+    [1]. whole: how many there are before the last one, which may be shorter. last: where that begins, [1].
     """
 
     def __init__(self, graph: ir.Graph, block: int) -> None:
@@ -108,8 +110,7 @@ class _Shared:
         self.single = emit("Squeeze", emit("Equal", self.tokens, [1]))
         if block:
             self.batch = emit("Shape", ids, start=0, end=1)
-            wanted = emit("Where", emit("Equal", self.batch, [1]), [block], self.tokens)
-            self.size = emit("Min", wanted, self.tokens)
+            self.size = emit("Where", emit("Equal", self.batch, [1]), [block], self.tokens)
             whole = emit("Div", emit("Sub", self.tokens, [1]), self.size)
             self.whole, self.last = emit("Squeeze", whole), emit("Mul", whole, self.size)
         graph.insert_before(graph[0], emit.nodes)
@@ -206,79 +207,121 @@ def _needed_only_by(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[ir.Node]:
 
 
 def _attend_in_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Sequence[ir.Value]:
-    """Write the cache, then attend to it in blocks of queries: output, present key, present value."""
-    query, key, value, past_key, past_value, _, _, *tables = attention.inputs
+    """Attention of several tokens: output, present key, present value."""
+    blocks = (_WindowBlocks if "local_window_size" in attention.attributes else _Blocks)(shared, attention, emit)
     width = _width(attention.outputs[0], 2)
-    heads, kv_heads = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-    head_size = width // heads
-    if key is None:  # packed
-        parts = [width, kv_heads * head_size, kv_heads * head_size]
-        query, key, value = emit("Split", query, parts, outputs=3, axis=2)
-    nothing = emit("Slice", key, [0], [0], [1])
-    if tables:
-        rotated = 2 * _width(tables[0], 1)
-        sizes: dict[str, Any] = {"num_heads": kv_heads, "rotary_embedding_dim": rotated if rotated < head_size else 0}
-        key = emit("RotaryEmbedding", key, shared.before, *tables, domain=CONTRIB, **sizes)
-    present = []
-    for past, new in ((past_key, key), (past_value, value)):
-        split = emit("Reshape", new, [0, 0, kv_heads, head_size])
-        present.append(shared.write(emit, past, emit("Transpose", split, perm=[0, 2, 1, 3])))
-    blocks = _Blocks(shared, attention, (query, nothing, nothing), present)
-    whole = emit("Loop", shared.whole, True, body=blocks.body())
+    *cache, whole = emit(
+        "Loop", shared.whole, True, *blocks.carried, outputs=len(blocks.carried) + 1, body=blocks.body()
+    )
     done = emit("Reshape", whole, emit("Concat", shared.batch, shared.last, [width], axis=0), allowzero=1)
-    out = emit("Concat", done, blocks.attend(emit, shared.last, shared.tokens), axis=1)
-    return out, *present
+    last, *cache = blocks.attend(emit, shared.last, shared.tokens, cache)
+    return emit("Concat", done, last, axis=1), *blocks.present(emit, cache)
 
 
 class _Blocks:
-    """Attention of blocks of queries over a cache that holds their keys and values.
+    """Blocks of queries, each appending its keys and values to those of the blocks before it.
 
-    new: queries [B, S, heads x head size], and keys and values of no token.
+    carried: what a block takes over from the one before it: keys and values [B, kv heads, tokens so far, head size].
     """
 
-    def __init__(
-        self, shared: _Shared, attention: ir.Node, new: Sequence[ir.Value | None], cache: Sequence[ir.Value]
-    ) -> None:
+    def __init__(self, shared: _Shared, attention: ir.Node, emit: _Emitter) -> None:
         self.shared, self.attention = shared, attention
-        self.new, self.cache = new, cache
+        self.rows, self.past = attention.inputs[:3], attention.inputs[3:5]
         self.seqlens, self.total, *self.tables = attention.inputs[5:]
-        window = attention.attributes.get("local_window_size")
-        self.window = window.as_int() if window else 0
+        self.carried = self.begin(emit)
+
+    def begin(self, emit: _Emitter) -> list[ir.Value]:
+        """What the first block takes over."""
+        return [emit("Slice", past, [0], self.shared.before, [2]) for past in self.past]
+
+    def present(self, emit: _Emitter, cache: Sequence[ir.Value]) -> list[ir.Value]:
+        """The whole cache, from what the last block leaves."""
+        return [
+            emit("Concat", written, emit("Slice", past, self.shared.after, [_END], [2]), axis=2)
+            for written, past in zip(cache, self.past, strict=True)
+        ]
 
     def body(self) -> ir.Graph:
-        """Of a Loop over whole blocks: (block, go on) -> (go on, output [B, size, heads x head size])."""
+        """Of a Loop over whole blocks: (block, go on, *carried) -> (go on, *carried, output [B, size, width])."""
         emit = self.shared.emitter(f"{self.attention.name}/block")
-        number, go_on = (
-            ir.Value(name=f"{emit.prefix}/{name}", type=ir.TensorType(dtype), shape=ir.Shape([]))
-            for name, dtype in (("number", ir.DataType.INT64), ("go_on", ir.DataType.BOOL))
-        )
-        begin = emit("Mul", number, self.shared.size)
-        out = self.attend(emit, begin, emit("Add", begin, self.shared.size))
-        whole = self.attention.outputs[0]
-        out.type, out.shape = whole.type, ir.Shape([None, None, _width(whole, 2)])
-        return emit.graph([number, go_on], [emit("Identity", go_on), out])
 
-    def attend(self, emit: _Emitter, begin: ir.Value, end: ir.Value) -> ir.Value:
-        """Attention of queries [begin, end), [1] each."""
-        query, *nothing = self.new
-        rows = emit("Slice", query, begin, end, [1])
+        def state(name: str, dtype: ir.DataType | None, sizes: Sequence[int | None]) -> ir.Value:
+            assert dtype is not None
+            return ir.Value(name=f"{emit.prefix}/{name}", type=ir.TensorType(dtype), shape=ir.Shape(sizes))
+
+        number, go_on = state("number", ir.DataType.INT64, []), state("go_on", ir.DataType.BOOL, [])
+        output, *_ = self.attention.outputs
+        sizes = [None, _width(self.past[0], 1), None, _width(self.past[0], 3)]
+        cache = [state(f"past_{i}", output.dtype, sizes) for i, _ in enumerate(self.carried)]
+        begin = emit("Mul", number, self.shared.size)
+        out, *longer = self.attend(emit, begin, emit("Add", begin, self.shared.size), cache)
+        out.type, out.shape = output.type, ir.Shape([None, None, _width(output, 2)])
+        for new, old in zip(longer, cache, strict=True):
+            new.type, new.shape = old.type, old.shape
+        return emit.graph([number, go_on, *cache], [emit("Identity", go_on), *longer, out])
+
+    def attend(self, emit: _Emitter, begin: ir.Value, end: ir.Value, cache: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        """Attention of queries [begin, end), [1] each, and what it leaves to the next block."""
+        rows = [t and self.sliced(emit, t, begin, end) for t in self.rows]
+        seqlens, total = self.counted(emit, end)
+        return self._attention(emit, *rows, *cache, seqlens, total, *self.tables)
+
+    def sliced(self, emit: _Emitter, rows: ir.Value, begin: ir.Value, end: ir.Value) -> ir.Value:
+        """Rows [begin, end), with a width that the operator's shape inference asks for (ONNX Runtime 1.30)."""
+        block: ir.Value = emit("Slice", rows, begin, end, [1])
+        block.type, block.shape = rows.type, ir.Shape([None, None, _width(rows, 2)])
+        return block
+
+    def counted(self, emit: _Emitter, end: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """seqlens_k and total_sequence_length where the tokens from `end` on are not there yet."""
         left = emit("Cast", emit("Sub", self.shared.tokens, end), to=_INT32)
-        seqlens, total = emit("Sub", self.seqlens, left), emit("Sub", self.total, emit("Squeeze", left))
-        if not self.window:
-            return self._like(emit, rows, *nothing, *self.cache, seqlens, total, *self.tables)
+        return emit("Sub", self.seqlens, left), emit("Sub", self.total, emit("Squeeze", left))
+
+    def _attention(self, emit: _Emitter, *inputs: ir.Value | None) -> Sequence[ir.Value]:
+        outputs: Sequence[ir.Value] = _like(emit, self.attention, *inputs)
+        return outputs
+
+
+class _WindowBlocks(_Blocks):
+    """With a sliding window: the cache is written at once, and a block reads its window's part of it."""
+
+    def begin(self, emit: _Emitter) -> list[ir.Value]:
+        query, key, value = self.rows
+        heads, kv_heads = (self.attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        width = _width(self.attention.outputs[0], 2)
+        head_size = width // heads
+        if key is None:  # packed
+            parts = [width, kv_heads * head_size, kv_heads * head_size]
+            query, key, value = emit("Split", query, parts, outputs=3, axis=2)
+        nothing = emit("Slice", key, [0], [0], [1])
+        if self.tables:
+            rotated = 2 * _width(self.tables[0], 1)
+            sizes = {"num_heads": kv_heads, "rotary_embedding_dim": rotated if rotated < head_size else 0}
+            key = emit("RotaryEmbedding", key, self.shared.before, *self.tables, domain=CONTRIB, **sizes)
+        self.written = []
+        for past, new in zip(self.past, (key, value), strict=True):
+            split = emit("Reshape", new, [0, 0, kv_heads, head_size])
+            self.written.append(self.shared.write(emit, past, emit("Transpose", split, perm=[0, 2, 1, 3])))
+        self.rows = (query, nothing, nothing)
+        return []
+
+    def present(self, emit: _Emitter, cache: Sequence[ir.Value]) -> list[ir.Value]:
+        return self.written
+
+    def attend(self, emit: _Emitter, begin: ir.Value, end: ir.Value, cache: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        query, *nothing = self.rows
+        assert query is not None
+        rows = self.sliced(emit, query, begin, end)
+        seqlens, total = self.counted(emit, end)
         count = emit("Sub", end, begin)
         # position of each row's first query
         first = emit("Add", emit("Sub", emit("Cast", seqlens, to=_INT64), count), [1])
-        earliest = emit("ReduceMin", first, keepdims=1)
-        low = emit("Max", emit("Sub", earliest, [self.window - 1]), [0])
-        near = [emit("Slice", t, low, emit("Add", self.shared.before, end), [2]) for t in self.cache]
+        window = self.attention.attributes["local_window_size"].as_int()
+        low = emit("Max", emit("Sub", emit("ReduceMin", first, keepdims=1), [window - 1]), [0])
+        near = [emit("Slice", t, low, emit("Add", self.shared.before, end), [2]) for t in self.written]
         hidden = emit("Cast", low, to=_INT32)
         seqlens, total = emit("Sub", seqlens, hidden), emit("Sub", total, emit("Squeeze", hidden))
         columns = emit("Range", 0, emit("Squeeze", count), 1)
         positions = [emit("Add", emit("Unsqueeze", first, [1]), columns)] if self.tables else []
-        return self._like(emit, rows, *nothing, *near, seqlens, total, *self.tables, *positions)
-
-    def _like(self, emit: _Emitter, *inputs: ir.Value | None) -> ir.Value:
-        # the present outputs copy the cache, unread: without them ONNX Runtime before 1.31 crashes
-        out: ir.Value = _like(emit, self.attention, *inputs)[0]
-        return out
+        # the present outputs are not read: without them ONNX Runtime before 1.31 crashes
+        return self._attention(emit, rows, *nothing, *near, seqlens, total, *self.tables, *positions)[:1]
