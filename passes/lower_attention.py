@@ -37,6 +37,7 @@ class LowerAttention(Pass):
             for cache in node.args[1:3]:
                 assert isinstance(cache, fx.Node)
                 self.check(cache.target in (ops.append_kv, ops.write_kv), f"{node.name} reads no cache of its own")
+            self.check(_counts_tokens(node.args[3]), f"{node.name}'s positions are not those of the new tokens")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         lowering = _Lowering(graph_module)
@@ -56,10 +57,10 @@ class LowerAttention(Pass):
 class _Lowering:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.graph = gm.graph
-        inputs = inputs_of(gm)
+        self.mask = inputs_of(gm)["attention_mask"]
         positions = find(gm, op=ops.token_positions)[0]
         with self.graph.inserting_after(positions):
-            self.total = emit(self.graph, aten.sym_size.int, inputs["attention_mask"], 1)
+            self.total = emit(self.graph, aten.sym_size.int, self.mask, 1)
         with self.graph.inserting_after(self.total):
             self.total_scalar = emit(self.graph, aten.full.default, [], self.total, dtype=torch.int32)
         self.batch = self._size(positions, 0)
@@ -84,7 +85,10 @@ class _Lowering:
         """seqlens_k: position of each row's last query, [B] int32."""
         if positions not in self.last_positions:
             with self.graph.inserting_after(max(positions, self.total_scalar)):
-                last = emit(self.graph, aten.select.int, positions, 1, -1)
+                if positions.target == ops.select_boundary:
+                    last = emit(self.graph, ops.boundary_position, self.mask)
+                else:
+                    last = emit(self.graph, ops.last_position, *positions.args)
             with self.graph.inserting_after(last):
                 self.last_positions[positions] = emit(self.graph, aten.to.dtype, last, torch.int32)
         return self.last_positions[positions]
@@ -170,6 +174,13 @@ class _Lowering:
         past, new, _ = append.args
         with self.graph.inserting_before(append):
             replace(append, emit(self.graph, aten.cat.default, [past, new], 2, like=append))
+
+
+def _counts_tokens(positions: Any) -> bool:
+    """Whether positions are token_positions, or those of the boundary tokens."""
+    if isinstance(positions, fx.Node) and positions.target == ops.select_boundary:
+        positions = positions.args[0]
+    return isinstance(positions, fx.Node) and positions.target == ops.token_positions
 
 
 def _rotates(query: fx.Node, key: Any, positions: fx.Node) -> bool:

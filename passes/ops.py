@@ -60,14 +60,28 @@ def token_positions(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     A row's past length is min(valid tokens - 1, T - S): with one new token the rows may have different pasts, with
     several new tokens they share one past length T - S and may be padded.
     """
-    new, total = tokens.shape[1], attention_mask.shape[1]
+    return _past_length(attention_mask, tokens)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[None, :]
+
+
+def _past_length(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     valid = attention_mask.to(torch.int64).sum(1)
-    past = torch.minimum(valid - 1, torch.full_like(valid, total - new))
-    return past[:, None] + torch.arange(new, device=attention_mask.device)[None, :]
+    return torch.minimum(valid - 1, torch.full_like(valid, attention_mask.shape[1] - tokens.shape[1]))
 
 
-def _index_shape(attention_mask: Tensor, tokens: Tensor) -> Tensor:
-    return attention_mask.new_empty((tokens.shape[0],), dtype=torch.int64)
+def _index_shape(attention_mask: Tensor, *_: Tensor) -> Tensor:
+    return attention_mask.new_empty((attention_mask.shape[0],), dtype=torch.int64)
+
+
+@operator("last_position(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
+def last_position(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    """token_positions' last column, [B] int64: of a padded row, a position past its end."""
+    return _past_length(attention_mask, tokens) + (tokens.shape[1] - 1)
+
+
+@operator("boundary_position(Tensor attention_mask) -> Tensor", _index_shape)
+def boundary_position(attention_mask: Tensor) -> Tensor:
+    """Position of each row's boundary token, its last valid one, [B] int64: token_positions at boundary_index."""
+    return attention_mask.to(torch.int64).sum(1) - 1
 
 
 @operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
