@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from popcompile.bench_process import WorkerProcess
-from popcompile.bench_subjects import Subject, find_peers, package_subject
+from popcompile.bench_subjects import Subject, find_peers, package_subject, require_runtime
 from popcompile.conversion import Progress
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
@@ -45,6 +45,7 @@ def bench(
     repeats: int = 5,
     threads: int | None = None,
     provider: str = "cpu",
+    runtime: str = "popcompile",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def bench(
 
     lengths: of the prompts, in tokens; they are random ones, the same for all subjects, `batch` rows of each.
     decode_tokens: greedy steps after every prompt. repeats: turns that count, after one that warms up. threads: of
-    every subject; None: the machine's cores.
+    every subject; None: the machine's cores. runtime: of packages, the full model's among them: popcompile's, or
+    onnxruntime-genai, in which its model builder's folders run as well.
 
     Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "subjects", "ratios", "warnings", "seconds"}.
     A subject: {"name", "kind", "path", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths": [{"tokens",
@@ -68,17 +70,18 @@ def bench(
     _require_numbers(lengths, batch, decode_tokens, repeats, seed)
     threads = _threads(threads)
     find_provider(provider)
-    peers = find_peers(folder, [Path(path) for path in against])
+    require_runtime(runtime)
+    peers = find_peers(folder, [Path(path) for path in against], runtime)
     check_files(folder, manifest)
     check_external_data(folder, manifest)
-    pop = package_subject("pop", folder)
+    pop = package_subject("pop", folder, runtime)
     for subject in (pop, *peers):
         _require_room(subject, lengths, decode_tokens)
     settings: dict[str, Any] = {"lengths": list(lengths), "batch": batch, "decode_tokens": decode_tokens}
-    settings |= {"repeats": repeats, "threads": threads, "provider": provider, "seed": seed}
+    settings |= {"repeats": repeats, "threads": threads, "provider": provider, "runtime": runtime, "seed": seed}
     with tempfile.TemporaryDirectory(prefix="popcompile-") as temporary, ExitStack() as stack:
         report("compile", 0, 1)
-        full = package_subject("full", Variants(folder).prune(Path(temporary) / "full", []))
+        full = package_subject("full", Variants(folder).prune(Path(temporary) / "full", []), runtime)
         workers = []
         for index, subject in enumerate((pop, full, *peers)):
             report("load", index, len(peers) + 2)

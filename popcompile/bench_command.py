@@ -44,6 +44,9 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--repeats", metavar="N", type=positive, default=5, help="timed turns (default 5)")
     parser.add_argument("--threads", metavar="N", type=positive, help="of every subject (default: the machine's cores)")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--runtime", default="popcompile", metavar="NAME", help="of packages: popcompile (default) or onnxruntime-genai"
+    )
     parser.add_argument("--seed", metavar="N", type=count, default=0, help="of the prompts' tokens (default 0)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw prefill times into a .svg or .png file")
@@ -66,7 +69,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     if options.plot:
         require_plot_path(options.plot)
-    names = ("against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "seed")
+    names = ("against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "runtime", "seed")
     with progress_bar(BENCH_STEPS) as progress:
         result = bench(options.package, **{name: getattr(options, name) for name in names}, progress=progress)
     for warning in result["warnings"]:

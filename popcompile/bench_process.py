@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from popcompile.bench_subjects import Subject
 from popcompile.errors import PopcompileError
+from popcompile.package import MANIFEST
 
 _COMMAND = [sys.executable, "-P", "-m", "popcompile.bench_worker"]  # -P: no module of the current folder is imported
 
@@ -57,7 +58,7 @@ class WorkerProcess:
 
     @property
     def _mend(self) -> str:
-        if self.subject.kind == "package":
+        if (self.subject.path / MANIFEST).is_file():
             return "give shorter --lengths if memory is short, or convert the model again"
         return "build it again, or leave it out of --against" if self.subject.required else "left out"
 

@@ -12,11 +12,15 @@ def bench_text(result: dict[str, Any]) -> str:
     settings, versions = result["settings"], result["versions"]
     genai = f", onnxruntime-genai {versions['onnxruntime_genai']}" if _uses_genai(result) else ""
     rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
-    head = (
-        f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
-        f" {result['num_layers']} layers\n{settings['provider']}, threads: {settings['threads']}, {result['cpu']};"
-        f" onnxruntime {versions['onnxruntime']}{genai}\nmedian ± half the spread of {settings['repeats']} turns,"
-        f" subjects alternating{rows}; {settings['decode_tokens']} tokens decoded after each prompt"
+    head = "\n".join(
+        (
+            f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
+            f" {result['num_layers']} layers",
+            f"{settings['runtime']}, {settings['provider']}, threads: {settings['threads']}, {result['cpu']};"
+            f" onnxruntime {versions['onnxruntime']}{genai}",
+            f"median ± half the spread of {settings['repeats']} turns, subjects alternating{rows};"
+            f" {settings['decode_tokens']} tokens decoded after each prompt",
+        )
     )
     return "\n\n".join([head, _times(result), _memory(result)])
 

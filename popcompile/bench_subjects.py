@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from popcompile.loading import read_json
 from popcompile.onnx_decoder import GENAI_CONFIG, LOOKED_FOR, OnnxDecoder, read_decoder
 from popcompile.package import MANIFEST, read_manifest
 
+#: what a package runs in, and its subject's kind
+RUNTIMES = {"popcompile": "package", "onnxruntime-genai": "genai"}
 #: sections of genai_config.json's model that a text decoder of one graph does not have
 _OTHER_PARTS = ("encoder", "vision", "speech", "embedding")
 
@@ -22,7 +24,7 @@ class Subject:
     """One thing that is measured, in a process of its own.
 
     kind: "package" (through popcompile's runtime), "onnx" (its graph, `decoder`, through ONNX Runtime), or "genai" (the
-    folder through onnxruntime-genai). required: without it there is no benchmark; genai subjects are only an addition.
+    folder through onnxruntime-genai). required: without it there is no benchmark.
     """
 
     name: str
@@ -31,10 +33,7 @@ class Subject:
     vocab_size: int
     context_length: int | None
     decoder: OnnxDecoder | None = None
-
-    @property
-    def required(self) -> bool:
-        return self.kind != "genai"
+    required: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """For the worker."""
@@ -45,27 +44,35 @@ class Subject:
         }
 
 
-def package_subject(name: str, folder: Path) -> Subject:
-    """Raises PopcompileError where `folder` is no package."""
+def require_runtime(runtime: str) -> None:
+    """Raises PopcompileError where a package cannot run in `runtime` here."""
+    if runtime not in RUNTIMES:
+        raise PopcompileError(f"--runtime {runtime}: unknown; choose one of {', '.join(RUNTIMES)}")
+    if RUNTIMES[runtime] == "genai" and not has_genai():
+        raise PopcompileError(f"--runtime {runtime}: it is not installed; pip install onnxruntime-genai-cuda")
+
+
+def package_subject(name: str, folder: Path, runtime: str) -> Subject:
+    """runtime: one of RUNTIMES. Raises PopcompileError where `folder` is no package."""
     manifest = read_manifest(folder)
-    return Subject(name, "package", folder, manifest.vocab_size, manifest.context_length)
+    return Subject(name, RUNTIMES[runtime], folder, manifest.vocab_size, manifest.context_length)
 
 
-def find_peers(package: Path, against: Iterable[Path]) -> list[Subject]:
+def find_peers(package: Path, against: Iterable[Path], runtime: str) -> list[Subject]:
     """The subjects that the folders and files of `against` are; one that onnxruntime-genai can run, if it is installed,
-    is two. Raises PopcompileError for one that is none, or that is there already.
+    is two. runtime: of packages. Raises PopcompileError for one that is none, or that is there already.
     """
     places = {package.resolve()}
     subjects: list[Subject] = []
     for path in against:
-        found = _find(path)
+        found = _find(path, runtime)
         place = Path(found.decoder.graph if found.decoder else path).resolve()
         if place in places:
             raise PopcompileError(f"--against {path}: is given twice, or is OUT itself; leave it out")
         places.add(place)
         subjects.append(found)
         if found.decoder and path.is_dir() and (path / GENAI_CONFIG).is_file() and has_genai():
-            subjects.append(Subject(f"{path} (genai)", "genai", path, found.vocab_size, found.context_length))
+            subjects.append(replace(found, name=f"{path} (genai)", kind="genai", decoder=None, required=False))
     return subjects
 
 
@@ -74,7 +81,7 @@ def has_genai() -> bool:
     return importlib.util.find_spec("onnxruntime_genai") is not None
 
 
-def _find(path: Path) -> Subject:
+def _find(path: Path, runtime: str) -> Subject:
     try:
         is_package, is_there = (path / MANIFEST).is_file(), path.exists()
     except OSError as error:
@@ -82,7 +89,7 @@ def _find(path: Path) -> Subject:
     if not is_there:
         raise PopcompileError(f"--against {path}: there is no such folder or file; give one that is there")
     if is_package:
-        return package_subject(str(path), path)
+        return package_subject(str(path), path, runtime)
     decoder = read_decoder(_graph(path))
     return Subject(str(path), "onnx", path, decoder.vocab_size, decoder.context_length, decoder)
 

@@ -41,6 +41,7 @@ SMALL = ["--lengths", "8", "--decode-tokens", "2", "--repeats", "1"]
         (["--seed", "-1"], "--seed"),
         (["--provider", "tpu"], "provider tpu: unknown; choose one of cpu, cuda"),
         (["--provider", "cuda"], "provider cuda"),
+        (["--runtime", "vllm"], "--runtime vllm: unknown; choose one of popcompile, onnxruntime-genai"),
         (["--plot", "times.pdf"], "--plot times.pdf: unknown format; end the name in .svg or .png"),
         (["--plot", "no-such-folder/times.svg"], "there is no folder no-such-folder"),
         (["--against"], "--against"),

@@ -117,7 +117,7 @@ def test_memory(result: dict[str, Any]) -> None:
 def test_what_it_ran_on(result: dict[str, Any], tiny_package: Path) -> None:
     assert (result["package"], result["pruned"], result["dtype"]) == (str(tiny_package), [1], "fp32")
     settings = {"lengths": LENGTHS, "batch": 1, "decode_tokens": STEPS, "repeats": REPEATS, "threads": 1}
-    assert result["settings"] == settings | {"provider": "cpu", "seed": 3}
+    assert result["settings"] == settings | {"provider": "cpu", "runtime": "popcompile", "seed": 3}
     assert set(result["versions"]) == {"popcompile", "onnxruntime", "onnxruntime_genai", "python"}
     assert result["versions"]["popcompile"] and result["versions"]["onnxruntime"]
     assert (result["versions"]["onnxruntime_genai"] is not None) == GENAI
@@ -145,6 +145,19 @@ def test_command_without_json(cli: Cli, tiny_package: Path, tmp_path: Path) -> N
     assert (status, err) == (0, "")
     assert "2 rows" in out and " pop " in out and " full " in out
     assert (tmp_path / "plot.svg").is_file()
+
+
+@pytest.mark.skipif(not GENAI, reason="onnxruntime-genai is not installed")
+@pytest.mark.parametrize("layout", ["split", "unified"])
+def test_packages_in_genai(layout: str, tiny_checkpoint: Path, peer: Path, tmp_path: Path) -> None:
+    """The package, its full model, and the same model in one plain graph, all through onnxruntime-genai."""
+    convert(tiny_checkpoint, package := tmp_path / "out", prune=1, layout=layout)
+    numbers = {"lengths": [8], "decode_tokens": 3, "repeats": 1}
+    found = subjects(bench(package, [peer], **numbers, runtime="onnxruntime-genai"))
+    assert [s["kind"] for s in found.values()] == ["genai", "genai", "onnx", "genai"]
+    first = {name: s["lengths"][0]["first_token"] for name, s in found.items()}
+    assert first["full"] == first[str(peer)] == first[f"{peer} (genai)"]
+    assert first["pop"] == bench(package, **numbers)["subjects"][0]["lengths"][0]["first_token"]
 
 
 # --- peers that are another model ------------------------------------------------------------------------------
@@ -271,7 +284,7 @@ def test_a_folder_as_optimum_writes_it(tiny_package: Path, tmp_path: Path) -> No
     peer = tmp_path / "peer"
     save_mean_decoder(peer / "onnx" / "model.onnx")
     (peer / "config.json").write_text(json.dumps({"max_position_embeddings": 48}))
-    (subject,) = find_peers(tiny_package, [peer])
+    (subject,) = find_peers(tiny_package, [peer], "popcompile")
     assert (subject.name, subject.kind, subject.context_length) == (str(peer), "onnx", 48)
     assert subject.decoder and subject.decoder.graph == str(peer / "onnx" / "model.onnx")
 
