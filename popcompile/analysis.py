@@ -15,6 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from popcompile.adapter import Adapter
 from popcompile.checkpoint import Checkpoint
 from popcompile.errors import PopcompileError
 from popcompile.execution import Reader, fast_products, held_in_memory, materialise
@@ -87,13 +88,15 @@ def analyze(
     text: Path | None = None,
     seed: int = 0,
     gguf_file: str | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Analysis:
     """Importance of every layer of `model` (hub id, folder or GGUF file), or of its blocks (per="block").
 
     texts, tokens: how many texts, and tokens of each, the last of which is the boundary token. They are sampled from
-    the model itself, or taken from the file `text`. progress(step, done, total). Raises PopcompileError.
+    the model itself, or taken from the file `text`. adapter: a PEFT adapter to merge into the weights first.
+    progress(step, done, total). Raises PopcompileError.
     """
     started = time.perf_counter()
     report = progress or (lambda *_: None)
@@ -105,6 +108,7 @@ def analyze(
     if tokens < 2:
         raise PopcompileError(f"--tokens {tokens}: give at least 2, a context token and the boundary token")
     source = open_source(str(model), gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    merged = Adapter(str(adapter)) if adapter is not None else None
     if tokens > source.config.max_position_embeddings:
         raise PopcompileError(
             f"--tokens {tokens}: {source.name} has {source.config.max_position_embeddings} positions; give fewer"
@@ -113,7 +117,7 @@ def analyze(
     chosen = _tokens_of(text, tokenizer, texts, tokens, seed, source.name) if text else None
     report("trace", 0, 1)
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
-    read = held_in_memory(Checkpoint(source, program, torch.float32).read, source.name)
+    read = held_in_memory(Checkpoint(source, program, torch.float32, merged).read, source.name)
     try:
         PassManager(canonicalization()).run(program)
         if chosen is None:

@@ -10,19 +10,22 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from popcompile.adapter import Adapter
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program
 from popcompile.source import Source, TensorInfo, random_tensor
 
 
 class Checkpoint:
-    """The tensors of a source by the names that the traced graph uses."""
+    """The tensors of a source by the names that the traced graph uses, with what an adapter changes."""
 
-    def __init__(self, source: Source, program: Program, dtype: torch.dtype) -> None:
-        self._source = source
+    def __init__(self, source: Source, program: Program, dtype: torch.dtype, adapter: Adapter | None = None) -> None:
+        self._source, self._adapter = source, adapter
         self._dtype = dtype
         self._shapes = parameter_shapes(program)
         self._names = {} if source.kind == "random" else self._resolve(source.tensors())
+        if adapter:
+            adapter.fit(source.name, self._shapes)
 
     @property
     def parameters(self) -> int:
@@ -30,10 +33,11 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self._shapes.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of a traced parameter, in the checkpoint's dtype. Raises PopcompileError."""
+        """The tensor of a traced parameter, in the checkpoint's dtype or the adapter's. Raises PopcompileError."""
         if self._source.kind == "random":
             return random_tensor(name, self._shapes[name], self._dtype)
-        return self._source.read(self._names[name])
+        tensor = self._source.read(self._names[name])
+        return self._adapter.merge(name, tensor) if self._adapter else tensor
 
     def _resolve(self, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Traced name -> checkpoint name, where every parameter is there in the right shape."""

@@ -129,6 +129,7 @@ def _add_convert(commands: Any) -> None:
         metavar="NAME",
         help="to lower the graphs for: cpu (default) or cuda; genai_config.json names it",
     )
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into the weights, or a hub id")
     parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
     parser.add_argument("--random-weights", action="store_true", help="take only the config, for measurements")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
@@ -158,6 +159,7 @@ def _convert(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             block_size=options.block_size,
             provider=options.provider,
+            adapter=options.adapter,
             gguf_file=options.gguf_file,
             random_weights=options.random_weights,
             trust_remote_code=options.trust_remote_code,
@@ -199,6 +201,7 @@ def _add_analyze(commands: Any) -> None:
     parser.add_argument("--tokens", metavar="N", type=positive, default=192, help="tokens of a text (default 192)")
     parser.add_argument("--text", metavar="FILE", type=Path, help="take texts from a file, not from the model itself")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of texts and labels (default 0)")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into the weights, or a hub id")
     parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -212,7 +215,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
     if options.plot:
         require_plot_path(options.plot)
-    names = ("per", "texts", "tokens", "text", "seed", "gguf_file", "trust_remote_code")
+    names = ("per", "texts", "tokens", "text", "seed", "adapter", "gguf_file", "trust_remote_code")
     with progress_bar(ANALYZE_STEPS) as progress:
         found = analyze(options.model, **{name: getattr(options, name) for name in names}, progress=progress)
     print(json.dumps(found.to_json(), indent=2) if options.json else found.table())

@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from popcompile.adapter import Adapter
 from popcompile.analysis import source_tokenizer
 from popcompile.calibration_text import SELF, TEXTS
 from popcompile.checkpoint import Checkpoint
@@ -84,6 +85,7 @@ def convert(
     dtype: str = "fp32",
     block_size: int = BLOCK_SIZE,
     provider: str = "cpu",
+    adapter: str | Path | None = None,
     gguf_file: str | None = None,
     random_weights: bool = False,
     trust_remote_code: bool = False,
@@ -100,7 +102,8 @@ def convert(
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
     activations, "fp32" or "fp16"; with "int8" and "int4" the weights of linear layers are quantized in blocks of
     block_size input features. provider: what the graphs are lowered for and what onnxruntime-genai is told to run on,
-    "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone.
+    "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone. adapter: a PEFT
+    adapter (LoRA), hub id or folder, to merge into the weights first.
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
@@ -119,6 +122,9 @@ def convert(
     source = open_source(
         str(model), gguf_file=gguf_file, random_weights=random_weights, trust_remote_code=trust_remote_code
     )
+    if adapter is not None and random_weights:
+        raise PopcompileError(f"--adapter {adapter}: there are no weights to merge it into; leave --random-weights out")
+    merged = Adapter(str(adapter)) if adapter is not None else None
     num_layers = source.config.num_hidden_layers
     request = parse_request(num_layers, prune, layers)
     options = Options(
@@ -136,7 +142,7 @@ def convert(
             read_texts(Path(calibration))  # a file that cannot be used is reported before any work
     report_progress("trace", 0, 1)
     program = trace(source.config, chosen.dtype, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint(source, program, chosen.dtype)
+    checkpoint = Checkpoint(source, program, chosen.dtype, merged)
     shapes = _ModelShapes(program)
     require_disk_space(out, chosen.bytes(checkpoint.parameters))
     with staged(out, force) as folder:
@@ -168,7 +174,7 @@ def convert(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             popcompile=version("popcompile"),
-            source={"name": source.name, "kind": source.kind, **source.fingerprint()},
+            source=_described(source, merged),
             model_type=source.config.model_type,
             num_layers=program.num_layers,
             num_kv_heads=shapes.kv_heads,
@@ -193,6 +199,12 @@ def convert(
         report_progress("flush", 0, 1)
     report_progress("done", 1, 1)
     return manifest
+
+
+def _described(source: Source, adapter: Adapter | None) -> dict[str, str]:
+    """What the manifest says of the model."""
+    described = {"name": source.name, "kind": source.kind, **source.fingerprint()}
+    return described | ({"adapter": adapter.name, "adapter_sha256": adapter.sha256} if adapter else {})
 
 
 class _ModelShapes:

@@ -121,6 +121,7 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
     size = sum(f["size"] for f in manifest.files.values()) / 1e6
     rows = [
         ("model", f"{manifest.source['name']} ({manifest.model_type}, {manifest.num_layers} layers)"),
+        *([("adapter", f"{adapter}, merged")] if (adapter := manifest.source.get("adapter")) else []),
         ("package", f"{folder} ({manifest.layout} layout, {manifest.dtype}, {size:.0f} MB)"),
         ("pruned in prefill", f"{len(pruned)} of {manifest.num_layers} layers: {format_layers(pruned)}"),
         ("KV projection", {"layer": "the layer's own weights"}.get(manifest.kv_projection, manifest.kv_projection)),

@@ -26,6 +26,8 @@ class Table:
 def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
     """The command that measures it, for each of "quality", "importance" and "frontier" that was not measured."""
     out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
+    if adapter := manifest.source.get("adapter"):
+        source += f" --adapter {shlex.quote(str(adapter))}"
     commands = {}
     if found.quality is None and found.evaluation is None:
         commands["quality"] = f"popcompile evaluate {out} --save"

@@ -278,6 +278,20 @@ def _open(model: str, gguf_file: str | None, random_weights: bool, trust_remote_
     return source
 
 
+def snapshot(name: str, wanted: list[str]) -> Path:
+    """The folder `name`, or the hub repository's with the `wanted` files, in its local cache.
+
+    Raises:
+        PopcompileError: there is none.
+    """
+    path = Path(os.path.expanduser(name))
+    if not _exists(name, path):
+        return _from_hub(name, wanted=wanted)
+    if not path.is_dir():
+        raise PopcompileError(f"{name}: is a file; give the folder that holds it")
+    return path
+
+
 def _exists(model: str, path: Path) -> bool:
     try:
         return bool(model.strip()) and bool(path.stat())
