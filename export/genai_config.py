@@ -56,6 +56,7 @@ def genai_config(
                 "num_key_value_heads": kv_heads,
                 "session_options": {
                     "log_id": "onnxruntime-genai",
+                    "enable_mem_pattern": False,  # of use where shapes come again, and every token has longer ones
                     "provider_options": PROVIDERS[provider].genai_options,
                 },
                 "inputs": {

@@ -29,18 +29,22 @@ _GenerationMixin: Any = GenerationMixin
 
 
 def load(
-    folder: str | Path, *, provider: str = "cpu", prefill: str = "auto", low_memory: bool = False
+    folder: str | Path,
+    *,
+    provider: str = "cpu",
+    prefill: str = "auto",
+    low_memory: bool = False,
+    threads: int | None = None,
 ) -> PopForCausalLM:
     """Load a package for generation with transformers' own `generate`.
 
     provider: "cpu" or "cuda". prefill: how `generate` encodes prompts: "pop" skips the pruned layers, "full" runs all
-    of them, "auto" takes "full" for prompts so short that pruning gains little. low_memory: see `Runtime`.
+    of them, "auto" takes "full" for prompts so short that pruning gains little. low_memory, threads: see `Runtime`.
     Raises PopcompileError where the package is incomplete, was changed, or the provider cannot run here.
     """
     _require_prefill(prefill)
-    runtime = Runtime(
-        folder, provider=provider, main="decode" if prefill == "full" else "prefill", low_memory=low_memory
-    )
+    main: Stage = "decode" if prefill == "full" else "prefill"
+    runtime = Runtime(folder, provider=provider, main=main, low_memory=low_memory, threads=threads)
     if prefill == "auto" and runtime.manifest.prefill_threshold:
         runtime.open("decode")
     return PopForCausalLM(runtime, prefill)

@@ -40,7 +40,10 @@ Stage = Literal["prefill", "decode"]
 _LOGITS_BYTES = 256 << 20
 #: slots by which a cache grows, at least
 _CACHE_STEP = 256
-_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_TYPES: dict[str, tuple[torch.dtype, Any]] = {
+    "tensor(float)": (torch.float32, np.float32),
+    "tensor(float16)": (torch.float16, np.float16),
+}
 _SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
 
 
@@ -266,7 +269,7 @@ class Runtime:
         self._sessions = {main: self._open(main, packed=not low_memory)}
         types = {i.name: i.type for i in self._sessions[main].get_inputs()}
         #: of cache and logits
-        self.dtype = _TYPES[types[self._cache_inputs[0]]]
+        self.dtype, self._numpy_dtype = _TYPES[types[self._cache_inputs[0]]]
         if self.provider.device == "cpu":
             self._weights.release_pages()
 
@@ -288,6 +291,7 @@ class Runtime:
         accelerated = self.provider.device != "cpu"
         options.log_severity_level = _SILENT if accelerated else _ERRORS
         options.intra_op_num_threads = self._threads or 0
+        options.enable_mem_pattern = False  # of use where shapes come again, and every token has longer ones
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
             # its threads, waiting actively for more, would take the cores from the main session's
@@ -328,7 +332,8 @@ class Runtime:
         """
         batch, longest = len(rows), max(len(r) for r in rows)
         if longest == 1:
-            return self.run(self.main, torch.stack(list(rows)), [n + 1 for n in cache.lengths], cache)
+            ids = rows[0][None] if batch == 1 else torch.stack(list(rows))
+            return self.run(self.main, ids, [n + 1 for n in cache.lengths], cache)
         if not any(cache.lengths):
             size = batch * longest * self.manifest.vocab_size * self.dtype.itemsize
             if stage == "prefill" or every_token or size <= _LOGITS_BYTES:
@@ -354,10 +359,9 @@ class Runtime:
             for source, target, value in zip(self._cache_inputs, self._cache_outputs, cache.values, strict=True):
                 binding.bind_ortvalue_input(source, value)
                 binding.bind_ortvalue_output(target, value)
-        logits = torch.empty(
-            (len(lengths), 1 if stage == "prefill" else input_ids.shape[1], self.manifest.vocab_size), dtype=self.dtype
-        )
-        binding.bind_output("logits", "cpu", 0, logits.numpy().dtype.type, logits.shape, logits.data_ptr())
+        shape = (len(lengths), 1 if stage == "prefill" else input_ids.shape[1], self.manifest.vocab_size)
+        logits = torch.empty(shape, dtype=self.dtype)
+        binding.bind_output("logits", "cpu", 0, self._numpy_dtype, shape, logits.data_ptr())
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids.numpy()))
         binding.bind_cpu_input("attention_mask", _mask(lengths))
         self._run(stage, binding)
