@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,13 +20,14 @@ TESTS = {"prefill": "pruned prefill", "second_prompt": "after a past", "batch": 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("test_families.py"))]
-        subprocess.run([*command, f"--junitxml={file}"], stdout=sys.stderr, check=False)
+        tests = str(Path(__file__).with_name("test_families.py"))
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", tests, f"--junitxml={file}"]
+        subprocess.run(command, stdout=sys.stderr, check=False)
         cases = ElementTree.parse(file).getroot().iter("testcase")
         passed: dict[tuple[str, str], list[bool]] = defaultdict(list)
         for case in cases:
             test, _, parameters = case.attrib["name"].removeprefix("test_").partition("[")
-            name = re.sub(r"-\d+\]$|\]$", "", parameters) if test == "prefill" else parameters.rstrip("]")
+            name = parameters.partition(": ")[0]
             passed[name, test].append(not list(case))
     rows = [
         [name, features, *("yes" if all(passed[name, test]) and passed[name, test] else "no" for test in TESTS)]

@@ -1,12 +1,14 @@
 """Every decoder family converts by structure alone: packages of tiny models beside transformers' own modules.
 
-The README's table is `python tests/family_table.py`, of the results of these tests.
+The default run prunes an inner layer and the last one of four; `pytest -m "slow or not slow" tests/test_families.py`
+takes other sets as well. The README's table is `python tests/family_table.py`, of the results of all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from transformers import DynamicCache, PreTrainedModel
 import popcompile
 from popcompile.runtime import Runtime
 
-#: an inner layer, and the last: of four
-PRUNED = [1, 3]
+#: of four layers
+PRUNED = {"scattered": [1, 3], "the last half": [2, 3], "the last": [3], "none": []}
 #: other kernels, and sums in another order; logits are up to 16
 TOLERANCE = 2e-4
 
@@ -27,18 +29,29 @@ TOLERANCE = 2e-4
 class Family:
     model: PreTrainedModel
     runtime: Runtime
+    pruned: list[int]
     ids: torch.Tensor  # [1, 40]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def _cases() -> list[Any]:
+    """Families, each with every set of pruned layers; the default run takes the hardest of them."""
+    return [
+        pytest.param((name, pruned), id=f"{name}: {which}", marks=[] if which == "scattered" else pytest.mark.slow)
+        for which, pruned in PRUNED.items()
+        for name in FAMILIES
+    ]
+
+
+@pytest.fixture(scope="module", params=_cases())
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp("family")
-    model = tiny_model(family_config(request.param))
+    name, pruned = request.param
+    model = tiny_model(family_config(name))
     model.save_pretrained(folder / "model")
-    layers = ",".join(map(str, PRUNED))
-    popcompile.convert(folder / "model", folder / "out", layers=layers, kv_projection="layer", layout="unified")
+    layers: dict[str, Any] = {"layers": ",".join(map(str, pruned))} if pruned else {"prune": 0}
+    popcompile.convert(folder / "model", folder / "out", **layers, kv_projection="layer", layout="unified")
     ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(0))
-    return Family(model, Runtime(folder / "out"), ids)
+    return Family(model, Runtime(folder / "out"), pruned, ids)
 
 
 def assert_same_cache(family: Family, ours: list[torch.Tensor], theirs: DynamicCache, row: int = 0) -> None:
@@ -55,7 +68,7 @@ def assert_same_cache(family: Family, ours: list[torch.Tensor], theirs: DynamicC
 def test_prefill(family: Family, length: int) -> None:
     """A prompt, also one past the sliding window: the boundary token's logits and the cache."""
     ids, cache = family.ids[:, :length], family.runtime.new_cache(1)
-    expected, theirs = pop_by_hooks(family.model, ids, PRUNED)
+    expected, theirs = pop_by_hooks(family.model, ids, family.pruned)
     torch.testing.assert_close(family.runtime.feed([ids[0]], cache, "prefill"), expected, atol=TOLERANCE, rtol=0)
     assert_same_cache(family, cache.tensors(), theirs)
 
@@ -77,7 +90,7 @@ def test_batch(family: Family) -> None:
     logits = family.runtime.feed(rows, cache, "prefill")
     after = family.runtime.feed([family.ids[0, 20:21]] * 2, cache, "prefill")
     for row, prompt in enumerate(rows):
-        expected, theirs = pop_by_hooks(family.model, prompt[None], PRUNED)
+        expected, theirs = pop_by_hooks(family.model, prompt[None], family.pruned)
         torch.testing.assert_close(logits[row], expected[0], atol=TOLERANCE, rtol=0)
         step = family.model(family.ids[:, 20:21], past_key_values=theirs).logits
         torch.testing.assert_close(after[row], step[0], atol=TOLERANCE, rtol=0)
@@ -88,8 +101,8 @@ def test_second_prompt(family: Family) -> None:
     cache = family.runtime.new_cache(1)
     family.runtime.feed([family.ids[0, :9]], cache, "prefill")
     logits = family.runtime.feed([family.ids[0, 9:25]], cache, "prefill")
-    _, theirs = pop_by_hooks(family.model, family.ids[:, :9], PRUNED)
-    expected, _ = pop_by_hooks(family.model, family.ids[:, 9:25], PRUNED, theirs)
+    _, theirs = pop_by_hooks(family.model, family.ids[:, :9], family.pruned)
+    expected, _ = pop_by_hooks(family.model, family.ids[:, 9:25], family.pruned, theirs)
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
