@@ -34,19 +34,22 @@ from popcompile.progress import BENCH_STEPS, progress_bar
 
 #: the newest that popcompile itself takes; of this machine's index, with CUDA or without
 _TORCH = f"torch=={version('torch').partition('+')[0]}"
-_BUILDER = ("onnxruntime-genai>=0.14", "onnx", "onnx-ir", "transformers", _TORCH)
+#: the builder of 0.18 cannot read Gemma-3's config as transformers 5 has it, and needs transformers 5
+_BUILDER = {
+    "genai": ("onnxruntime-genai>=0.14", "onnx", "onnx-ir", "transformers", _TORCH),
+    "genai-0.12": ("onnxruntime-genai==0.12.*", "onnx", "onnx-ir", "transformers<5", _TORCH),
+}
 _MOBIUS_DTYPES = {"fp32": "f32"}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """requirements: what pip installs. command(checkpoint, out, precision): arguments of the environment's Python that
-    build it, in one of precisions.
+    """environments: names, and what pip installs there; a later one is tried where an earlier one cannot build.
+    command(checkpoint, out, precision): arguments of the environment's Python that build it, in one of precisions.
     """
 
     name: str
-    environment: str
-    requirements: tuple[str, ...]
+    environments: dict[str, tuple[str, ...]]
     precisions: tuple[str, ...]
     command: Callable[[Path, Path, str], list[str]]
 
@@ -65,15 +68,14 @@ def _mobius(checkpoint: Path, out: Path, precision: str) -> list[str]:
 
 
 PEERS = (
-    Peer("genai-builder", "genai", _BUILDER, ("fp32", "int4"), _builder()),
+    Peer("genai-builder", _BUILDER, ("fp32", "int4"), _builder()),
     Peer(
         "genai-builder-one-row",
-        "genai",
         _BUILDER,
         ("fp32", "int4"),
         _builder("--extra_options", "prune_lm_head=true"),
     ),
-    Peer("mobius", "mobius", ("mobius-onnx", "transformers", _TORCH), tuple(_MOBIUS_DTYPES), _mobius),
+    Peer("mobius", {"mobius": ("mobius-onnx", "transformers", _TORCH)}, tuple(_MOBIUS_DTYPES), _mobius),
 )
 
 
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=32, help="after every prompt (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns (default 5)")
     parser.add_argument("--threads", type=int, help="of every subject (default: the machine's cores)")
+    parser.add_argument("--runtime", default="popcompile", help="of the package, as `popcompile bench --runtime`")
     options = parser.parse_args()
     if not (options.checkpoint / "config.json").is_file():
         raise SystemExit(f"{options.checkpoint}: no transformers folder, it has no config.json; give the checkpoint's")
@@ -111,6 +114,7 @@ def main() -> None:
                 decode_tokens=options.decode_tokens,
                 repeats=options.repeats,
                 threads=options.threads,
+                runtime=options.runtime,
                 progress=progress,
             )
     except PopcompileError as error:
@@ -141,20 +145,22 @@ def build(peer: Peer, options: argparse.Namespace, builds: Path) -> str | None:
     if target.is_dir():
         return name
     checkpoint = options.checkpoint.resolve()
-    python = _environment(builds.parent / "environments" / peer.environment, peer.requirements)
-    with tempfile.TemporaryDirectory(dir=builds, prefix=".build-") as temporary:
-        out = Path(temporary) / peer.name
-        print(f"building {target}", file=sys.stderr)
-        command = [python, *peer.command(checkpoint, out, options.precision)]
-        done = subprocess.run(
-            command, cwd=temporary, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-        )
-        if done.returncode:
+    print(f"building {target}", file=sys.stderr)
+    for environment, requirements in peer.environments.items():
+        python = _environment(builds.parent / "environments" / environment, requirements)
+        with tempfile.TemporaryDirectory(dir=builds, prefix=".build-") as temporary:
+            out = Path(temporary) / peer.name
+            command = [python, *peer.command(checkpoint, out, options.precision)]
+            done = subprocess.run(
+                command, cwd=temporary, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+            )
+            if not done.returncode:
+                out.rename(target)
+                return name
             last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            print(f"{peer.name}: cannot build {options.checkpoint}: {last}; left out", file=sys.stderr)
-            return None
-        out.rename(target)
-    return name
+            print(f"{peer.name}: {environment} cannot build {options.checkpoint}: {last}", file=sys.stderr)
+    print(f"{peer.name}: left out", file=sys.stderr)
+    return None
 
 
 def _environment(folder: Path, requirements: tuple[str, ...]) -> str:
