@@ -269,7 +269,7 @@ class _Blocks:
     def sliced(self, emit: _Emitter, rows: ir.Value, begin: ir.Value, end: ir.Value) -> ir.Value:
         """Rows [begin, end), with a width that the operator's shape inference asks for (ONNX Runtime 1.30)."""
         block: ir.Value = emit("Slice", rows, begin, end, [1])
-        block.type, block.shape = rows.type, ir.Shape([None, None, _width(rows, 2)])
+        block.type, block.shape = self.attention.outputs[0].type, ir.Shape([None, None, _width(rows, 2)])
         return block
 
     def counted(self, emit: _Emitter, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -293,6 +293,7 @@ class _WindowBlocks(_Blocks):
         if key is None:  # packed
             parts = [width, kv_heads * head_size, kv_heads * head_size]
             query, key, value = emit("Split", query, parts, outputs=3, axis=2)
+            query.shape = ir.Shape([None, None, width])
         nothing = emit("Slice", key, [0], [0], [1])
         if self.tables:
             rotated = 2 * _width(self.tables[0], 1)
