@@ -7,7 +7,8 @@ import * as ort from "onnxruntime-node";
 
 const [folder, prompt, newTokens = "32"] = process.argv.slice(2);
 const manifest = JSON.parse(readFileSync(join(folder, "popcompile.json"), "utf8"));
-const session = await ort.InferenceSession.create(join(folder, manifest.graphs.prefill));
+const options = { enableMemPattern: false }; // of use where shapes come again, and every token has longer ones
+const session = await ort.InferenceSession.create(join(folder, manifest.graphs.prefill), options);
 
 const int64 = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 const empty = () => new ort.Tensor("float32", [], [1, manifest.num_kv_heads, 0, manifest.head_size]);

@@ -14,7 +14,10 @@ from tokenizers import Tokenizer
 
 package, prompt, new_tokens = Path(sys.argv[1]), sys.argv[2], int((sys.argv[3:] or ["32"])[0])
 manifest = json.loads((package / "popcompile.json").read_text())
-session = ort.InferenceSession(package / manifest["graphs"]["prefill"], providers=["CPUExecutionProvider"])
+options = ort.SessionOptions()
+options.enable_mem_pattern = False  # of use where shapes come again, and every token has longer ones
+graph = package / manifest["graphs"]["prefill"]
+session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file(str(package / "tokenizer.json"))
 
 ids = tokenizer.encode(prompt).ids
