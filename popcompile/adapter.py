@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
@@ -106,7 +107,7 @@ class Adapter:
             config.init_lora_weights = True  # other ways decompose the weight
         parts = self._parts[name]
         tree = _alone(path, weight, bias, self._kind(parts))
-        with quiet():
+        with quiet(), warnings.catch_warnings(action="ignore"):  # of patterns that name other layers
             try:
                 adapted = get_peft_model(tree, config)  # type: ignore[arg-type]
                 left: Any = set_peft_model_state_dict(adapted, {_PREFIX + key: tensor for key, tensor in parts.items()})
