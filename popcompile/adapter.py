@@ -106,10 +106,11 @@ class Adapter:
         if weight.is_meta and hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # other ways decompose the weight
         parts = self._parts[name]
-        tree = _alone(path, weight, bias, self._kind(parts))
+        # PEFT's signature says PreTrainedModel; it takes any module
+        tree: Any = _alone(path, weight, bias, self._kind(parts))
         with quiet(), warnings.catch_warnings(action="ignore"):  # of patterns that name other layers
             try:
-                adapted = get_peft_model(tree, config)  # type: ignore[arg-type]
+                adapted = get_peft_model(tree, config)
                 left: Any = set_peft_model_state_dict(adapted, {_PREFIX + key: tensor for key, tensor in parts.items()})
             except (RuntimeError, ValueError) as error:
                 raise self._other_shape(model, path, *_sizes(parts), list(weight.shape)) from error
