@@ -7,21 +7,24 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class ProviderChoices:
-    """genai_options: provider_options of a session in genai_config.json.
+class Provider:
+    """name: ONNX Runtime's. device: where weights and cache live, in ONNX Runtime's words.
 
+    dtypes: of activations, those that GroupQueryAttention has kernels for; the first one is the default, and what is
+    multiplied with quantized weights. genai_options: provider_options of a session in genai_config.json.
     query_block: queries that the attention of a long prompt takes at a time (cached_attention.py); None: all.
-    quantized_activations: what is multiplied with quantized weights; accuracy_level: MatMulNBits' attribute, 4 lets it
-    multiply in int8, which the CPU's kernels are made for.
+    accuracy_level: MatMulNBits' attribute, 4 lets it multiply in int8, which the CPU's kernels are made for.
     """
 
+    name: str
+    device: str
+    dtypes: tuple[str, ...]
     genai_options: list[dict[str, Any]] = field(default_factory=list)
     query_block: int | None = None
-    quantized_activations: str = "fp16"
     accuracy_level: int = 0
 
 
 PROVIDERS = {
-    "cpu": ProviderChoices(query_block=128, quantized_activations="fp32", accuracy_level=4),
-    "cuda": ProviderChoices(genai_options=[{"cuda": {}}]),
+    "cpu": Provider("CPUExecutionProvider", "cpu", ("fp32", "fp16"), query_block=128, accuracy_level=4),
+    "cuda": Provider("CUDAExecutionProvider", "cuda", ("fp16", "bf16"), genai_options=[{"cuda": {}}]),
 }

@@ -28,6 +28,7 @@ from .prune_lm_head import PruneLMHead
 from .prune_prefill import PrunePrefill
 from .quantize_linear import Quantization, QuantizeLinear
 from .split_stages import SplitStages
+from .widen_logits import WidenLogits
 
 __all__ = [
     "ContractError",
@@ -81,5 +82,6 @@ def lowering(quantization: Quantization | None = None) -> list[Pass]:
         FuseSkipRMSNorm(),
         LowerLinear() if quantization is None else QuantizeLinear(quantization),
         FoldParameters(),
+        WidenLogits(),
         Cleanup(),
     ]

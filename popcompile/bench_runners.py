@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-#: ONNX Runtime's name of the execution provider, and of the device whose memory it uses
-_PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "cuda")}
+from popcompile.export.providers import PROVIDERS
+
 _ERRORS = 3  # ONNX Runtime's log severity
 
 
@@ -107,11 +107,12 @@ class OnnxRunner:
 
         self._ort, self._decoder = ort, decoder
         self._in_place = decoder["in_place"] and provider == "cpu"
-        name, self._device = _PROVIDERS[provider]
+        chosen = PROVIDERS[provider]
+        self._device = chosen.device
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS
         options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(decoder["graph"], options, providers=[name], enable_fallback=0)
+        self._session = ort.InferenceSession(decoder["graph"], options, providers=[chosen.name], enable_fallback=0)
 
     def encode(self, ids: list[list[int]]) -> Any:
         return np.array(ids, dtype=self._decoder["ids_dtype"])

@@ -115,7 +115,9 @@ def _add_convert(commands: Any) -> None:
         metavar="KIND",
         help="split (default): prefill.onnx and decode.onnx; unified: model.onnx, for runtimes that load one graph",
     )
-    parser.add_argument("--dtype", default="fp32", metavar="TYPE", help="fp32 (default), fp16, int8 or int4")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="fp32, fp16, bf16, int8 or int4 (default: fp32 on cpu, fp16 on cuda)"
+    )
     parser.add_argument(
         "--block-size",
         metavar="N",

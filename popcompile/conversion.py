@@ -82,7 +82,7 @@ def convert(
     max_ppl_ratio: float | None = None,
     seed: int = 0,
     layout: str = "split",
-    dtype: str = "fp32",
+    dtype: str | None = None,
     block_size: int = BLOCK_SIZE,
     provider: str = "cpu",
     adapter: str | Path | None = None,
@@ -100,13 +100,16 @@ def convert(
     own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
     320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
-    activations, "fp32" or "fp16"; with "int8" and "int4" the weights of linear layers are quantized in blocks of
-    block_size input features. provider: what the graphs are lowered for and what onnxruntime-genai is told to run on,
-    "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone. adapter: a PEFT
-    adapter (LoRA), hub id or folder, to merge into the weights first.
+    activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or "bf16" on CUDA; with "int8" and
+    "int4" the weights of linear layers are quantized in blocks of block_size input features. provider: what the graphs
+    are lowered for and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and
+    decode.onnx, or "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the
+    weights first.
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)
+    _require_choice("--provider", provider, PROVIDERS)
+    dtype = dtype if dtype is not None else PROVIDERS[provider].dtypes[0]
     _require_choice("--dtype", dtype, PRECISIONS)
     _require_choice("--layout", layout, LAYOUTS)
     if random_weights:
@@ -114,7 +117,6 @@ def convert(
         prune = "1/3" if prune is None and layers is None else prune
     kv_projection = kv_projection or KV_PROJECTIONS[0]
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
-    _require_choice("--provider", provider, PROVIDERS)
     chosen = precision(dtype, provider, block_size)
     require_writable(out, force)
     started = time.perf_counter()

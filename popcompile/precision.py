@@ -10,7 +10,7 @@ from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
 from popcompile.passes import Quantization
 
-_FLOATS = {"fp32": torch.float32, "fp16": torch.float16}
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BITS = {"int8": 8, "int4": 4}
 PRECISIONS = (*_FLOATS, *_BITS)
 
@@ -33,11 +33,18 @@ class Precision:
 
 
 def precision(name: str, provider: str, block_size: int) -> Precision:
-    """name: one of PRECISIONS. provider: a name in PROVIDERS. Raises PopcompileError for a block size out of range."""
+    """name: one of PRECISIONS. provider: a name in PROVIDERS. Raises PopcompileError for a block size out of range,
+    and for a type that the provider has no kernels for.
+    """
+    choices = PROVIDERS[provider]
+    if name in _FLOATS and name not in choices.dtypes:
+        raise PopcompileError(
+            f"--dtype {name}: ONNX Runtime's attention has no kernels for it on {provider}; choose"
+            f" {' or '.join(choices.dtypes)}"
+        )
     if name in _FLOATS:
         return Precision(_FLOATS[name])
     if block_size not in BLOCK_SIZES:
         raise PopcompileError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
-    choices = PROVIDERS[provider]
     quantization = Quantization(_BITS[name], block_size, choices.accuracy_level)
-    return Precision(_FLOATS[choices.quantized_activations], quantization)
+    return Precision(_FLOATS[choices.dtypes[0]], quantization)

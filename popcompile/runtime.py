@@ -31,6 +31,7 @@ from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
 from popcompile.errors import PopcompileError
+from popcompile.export.providers import PROVIDERS, Provider
 from popcompile.loading import one_line
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
 
@@ -40,25 +41,10 @@ Stage = Literal["prefill", "decode"]
 _LOGITS_BYTES = 256 << 20
 #: slots by which a cache grows, at least
 _CACHE_STEP = 256
-_TYPES: dict[str, tuple[torch.dtype, Any]] = {
-    "tensor(float)": (torch.float32, np.float32),
-    "tensor(float16)": (torch.float16, np.float16),
-}
+_DTYPES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 _SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
-
-
-@dataclass(frozen=True)
-class Provider:
-    """What differs between execution providers.
-
-    device: where weights and cache live, in ONNX Runtime's words.
-    """
-
-    name: str
-    device: str
-
-
-PROVIDERS = {"cpu": Provider("CPUExecutionProvider", "cpu"), "cuda": Provider("CUDAExecutionProvider", "cuda")}
 
 
 # --- the cache -------------------------------------------------------------------------------------------------
@@ -129,15 +115,21 @@ def _widen(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _to_torch(value: ort.OrtValue) -> Tensor:
-    if value.device_name() == "cpu":
-        return torch.utils.dlpack.from_dlpack(value)
-    return torch.from_numpy(value.numpy())  # copies from the device
+    return torch.utils.dlpack.from_dlpack(_on_device(value, "cpu"))
 
 
 def _to_ort(tensor: Tensor, device: str = "cpu") -> ort.OrtValue:
-    if device == "cpu":
-        return ort.OrtValue.from_dlpack(tensor)  # owns the tensor, and so do torch tensors made of it later
-    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy(), device)
+    return _on_device(ort.OrtValue.from_dlpack(tensor), device)  # owns the tensor, as do torch tensors made of it later
+
+
+def _on_device(value: ort.OrtValue, device: str) -> ort.OrtValue:
+    """The value, or a copy of it where it lives elsewhere."""
+    if value.device_name() == device:
+        return value
+    copied = ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device)
+    if all(value.shape()):
+        copied.update_inplace(value)
+    return copied
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -155,9 +147,9 @@ class SharedWeights:
         self._device = device
         self._values: dict[tuple[int, int, tuple[int, ...]], ort.OrtValue] = {}
 
-    def add_to(self, options: ort.SessionOptions, graph: Path) -> None:
+    def add_to(self, options: ort.SessionOptions, graph: onnx.GraphProto) -> None:
         """Give a session the external initializers of its graph. The values must outlive the session."""
-        for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        for tensor in graph.initializer:
             if uses_external_data(tensor):
                 options.add_initializer(tensor.name, self._value(tensor))
 
@@ -171,7 +163,8 @@ class SharedWeights:
             if end > self._file.size:
                 raise PopcompileError(f"{tensor.name} lies outside the weights file; convert the model again")
             array = self._file[start:end].view(dtype).reshape(shape)
-            self._values[key] = ort.OrtValue.ortvalue_from_numpy(array, self._device)
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)  # numpy has no bf16
+            self._values[key] = _on_device(value, self._device)
         return self._values[key]
 
     def release_pages(self) -> None:
@@ -267,9 +260,11 @@ class Runtime:
         self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
         self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
         self._sessions = {main: self._open(main, packed=not low_memory)}
-        types = {i.name: i.type for i in self._sessions[main].get_inputs()}
-        #: of cache and logits
-        self.dtype, self._numpy_dtype = _TYPES[types[self._cache_inputs[0]]]
+        session = self._sessions[main]
+        types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
+        #: of the logits
+        self.dtype = _TYPES[types["logits"]]
+        self._cache_dtype = _TYPES[types[self._cache_inputs[0]]]
         if self.provider.device == "cpu":
             self._weights.release_pages()
 
@@ -296,29 +291,41 @@ class Runtime:
             options.add_session_config_entry("session.disable_prepacking", "1")
             # its threads, waiting actively for more, would take the cores from the main session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        graph = self.folder / self.manifest.graphs[stage]
+        file = self.folder / self.manifest.graphs[stage]
         try:
+            graph = onnx.load(file, load_external_data=False).graph
+            self._require_kernels(graph)
             self._weights.add_to(options, graph)
-            session = ort.InferenceSession(graph, options, providers=[self.provider.name], enable_fallback=0)
+            session = ort.InferenceSession(file, options, providers=[self.provider.name], enable_fallback=0)
         except PopcompileError:
             raise
         except Exception as error:
             if accelerated:
                 raise PopcompileError(_unusable(self.provider, one_line(error))) from error
             raise PopcompileError(
-                f"{self.folder}: {graph.name} does not load in onnxruntime {ort.__version__}: {one_line(error)};"
+                f"{self.folder}: {file.name} does not load in onnxruntime {ort.__version__}: {one_line(error)};"
                 " upgrade it, or convert the model again"
             ) from error
         if session.get_providers()[0] != self.provider.name:
             raise PopcompileError(_unusable(self.provider, "it fell back to the CPU"))
         return session
 
+    def _require_kernels(self, graph: onnx.GraphProto) -> None:
+        types = {i.name: i.type.tensor_type.elem_type for i in graph.input}
+        dtype = _DTYPES.get(types[self._cache_inputs[0]])
+        if dtype not in self.provider.dtypes:
+            device = self.provider.device
+            raise PopcompileError(
+                f"{self.folder}: computes in {dtype}, which ONNX Runtime's attention has no kernels for on {device};"
+                f" convert with --provider {device}"
+            )
+
     # --- running -----------------------------------------------------------------------------------------------
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache without tokens."""
         shape = (batch, self.manifest.num_kv_heads, 0, self.manifest.head_size)
-        empty = torch.zeros(shape, dtype=self.dtype)
+        empty = torch.zeros(shape, dtype=self._cache_dtype)
         device = self.provider.device
         return KVCache([_to_ort(empty, device) for _ in self._cache_inputs], [0] * batch, device)
 
@@ -361,7 +368,7 @@ class Runtime:
                 binding.bind_ortvalue_output(target, value)
         shape = (len(lengths), 1 if stage == "prefill" else input_ids.shape[1], self.manifest.vocab_size)
         logits = torch.empty(shape, dtype=self.dtype)
-        binding.bind_output("logits", "cpu", 0, self._numpy_dtype, shape, logits.data_ptr())
+        binding.bind_output("logits", "cpu", 0, _NUMPY[self.dtype], shape, logits.data_ptr())
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids.numpy()))
         binding.bind_cpu_input("attention_mask", _mask(lengths))
         self._run(stage, binding)

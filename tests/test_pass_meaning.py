@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from popcompile.export.onnx_graph import to_onnx
-from popcompile.export.providers import PROVIDERS, ProviderChoices
+from popcompile.export.providers import PROVIDERS
 
 #: prompts of 9 and 4 tokens after 3, so that Gemma's window of 8 slides and one row is padded
 LENGTHS, PAST = [9, 4], 3
@@ -195,7 +195,7 @@ def test_attention_in_blocks_is_the_reference(
     family: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that divide the prompt and that do not, Gemma's window within and across them, padding, a past."""
-    monkeypatch.setitem(PROVIDERS, "cpu", ProviderChoices(query_block=block))
+    monkeypatch.setitem(PROVIDERS, "cpu", replace(PROVIDERS["cpu"], query_block=block))
     model, steps = compiled(family)
     padded = make_inputs(model, [9])
     padded.mask[:, 7:], padded.lengths = 0, [7]
