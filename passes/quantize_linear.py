@@ -1,10 +1,12 @@
 """Quantize the weights of linear layers, block by block of input features.
 
     linear(x, W)  =>  MatMulNBits(x, quantized_weight(W), weight_scales(W))
+    embedding(W, ids)  =>  GatherBlockQuantized(quantized_weight(W), ids, weight_scales(W))
 
-Symmetric, a scale for every block of a row: ONNX Runtime's own quantizer computes both when weights are written. The LM
-head has its weight quantized too, also where the embedding keeps it as it is.
-Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulnbits
+Symmetric, a scale for every block of a row: ONNX Runtime's own quantizer computes both when weights are written. The
+embedding is quantized where the LM head has the same weight, which is then stored once.
+Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulnbits and
+#commicrosoftgatherblockquantized
 """
 
 from __future__ import annotations
@@ -80,25 +82,38 @@ class QuantizeLinear(Pass):
         self.quantization = quantization
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        for node in find(graph_module, op=aten.linear.default):
+        linears = find(graph_module, op=aten.linear.default)
+        weights = {node.args[1] for node in linears}
+        for node in linears:
             with graph_module.graph.inserting_before(node):
-                replace(node, self._quantized(graph_module.graph, node))
+                replace(node, self._linear(graph_module.graph, node))
             self.matches += 1
+        for node in find(graph_module, op=aten.embedding.default):
+            weight = node.args[0]
+            if weight in weights and shape_of(weight)[1] % self.quantization.block_size == 0:
+                with graph_module.graph.inserting_before(node):
+                    replace(node, self._embedding(graph_module.graph, node))
+                self.matches += 1
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         self.check(not find(graph_module, op=aten.linear.default), "a linear is left")
 
-    def _quantized(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
-        x, weight, *bias = node.args
-        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    def _quantized(self, graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Values and scales of a weight."""
         scheme = self.quantization
         name = weight.meta.get("parameter", str(weight.target))
-        values = emit(graph, quantized_weight, weight, scheme.bits, scheme.block_size, like=node)
-        scales = emit(graph, weight_scales, weight, scheme.bits, scheme.block_size, like=node)
+        values = emit(graph, quantized_weight, weight, scheme.bits, scheme.block_size, like=like)
+        scales = emit(graph, weight_scales, weight, scheme.bits, scheme.block_size, like=like)
         values.meta["parameter"], scales.meta["parameter"] = f"{name}_int{scheme.bits}", f"{name}_scales"
+        return values, scales
+
+    def _linear(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        x, weight, *bias = node.args
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        values, scales = self._quantized(graph, weight, node)
         outputs, inputs = shape_of(weight)
-        attributes = {"K": inputs, "N": outputs, **asdict(scheme)}
+        attributes = {"K": inputs, "N": outputs, **asdict(self.quantization)}
         out = emit_onnx(
             graph,
             f"{CONTRIB}::MatMulNBits",
@@ -111,3 +126,23 @@ class QuantizeLinear(Pass):
         for term in bias:
             out = emit(graph, aten.add.Tensor, out, term, like=node)
         return out
+
+    def _embedding(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """Rows of the weight as MatMulNBits keeps them: [.., blocks, block size], and then side by side."""
+        weight, ids = node.args[:2]
+        assert isinstance(weight, fx.Node) and isinstance(ids, fx.Node)
+        scheme = self.quantization
+        values, scales = self._quantized(graph, weight, node)
+        column = emit(graph, aten.unsqueeze.default, scales, 2, like=node)  # the operator asks for the values' rank
+        column.meta["parameter"] = f"{scales.meta['parameter']}_of_rows"
+        sizes, width = emit_sizes(graph, ids), shape_of(weight)[1]
+        blocks = emit_onnx(
+            graph,
+            f"{CONTRIB}::GatherBlockQuantized",
+            [values, ids, column],
+            {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 2},
+            shape=[*sizes, width // scheme.block_size, scheme.block_size],
+            dtype=value_of(node).dtype,
+            like=node,
+        )
+        return emit(graph, aten.reshape.default, blocks, [*sizes, width], like=node)

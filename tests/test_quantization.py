@@ -58,11 +58,11 @@ def test_many_rows_are_quantized_in_parts() -> None:
 
 
 def quantized(model: PreTrainedModel, bits: int, block_size: int) -> PreTrainedModel:
-    """transformers' model with rounded weights in its linear layers; the embedding is left as it is."""
+    """transformers' model with rounded weights in its linear layers, and in an embedding that is tied to one."""
     result = copy.deepcopy(model)
-    for module in result.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(rounded(module.weight.detach(), bits, block_size))
+    with torch.no_grad():
+        for weight in {m.weight for m in result.modules() if isinstance(m, torch.nn.Linear)}:
+            weight.copy_(rounded(weight, bits, block_size))
     return result
 
 
@@ -106,20 +106,26 @@ def test_int4_as_it_is_by_default(tmp_path: Path) -> None:
     assert 0 < difference.mean() < 0.02 * float(exact.abs().max())
 
 
-def test_weights_are_stored_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_weights_are_stored_once(block_size: int, tmp_path: Path) -> None:
+    """The embedding with the LM head, where blocks divide its rows."""
     save(CONFIGS["gemma3"], tmp_path / "model")
-    popcompile.convert(tmp_path / "model", tmp_path / "out", layers="1", kv_projection="layer", dtype="int4")
+    options = {"kv_projection": "layer", "dtype": "int4", "block_size": block_size}
+    popcompile.convert(tmp_path / "model", tmp_path / "out", layers="1", **options)
+    shared = CONFIGS["gemma3"].hidden_size % block_size == 0
     places = {}
     for stage in ("prefill", "decode"):
         graph = onnx.load(tmp_path / "out" / f"{stage}.onnx", load_external_data=False).graph
         kinds = [node.op_type for node in graph.node]
         assert "MatMulNBits" in kinds and not {"MatMul", "FusedMatMul"} & set(kinds)
+        assert ("GatherBlockQuantized" in kinds) == shared
         for tensor in graph.initializer:
             place = {e.key: e.value for e in tensor.external_data}
             if place:
                 assert places.setdefault(tensor.name, place) == place
     names = set(places)
-    assert {"model.embed_tokens.weight", "model.embed_tokens.weight_int4", "model.embed_tokens.weight_scales"} <= names
+    assert {"model.embed_tokens.weight_int4", "model.embed_tokens.weight_scales"} <= names
+    assert ("model.embed_tokens.weight" in names) != shared
     assert "model.layers.0.mlp.up_proj.weight" not in names
 
 
