@@ -1,8 +1,11 @@
-"""Drop what tracing leaves behind and computes nothing.
+"""Drop what tracing leaves behind and computes nothing, and write in-place operators as functions.
 
 Metadata assertions, casts to the dtype a tensor already has, dropout in evaluation, full slices, aliases:
 
     to = aten.to(x, float32)  # x is float32   ->   x
+    div_ = aten.div_(x, y)                     ->   div = aten.div(x, y), which is read where x was from there on
+
+An operator that changes its input counts as read: it would keep the layer that it is in from being pruned.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .base import Pass
-from .graph import call_nodes, replace
+from .graph import call_nodes, replace, set_value
 
 aten = torch.ops.aten
 
@@ -52,14 +55,28 @@ class Normalize(Pass):
             elif self._is_identity(node):
                 replace(node, node.args[0])
                 self.matches += 1
+            elif _is_in_place(node):
+                self._make_functional(node)
+                self.matches += 1
         graph_module.graph.eliminate_dead_code()
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         self.check(
-            not any(n.target in _ASSERTIONS or self._is_identity(n) for n in call_nodes(graph_module)),
-            "an identity is left",
+            not any(
+                n.target in _ASSERTIONS or self._is_identity(n) or _is_in_place(n) for n in call_nodes(graph_module)
+            ),
+            "an identity or an in-place operator is left",
         )
+
+    def _make_functional(self, node: fx.Node) -> None:
+        changed = node.args[0]
+        shared = [n for n in (changed, *changed.users) if n < node and _is_view(n)]
+        self.check(not shared, f"{node.name} changes what {[n.name for n in shared]} show")
+        name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
+        node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
+        set_value(node)
+        changed.replace_all_uses_with(node, lambda user: user > node)
 
     @staticmethod
     def _is_identity(node: fx.Node) -> bool:
@@ -69,3 +86,14 @@ class Normalize(Pass):
             return False
         before, after = node.args[0].meta["val"], node.meta["val"]
         return before.dtype == after.dtype and tuple(before.shape) == tuple(after.shape)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's value may share memory with an argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        r.alias_info is not None for r in node.target._schema.returns
+    )

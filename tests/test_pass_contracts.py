@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch
 from steps import before, llama_steps
 from torch import fx
 
@@ -16,7 +17,7 @@ from popcompile.passes.fold_parameters import FoldParameters
 from popcompile.passes.fuse_rms_norm import FuseRMSNorm
 from popcompile.passes.fuse_rotary_embedding import FuseRotaryEmbedding
 from popcompile.passes.fuse_skip_rms_norm import FuseSkipRMSNorm
-from popcompile.passes.graph import find, inputs_of, outputs_of, replace
+from popcompile.passes.graph import emit, find, inputs_of, outputs_of, replace
 from popcompile.passes.insert_boundary_recompute import InsertBoundaryRecompute
 from popcompile.passes.insert_bypass import InsertBypass
 from popcompile.passes.insert_kv_projection import InsertKVProjection
@@ -71,6 +72,12 @@ def call_a_method(program: Program, gm: fx.GraphModule) -> None:
 
 
 def forget_module_paths(program: Program, gm: fx.GraphModule) -> None:
+def add_to_a_view(program: Program, gm: fx.GraphModule) -> None:
+    view = find(gm, op=torch.ops.aten.view.default)[0]
+    with gm.graph.inserting_after(view):
+        emit(gm.graph, torch.ops.aten.add_.Tensor, view, 1)
+
+
     for node in find(gm, op=ops.attention)[1:]:
         del node.meta["nn_module_stack"]
 
@@ -118,7 +125,10 @@ def quantize() -> QuantizeLinear:
 
 BREACHES = {
     "Normalize": Breach(Normalize, call_a_method, "the graph must be one flat torch.export graph"),
-    "Normalize, after": Breach(Normalize, nothing, "an identity is left", ensures=True, at="Traced"),
+    "Normalize, after": Breach(
+        Normalize, nothing, "an identity or an in-place operator is left", ensures=True, at="Traced"
+    ),
+    "Normalize, a view": Breach(Normalize, add_to_a_view, r"add_ changes what \['view'\] show"),
     "FuseRMSNorm": Breach(FuseRMSNorm, use_before_definition, "was used before it has been defined"),
     "FuseRMSNorm, after": Breach(FuseRMSNorm, drop(ops.rms_norm, 0), "a fused norm is missing", ensures=True),
     "FuseRotaryEmbedding": Breach(FuseRotaryEmbedding, two_positions, "the graph needs one token_positions node"),
