@@ -19,6 +19,7 @@ from .insert_bypass import InsertBypass
 from .insert_kv_projection import InsertKVProjection
 from .insert_virtual_gates import InsertVirtualGates
 from .lower_attention import LowerAttention
+from .lower_experts import ExpertKernels, LowerExperts
 from .lower_linear import LowerLinear
 from .lower_rms_norm import LowerRMSNorm
 from .lower_rotary_embedding import LowerRotaryEmbedding
@@ -32,6 +33,7 @@ from .widen_logits import WidenLogits
 
 __all__ = [
     "ContractError",
+    "ExpertKernels",
     "InsertVirtualGates",
     "Pass",
     "PassManager",
@@ -72,15 +74,20 @@ def transformations(pruned: Iterable[int]) -> list[Pass]:
     return [*canonicalization(), *pruning(pruned)]
 
 
-def lowering(quantization: Quantization | None = None) -> list[Pass]:
-    """The passes that bring both graphs to ONNX Runtime's operators; quantization: of the weights of linear layers."""
+def lowering(quantization: Quantization | None = None, experts: ExpertKernels | None = None) -> list[Pass]:
+    """The passes that bring both graphs to ONNX Runtime's operators.
+
+    quantization: of the weights of linear layers and experts. experts: the provider's kernels.
+    """
     return [
         LowerAttention(),
         PackQKV(),
         LowerRotaryEmbedding(),
         LowerRMSNorm(),
         FuseSkipRMSNorm(),
-        LowerLinear() if quantization is None else QuantizeLinear(quantization),
+        *([] if quantization is None else [QuantizeLinear(quantization)]),
+        LowerLinear(),
+        LowerExperts(experts or ExpertKernels(), quantization),
         FoldParameters(),
         WidenLogits(),
         Cleanup(),

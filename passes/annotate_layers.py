@@ -5,6 +5,7 @@ layers, and every node below item i of that list is in layer i. Roles follow fro
 
     input_norm -> q_proj, k_proj, v_proj (-> q_norm, k_norm) -> rope -> append_kv -> attention -> o_proj -> mlp
 
+In a mixture of experts the projection that chooses them is the router, what else there is the mlp.
 Outside the layers: embedding, final_norm, lm_head.
 """
 
@@ -72,6 +73,11 @@ class AnnotateLayers(Pass):
             if norm is not None and layer_of(norm) == layer_of(attention):
                 norm.meta["role"] = "input_norm"
             self._mark_after(attention)
+        for experts in find(gm, op=ops.experts):
+            experts.meta["role"] = "mlp"
+            router = walk_back(experts.args[3], is_projection)
+            if router is not None and layer_of(router) == layer_of(experts):
+                router.meta["role"] = "router"
         for node in find(gm, op=aten.embedding.default):
             node.meta.setdefault("role", "embedding")
         head = walk_back(outputs_of(gm)[0], is_projection)

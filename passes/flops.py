@@ -1,8 +1,9 @@
 """FLOPs of a stage, from shapes.
 
-Matrix products are counted by torch.utils.flop_counter's formulas (2 x multiply-adds). Attention is counted by its
-formula too, scaled to the (query, key) pairs that the causal mask and the sliding window leave: a query at
-position p of a full layer reads p + 1 keys. Element-wise work is not counted (below 1% in a decoder).
+Matrix products are counted by torch.utils.flop_counter's formulas (2 x multiply-adds); in a mixture of experts, those
+of the experts that a token is given to. Attention is counted by its formula too, scaled to the (query, key) pairs that
+the causal mask and the sliding window leave: a query at position p of a full layer reads p + 1 keys. Element-wise work
+is not counted (below 1% in a decoder).
 
 Reference sizes: prefill is one prompt of 1,024 tokens without a past, decode is one token after 1,024.
 """
@@ -66,6 +67,12 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
         a, b = (shape(n) for n in node.all_input_nodes[:2])
         out = shape(node)
         return mm_flop((product(out[:-1]), a[-1]), (a[-1], out[-1])) if b else 0
+    if node.target == ops.experts:
+        (_, rows, hidden), (tokens, chosen) = shape(node.args[1]), shape(node.args[3])
+        return experts_flops(tokens * chosen, hidden, rows // 2)
+    if onnx_op_type(node) in ("MoE", "QMoE"):
+        x, first = shape(onnx_inputs(node)[0]), shape(onnx_inputs(node)[2])
+        return experts_flops(x[0] * attributes_of(node)["k"], x[1], first[1] // 2)
     if node.target == ops.attention:
         query, value = shape(node.args[0]), shape(node.args[2])
         return attention_flops(query, value[3], total, int(node.args[5]))
@@ -76,6 +83,11 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
         heads, window = attributes["num_heads"], max(attributes.get("local_window_size", -1), 0)
         return attention_flops((batch, heads, new, head_size), head_size, total, window)
     return 0
+
+
+def experts_flops(rows: int, hidden: int, inner: int) -> int:
+    """FLOPs of SwiGLU blocks for so many rows, tokens x experts of a token: gate, up and down."""
+    return mm_flop((rows, hidden), (hidden, 2 * inner)) + mm_flop((rows, inner), (inner, hidden))
 
 
 def attention_flops(query: tuple[int, ...], value_size: int, total: int, window: int) -> int:

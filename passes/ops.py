@@ -217,3 +217,23 @@ def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> 
     c, s = cos[positions][:, None], sin[positions][:, None]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1)
+
+
+# --- mixtures of experts ---------------------------------------------------------------------------------------
+
+
+@operator("experts(Tensor x, Tensor gate_up, Tensor down, Tensor index, Tensor weights) -> Tensor", _like_first)
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of what each token's k experts make of it.
+
+    x [N, hidden]; index [N, k] int64 and weights [N, k]: a token's experts and how much each counts. An expert is a
+    SwiGLU block, down @ (silu(gate @ x) * (up @ x)); gate_up [E, 2 I, hidden] holds gate above up, down [E, hidden, I].
+    Returns [N, hidden].
+    """
+    out = torch.zeros_like(x)
+    for expert in index.unique().tolist():
+        token, slot = torch.where(index == expert)
+        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down[expert]) * weights[token, slot, None]
+        out = out.index_add(0, token, y.to(x.dtype))
+    return out

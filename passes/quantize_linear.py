@@ -4,7 +4,8 @@
     embedding(W, ids)  =>  GatherBlockQuantized(quantized_weight(W), ids, weight_scales(W))
 
 Symmetric, a scale for every block of a row: ONNX Runtime's own quantizer computes both when weights are written. The
-embedding is quantized where the LM head has the same weight, which is then stored once.
+embedding is quantized where the LM head has the same weight, which is then stored once. Routers are left to
+LowerLinear: they are small, and rounded ones choose other experts.
 Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulnbits and
 #commicrosoftgatherblockquantized
 """
@@ -19,7 +20,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import emit, emit_sizes, find, replace, shape_of, value_of
+from .graph import emit, emit_sizes, find, replace, role_of, shape_of, value_of
 from .onnx_ops import CONTRIB, emit_onnx
 
 aten = torch.ops.aten
@@ -74,6 +75,15 @@ def _quantize(weight: Tensor, bits: int, block_size: int) -> tuple[Tensor, Tenso
     return torch.from_numpy(values), torch.from_numpy(scales)
 
 
+def emit_quantized(graph: fx.Graph, weight: fx.Node, scheme: Quantization, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """quantized_weight and weight_scales of a weight [out, in], named after its parameter."""
+    name = weight.meta.get("parameter", str(weight.target))
+    values = emit(graph, quantized_weight, weight, scheme.bits, scheme.block_size, like=like)
+    scales = emit(graph, weight_scales, weight, scheme.bits, scheme.block_size, like=like)
+    values.meta["parameter"], scales.meta["parameter"] = f"{name}_int{scheme.bits}", f"{name}_scales"
+    return values, scales
+
+
 class QuantizeLinear(Pass):
     stages = ("prefill", "decode")
 
@@ -82,7 +92,7 @@ class QuantizeLinear(Pass):
         self.quantization = quantization
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        linears = find(graph_module, op=aten.linear.default)
+        linears = self._quantizable(graph_module)
         weights = {node.args[1] for node in linears}
         for node in linears:
             with graph_module.graph.inserting_before(node):
@@ -97,21 +107,16 @@ class QuantizeLinear(Pass):
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        self.check(not find(graph_module, op=aten.linear.default), "a linear is left")
+        self.check(not self._quantizable(graph_module), "a linear is left")
 
-    def _quantized(self, graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Values and scales of a weight."""
-        scheme = self.quantization
-        name = weight.meta.get("parameter", str(weight.target))
-        values = emit(graph, quantized_weight, weight, scheme.bits, scheme.block_size, like=like)
-        scales = emit(graph, weight_scales, weight, scheme.bits, scheme.block_size, like=like)
-        values.meta["parameter"], scales.meta["parameter"] = f"{name}_int{scheme.bits}", f"{name}_scales"
-        return values, scales
+    @staticmethod
+    def _quantizable(gm: fx.GraphModule) -> list[fx.Node]:
+        return [n for n in find(gm, op=aten.linear.default) if not (role_of(n) or "").endswith("router")]
 
     def _linear(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         x, weight, *bias = node.args
         assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-        values, scales = self._quantized(graph, weight, node)
+        values, scales = emit_quantized(graph, weight, self.quantization, node)
         outputs, inputs = shape_of(weight)
         attributes = {"K": inputs, "N": outputs, **asdict(self.quantization)}
         out = emit_onnx(
@@ -132,7 +137,7 @@ class QuantizeLinear(Pass):
         weight, ids = node.args[:2]
         assert isinstance(weight, fx.Node) and isinstance(ids, fx.Node)
         scheme = self.quantization
-        values, scales = self._quantized(graph, weight, node)
+        values, scales = emit_quantized(graph, weight, scheme, node)
         column = emit(graph, aten.unsqueeze.default, scales, 2, like=node)  # the operator asks for the values' rank
         column.meta["parameter"] = f"{scales.meta['parameter']}_of_rows"
         sizes, width = emit_sizes(graph, ids), shape_of(weight)[1]

@@ -40,7 +40,6 @@ from popcompile.passes import (
     PassManager,
     PassRecord,
     Program,
-    Quantization,
     canonicalization,
     lowering,
     pruning,
@@ -50,7 +49,7 @@ from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
 from popcompile.plan import MAX_KL, Options, Plan, make_plan, needs_weights
-from popcompile.precision import BLOCK_SIZE, PRECISIONS, precision
+from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
@@ -155,7 +154,7 @@ def convert(
                 program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress
             )
             program.constants.update(plan.calibration.constants())
-            report = compilation.prune_and_lower(plan, chosen.quantization)
+            report = compilation.prune_and_lower(plan, chosen)
         except ContractError as error:
             raise PopcompileError(
                 f"{source.name}: {source.config.model_type} has a structure that popcompile does not know ({error});"
@@ -269,7 +268,7 @@ class _Compilation:
 
         self._records += PassManager(passes, observe).run(self._program)
 
-    def prune_and_lower(self, plan: Plan, quantization: Quantization | None) -> dict[str, Any]:
+    def prune_and_lower(self, plan: Plan, chosen: Precision) -> dict[str, Any]:
         """Compile the canonical program as planned; returns the report."""
         maps = plan.calibration
         self.run(pruning(plan.pruned, maps.projections, maps.bypasses))
@@ -282,7 +281,7 @@ class _Compilation:
             "pop_prefill": total_flops(prefill, "prefill"),
             "decode": total_flops(decode, "decode"),
         }
-        self.run(lowering(quantization))
+        self.run(lowering(chosen.quantization, chosen.experts))
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}
 
 

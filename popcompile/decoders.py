@@ -27,9 +27,6 @@ NOT_ATTENTION = {
 DECODER_ANYWAY = frozenset({"gpt_neox", "gpt_neox_japanese"})
 """Decoders whose configs carry an `is_decoder` of False that means nothing."""
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Fields that say how many experts a layer has."""
-
 OTHER_MODALITIES = ("vision_config", "audio_config", "audio_encoder_config")
 
 
@@ -64,5 +61,3 @@ def require_decoder(model: str, config: PretrainedConfig) -> None:
         raise PopcompileError(f"{named} is an encoder (config.is_decoder is false); {SUPPORTED}")
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS):
         raise PopcompileError(f"{named} has layers of type {', '.join(other)}; {SUPPORTED}")
-    if any((getattr(config, field, None) or 0) > 1 for field in EXPERTS):
-        raise PopcompileError(f"{named} is a mixture of experts, whose routing is not compiled yet; {SUPPORTED}")

@@ -1,14 +1,14 @@
-"""What --dtype means: the type of activations and cache, and how the weights of linear layers are stored."""
+"""What --dtype means: the type of activations and cache, and how weights are stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
-from popcompile.passes import Quantization
+from popcompile.passes import ExpertKernels, Quantization
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BITS = {"int8": 8, "int4": 4}
@@ -21,10 +21,14 @@ BLOCK_SIZE = 32
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype: of activations, cache, and weights that are not quantized. quantization: of the linear layers'."""
+    """dtype: of activations, cache, and weights that are not quantized. quantization: of linear layers and experts.
+
+    experts: the provider's kernels, which may keep experts in another dtype, or from being quantized.
+    """
 
     dtype: torch.dtype
     quantization: Quantization | None = None
+    experts: ExpertKernels = field(default_factory=ExpertKernels)
 
     def bytes(self, parameters: int) -> int:
         """At least so many for a model of that many parameters."""
@@ -42,9 +46,10 @@ def precision(name: str, provider: str, block_size: int) -> Precision:
             f"--dtype {name}: ONNX Runtime's attention has no kernels for it on {provider}; choose"
             f" {' or '.join(choices.dtypes)}"
         )
+    experts = ExpertKernels(**choices.experts)
     if name in _FLOATS:
-        return Precision(_FLOATS[name])
+        return Precision(_FLOATS[name], experts=experts)
     if block_size not in BLOCK_SIZES:
         raise PopcompileError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
     quantization = Quantization(_BITS[name], block_size, choices.accuracy_level)
-    return Precision(_FLOATS[choices.dtypes[0]], quantization)
+    return Precision(_FLOATS[choices.dtypes[0]], quantization, experts)

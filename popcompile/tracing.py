@@ -1,8 +1,8 @@
 """Trace a Hugging Face decoder into one flat FX graph, without its weights.
 
-The model is built from its config with fake tensors, so time and memory do not depend on its size. Attention and the
-cache update are registered with transformers' own extension points and stay single nodes; torch.export keeps batch,
-sequence and past length free. Parameters keep their names.
+The model is built from its config with fake tensors, so time and memory do not depend on its size. Attention, the
+cache update and a layer's experts are registered with transformers' own extension points and stay single nodes;
+torch.export keeps batch, sequence and past length free. Parameters keep their names.
 
     inputs   input_ids [batch, sequence], attention_mask [batch, total],
              past_key_values.N.key / .value [batch, kv_heads, past, head]
@@ -21,7 +21,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
@@ -29,7 +31,10 @@ from popcompile.loading import errors_only
 from popcompile.passes import ops
 from popcompile.passes.base import Program
 
-_ATTENTION = "popcompile"
+#: what transformers knows the functions below as
+_IMPLEMENTATION = "popcompile"
+#: the one activation of experts that are compiled, by the names that configs give it
+_SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
 #: the traced module's positions node, for the functions below that transformers calls without it
 _positions: list[torch.Tensor] = []
 
@@ -59,8 +64,31 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
+AttentionInterface.register(_IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(_IMPLEMENTATION, lambda *_, **__: None)
+
+
+def _experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts interface: hidden_states [N, hidden], top_k_index and top_k_weights [N, k]."""
+    parameters = {name for name, _ in module.named_parameters()}
+    stored_as_known = (
+        parameters == {"gate_up_proj", "down_proj"} and module.is_concatenated and not module.is_transposed
+    )
+    if (
+        not stored_as_known
+        or type(module)._apply_gate is not _default_apply_gate
+        or not isinstance(module.act_fn, _SILU)
+    ):
+        raise PopcompileError(
+            f"{type(module).__name__} has other experts than popcompile supports: SwiGLU blocks (hidden_act silu)"
+            " without biases"
+        )
+    return ops.experts(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts)
 
 
 class _TracedLayer(DynamicLayer):
@@ -112,7 +140,11 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=_ATTENTION, dtype=dtype, trust_remote_code=trust_remote_code
+                config,
+                attn_implementation=_IMPLEMENTATION,
+                experts_implementation=_IMPLEMENTATION,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
             ).eval()
         except PopcompileError:
             raise

@@ -86,7 +86,7 @@ class Variants:
         changes: of the manifest.
         """
         program = self._copy()
-        PassManager([*passes, *lowering(self._precision.quantization)]).run(program)
+        PassManager([*passes, *lowering(self._precision.quantization, self._precision.experts)]).run(program)
         manifest = replace(self.manifest, **changes)
         changed = {manifest.graphs[stage] for stage in stages}
         try:

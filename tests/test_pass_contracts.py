@@ -22,6 +22,7 @@ from popcompile.passes.insert_boundary_recompute import InsertBoundaryRecompute
 from popcompile.passes.insert_bypass import InsertBypass
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.lower_attention import LowerAttention
+from popcompile.passes.lower_experts import ExpertKernels, LowerExperts
 from popcompile.passes.lower_linear import LowerLinear
 from popcompile.passes.lower_rms_norm import LowerRMSNorm
 from popcompile.passes.lower_rotary_embedding import LowerRotaryEmbedding
@@ -71,13 +72,13 @@ def call_a_method(program: Program, gm: fx.GraphModule) -> None:
     logits.replace_all_uses_with(called, delete_user_cb=lambda user: user is not called)
 
 
-def forget_module_paths(program: Program, gm: fx.GraphModule) -> None:
 def add_to_a_view(program: Program, gm: fx.GraphModule) -> None:
     view = find(gm, op=torch.ops.aten.view.default)[0]
     with gm.graph.inserting_after(view):
         emit(gm.graph, torch.ops.aten.add_.Tensor, view, 1)
 
 
+def forget_module_paths(program: Program, gm: fx.GraphModule) -> None:
     for node in find(gm, op=ops.attention)[1:]:
         del node.meta["nn_module_stack"]
 
@@ -117,6 +118,16 @@ def project_from_a_deeper_layer(program: Program, gm: fx.GraphModule) -> None:
 
 def tell_apart(program: Program, gm: fx.GraphModule) -> None:
     outputs_of(program.graphs["decode"])[0]._rename("another")
+
+
+def add_experts(program: Program, gm: fx.GraphModule) -> None:
+    node = outputs_of(gm)[0]
+    with gm.graph.inserting_after(node):
+        gm.graph.call_function(ops.experts, (node,) * 5)
+
+
+def lower_experts() -> LowerExperts:
+    return LowerExperts(ExpertKernels())
 
 
 def quantize() -> QuantizeLinear:
@@ -194,6 +205,8 @@ BREACHES = {
     ),
     "LowerLinear": Breach(LowerLinear, use_before_definition, "was used before it has been defined"),
     "LowerLinear, after": Breach(LowerLinear, nothing, "a linear is left", ensures=True, at="Cleanup"),
+    "LowerExperts": Breach(lower_experts, use_before_definition, "was used before it has been defined"),
+    "LowerExperts, after": Breach(lower_experts, add_experts, "experts are left", ensures=True),
     "QuantizeLinear": Breach(quantize, use_before_definition, "was used before it has been defined", at="LowerLinear"),
     "QuantizeLinear, after": Breach(quantize, nothing, "a linear is left", ensures=True, at="Cleanup"),
     "FoldParameters": Breach(FoldParameters, use_before_definition, "was used before it has been defined"),

@@ -1,0 +1,131 @@
+"""Lower experts to ONNX Runtime's MoE, or to QMoE where their weights are quantized.
+
+    experts(x, gate_up, down, index, weights)
+        => MoE(x, log(dense weights), gate and up row by row, down) * sum(weights)
+
+The operators choose the experts themselves, the k largest of a softmax. For them to choose the graph's, whatever its
+routing, they get the logarithms of its weights, and next to minus infinity for every other expert. The softmax of that
+is the weights over their sum.
+Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MoE
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from . import ops
+from .base import Pass
+from .graph import emit, emit_sizes, find, replace, shape_of, value_of
+from .onnx_ops import CONTRIB, emit_onnx
+from .quantize_linear import Quantization, emit_quantized
+
+aten = torch.ops.aten
+
+#: the logarithm of no weight, within the range of fp16
+_NOT_CHOSEN = -1e4
+
+
+@dataclass(frozen=True)
+class ExpertKernels:
+    """What an execution provider's kernels of MoE and QMoE need.
+
+    fp32_only: whether MoE computes in fp32 alone. quantized: whether QMoE takes blocks as ONNX Runtime's quantizer makes them.
+    overwrites_input: whether MoE zeroes the memory of its output before it has read its input, which ONNX Runtime puts
+    there where nothing reads the input later.
+    """
+
+    fp32_only: bool = False
+    quantized: bool = False
+    overwrites_input: bool = False
+
+
+class LowerExperts(Pass):
+    stages = ("prefill", "decode")
+
+    def __init__(self, kernels: ExpertKernels, quantization: Quantization | None = None) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.quantization = quantization if kernels.quantized else None
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        for node in find(graph_module, op=ops.experts):
+            with graph_module.graph.inserting_before(node):
+                replace(node, self._lowered(graph_module.graph, node))
+            self.matches += 1
+        return PassResult(graph_module, self.matches > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        self.check(not find(graph_module, op=ops.experts), "experts are left")
+
+    def _lowered(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        x, gate_up, down, index, weights = node.args
+        count, rows, hidden = shape_of(gate_up)
+        quantization = self._quantization(hidden, rows // 2)
+        widen = self.kernels.fp32_only and not quantization
+        dtype = torch.float32 if widen else value_of(x).dtype
+
+        def cast(value: fx.Node, to: torch.dtype) -> fx.Node:
+            return value if value_of(value).dtype == to else emit(graph, aten.to.dtype, value, to, like=node)
+
+        def log_weights() -> fx.Node:
+            tokens = emit_sizes(graph, index)[0]
+            none = emit(graph, aten.full.default, [tokens, count], _NOT_CHOSEN, dtype=torch.float32, like=node)
+            chosen = emit(graph, aten.log.default, cast(weights, torch.float32), like=node)
+            return cast(emit(graph, aten.scatter.src, none, 1, index, chosen, like=node), dtype)
+
+        pairs = emit(graph, aten.view.default, gate_up, [count, 2, rows // 2, hidden], like=node)
+        pairs = emit(graph, aten.transpose.int, pairs, 1, 2, like=node)
+        first = emit(graph, aten.reshape.default, pairs, [count, rows, hidden], like=node)
+        first.meta["parameter"] = str(gate_up.target)
+        attributes = {
+            "k": shape_of(index)[1],
+            "activation_type": "swiglu",
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "swiglu_fusion": 1,  # gate and up row by row: all that the CPU's kernel takes
+        }
+        x = cast(x, dtype)
+        if quantization:
+            operator, matrices = "QMoE", []
+            for matrix in (first, down):
+                matrices += [*_quantized(graph, matrix, quantization, node), None]
+            attributes |= {"expert_weight_bits": quantization.bits, "block_size": quantization.block_size}
+        else:
+            operator, matrices = "MoE", [cast(first, dtype), None, cast(down, dtype)]
+        out = emit_onnx(
+            graph,
+            f"{CONTRIB}::{operator}",
+            [x, log_weights(), *matrices],
+            attributes,
+            shape=emit_sizes(graph, x),
+            dtype=dtype,
+            like=node,
+        )
+        if self.kernels.overwrites_input and not quantization:
+            always = emit(graph, aten.full.default, [1], True, dtype=torch.bool, like=node)
+            out = emit(graph, aten.where.self, always, out, x, like=node)
+        total = emit(graph, aten.sum.dim_IntList, weights, [-1], True, like=node)
+        out = emit(graph, aten.mul.Tensor, out, cast(total, dtype), like=node)
+        return cast(out, value_of(node).dtype)
+
+    def _quantization(self, *inputs: int) -> Quantization | None:
+        """How the experts' matrices with so many input features are quantized: QMoE takes whole blocks alone."""
+        whole = self.quantization and not any(size % self.quantization.block_size for size in inputs)
+        return self.quantization if whole else None
+
+
+def _quantized(graph: fx.Graph, matrix: fx.Node, scheme: Quantization, like: fx.Node) -> list[fx.Node]:
+    """Values [E, out, bytes] and scales [E, out, blocks] of matrices [E, out, in]."""
+    experts, outputs, inputs = shape_of(matrix)
+    name = matrix.meta.get("parameter", str(matrix.target))
+    flat = emit(graph, aten.view.default, matrix, [experts * outputs, inputs], like=like)
+    flat.meta["parameter"] = name
+    parts = emit_quantized(graph, flat, scheme, like)
+    folded = [emit(graph, aten.reshape.default, part, [experts, outputs, -1], like=like) for part in parts]
+    for part, whole in zip(parts, folded, strict=True):
+        whole.meta["parameter"] = part.meta["parameter"]
+    return folded
