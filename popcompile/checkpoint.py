@@ -1,19 +1,43 @@
-"""Find a traced parameter's tensor in a checkpoint, and check before any work that they fit together."""
+"""Find a traced parameter's tensors in a checkpoint, and check before any work that they fit together.
+
+Most parameters are one tensor. A layer's experts are one parameter in transformers' modules and a tensor each in most
+checkpoints: transformers' own rules for the model type say how they are merged.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, product
 
 import torch
+from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from popcompile.adapter import Adapter
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program
 from popcompile.source import Source, TensorInfo, random_tensor
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A parameter that a checkpoint holds in parts. sources: the parts, by the pattern of `rule` that they match."""
+
+    target: str
+    rule: WeightConverter
+    sources: Mapping[str, Sequence[str]]
+
+    def merge(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, from what `read` gives for a part's name. Takes twice its memory."""
+        for pattern, names in self.sources.items():
+            for name in names:
+                self.rule.add_tensor(self.target, name, pattern, partial(read, name))  # type: ignore[arg-type]
+        return next(iter(self.rule.convert(self.target).values()))
 
 
 class Checkpoint:
@@ -23,7 +47,7 @@ class Checkpoint:
         self._source, self._adapter = source, adapter
         self._dtype = dtype
         self._shapes = parameter_shapes(program)
-        self._names = {} if source.kind == "random" else self._resolve(source.tensors())
+        self._found = {} if source.kind == "random" else self._resolve(source.tensors())
         if adapter:
             adapter.fit(source.name, self._shapes)
 
@@ -36,33 +60,78 @@ class Checkpoint:
         """The tensor of a traced parameter, in the checkpoint's dtype or the adapter's. Raises PopcompileError."""
         if self._source.kind == "random":
             return random_tensor(name, self._shapes[name], self._dtype)
-        tensor = self._source.read(self._names[name])
+        found = self._found[name]
+        tensor = found.merge(self._source.read) if isinstance(found, _Merged) else self._source.read(found)
         return self._adapter.merge(name, tensor) if self._adapter else tensor
 
-    def _resolve(self, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-        """Traced name -> checkpoint name, where every parameter is there in the right shape."""
-        names: dict[str, str] = {}
-        renamed = _renamed(self._source.config.model_type, tensors)
+    def _resolve(self, stored: Mapping[str, TensorInfo]) -> dict[str, str | _Merged]:
+        """Traced name -> checkpoint name, or names, where every parameter is there in the right shape."""
+        rules = _rules(self._source.config.model_type)
+        renamed = _renamed(rules, stored)
+        resolved: dict[str, str | _Merged] = {}
         for name, shape in self._shapes.items():
-            found = next((n for n in (*_spellings(name), renamed.get(name)) if n in tensors), None)
-            if found is None:
+            found = next((n for n in (*_spellings(name), renamed.get(name)) if n in stored), None)
+            resolved[name] = found if found is not None else self._parts(name, shape, rules, renamed)
+            self._require_fit(resolved[name], shape, stored)
+        return resolved
+
+    def _parts(
+        self, name: str, shape: tuple[int, ...], rules: Sequence[WeightTransform], renamed: Mapping[str, str]
+    ) -> _Merged:
+        """The tensors that a parameter is merged from. Raises PopcompileError for a missing one.
+
+        renamed: name in transformers' module -> name in the checkpoint.
+        """
+        missing = name
+        for rule, spelled in product(rules, _spellings(name)):
+            if not isinstance(rule, WeightConverter) or len(rule.target_patterns) != 1:
+                continue
+            prefix, pattern, suffix = spelled.partition(rule.target_patterns[0])
+            if not pattern:
+                continue
+            parts = {
+                kind: [prefix + kind.replace("*", str(i)) + suffix for i in range(shape[0])]
+                for kind in rule.source_patterns
+            }
+            absent = [part for part in chain(*parts.values()) if part not in renamed]
+            if not absent:
+                sources = {kind: [renamed[part] for part in named] for kind, named in parts.items()}
+                return _Merged(spelled, rule, sources)
+            if len(absent) < shape[0] * len(parts):
+                missing = absent[0]
+        raise PopcompileError(
+            f"{self._source.name}: the checkpoint has no tensor {missing}; its config describes another model,"
+            " or files are missing"
+        )
+
+    def _require_fit(self, found: str | _Merged, shape: tuple[int, ...], stored: Mapping[str, TensorInfo]) -> None:
+        """Raise PopcompileError for tensors of another shape than the parameter's, or quantized ones."""
+        names = [found] if isinstance(found, str) else list(chain(*found.sources.values()))
+        shapes = sorted({stored[name].shape for name in names})
+        if isinstance(found, str):
+            subject, fits = f"tensor {found} has shape {list(shapes[0])}", shapes[0] == shape
+        else:
+            subject = f"tensors {names[0]} to {names[-1]} have shapes {' and '.join(str(list(s)) for s in shapes)}"
+            fits = _merged_shape(found, stored) == shape
+        if not fits:
+            raise PopcompileError(
+                f"{self._source.name}: {subject}, its config asks for {list(shape)};"
+                " config and weights belong to different models"
+            )
+        for name in names:
+            if not stored[name].dtype.is_floating_point:
                 raise PopcompileError(
-                    f"{self._source.name}: the checkpoint has no tensor {name}; its config describes another model,"
-                    " or files are missing"
-                )
-            stored = tuple(tensors[found].shape)
-            if stored != shape:
-                raise PopcompileError(
-                    f"{self._source.name}: tensor {found} has shape {list(stored)}, its config asks for {list(shape)};"
-                    " config and weights belong to different models"
-                )
-            if not tensors[found].dtype.is_floating_point:
-                raise PopcompileError(
-                    f"{self._source.name}: tensor {found} holds {str(tensors[found].dtype).removeprefix('torch.')};"
+                    f"{self._source.name}: tensor {name} holds {str(stored[name].dtype).removeprefix('torch.')};"
                     " give an unquantized checkpoint"
                 )
-            names[name] = found
-        return names
+
+
+def _merged_shape(found: _Merged, stored: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
+    """The shape of what the parts make, or None where they do not go together."""
+    try:
+        return tuple(found.merge(lambda name: torch.empty(stored[name].shape, device="meta")).shape)
+    except RuntimeError:
+        return None
 
 
 def parameter_shapes(program: Program) -> dict[str, tuple[int, ...]]:
@@ -74,10 +143,14 @@ def parameter_shapes(program: Program) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _renamed(model_type: str, stored: Iterable[str]) -> dict[str, str]:
-    """Name in transformers' module -> name in the checkpoint, by transformers' own rules for the model type."""
+def _rules(model_type: str) -> Sequence[WeightTransform]:
+    """transformers' own rules that turn a checkpoint of the model type into parameters of its module."""
     by_class = get_checkpoint_conversion_mapping(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type))
-    rules = by_class or get_checkpoint_conversion_mapping(model_type) or []
+    return by_class or get_checkpoint_conversion_mapping(model_type) or []
+
+
+def _renamed(rules: Iterable[WeightTransform], stored: Iterable[str]) -> dict[str, str]:
+    """Name in transformers' module -> name in the checkpoint."""
     renamed = {name: name for name in stored}
     for rule in rules:
         if isinstance(rule, WeightRenaming):
