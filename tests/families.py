@@ -18,6 +18,7 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 
 #: name -> what the family has that Llama 2 has not, model_type, and fields of its config
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -55,6 +56,22 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LayerNorm, learned positions",
         "gpt2",
         {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    ),
+    "Mixtral": ("mixture of experts", "mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "Qwen2-MoE": (
+        "experts, a shared one, dense layers",
+        "qwen2_moe",
+        _EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
+    ),
+    "Qwen3-MoE": (
+        "experts, q and k norms, a dense layer",
+        "qwen3_moe",
+        _EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "GLM-4.5": (
+        "experts chosen by sigmoids, a shared one",
+        "glm4_moe",
+        _EXPERTS | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     ),
 }
 
