@@ -22,6 +22,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
 )
 
 from popcompile import execution
@@ -51,6 +52,12 @@ def tiny_gemma3(**changes: object) -> Gemma3TextConfig:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     gemma = {"num_hidden_layers": 3, "layer_types": kinds, "sliding_window": 8, "query_pre_attn_scalar": 8}
     return Gemma3TextConfig(**_SIZES | gemma | changes)
+
+
+def tiny_moe(**changes: object) -> Qwen3MoeConfig:
+    """Two of four experts in each layer, q and k norms."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    return Qwen3MoeConfig(**_SIZES | experts | changes)
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:

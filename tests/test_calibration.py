@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from calibrated import Traced
-from conftest import materialise, tiny_gemma3, tiny_llama, transformers_forward
+from conftest import materialise, tiny_gemma3, tiny_llama, tiny_moe, transformers_forward
 from reference import Map
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ LAYERS = 6
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=LAYERS, attention_bias=True),
     "gemma3": tiny_gemma3(num_hidden_layers=LAYERS, layer_types=["sliding_attention", "full_attention"] * 3),
+    "qwen3_moe": tiny_moe(num_hidden_layers=LAYERS),
 }
 #: two runs, each followed by a kept layer
 PRUNED = [1, 2, 4]

@@ -20,6 +20,7 @@ from conftest import (
     tiny_gemma3,
     tiny_llama,
     tiny_model,
+    tiny_moe,
     transformers_forward,
 )
 from hypothesis import given, settings
@@ -36,6 +37,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 CONFIGS = {
     "one layer": tiny_llama(num_hidden_layers=1),
     "tied": tiny_llama(tie_word_embeddings=True),
+    "experts": tiny_moe(num_hidden_layers=3),
     "multi-query, biases": tiny_llama(num_hidden_layers=3, num_key_value_heads=1, attention_bias=True, mlp_bias=True),
     "multi-head, wide heads": tiny_llama(num_hidden_layers=4, num_key_value_heads=4, head_dim=16),
     "llama3 RoPE": tiny_llama(
