@@ -33,9 +33,9 @@ _NOT_CHOSEN = -1e4
 class ExpertKernels:
     """What an execution provider's kernels of MoE and QMoE need.
 
-    fp32_only: whether MoE computes in fp32 alone. quantized: whether QMoE takes blocks as ONNX Runtime's quantizer makes them.
-    overwrites_input: whether MoE zeroes the memory of its output before it has read its input, which ONNX Runtime puts
-    there where nothing reads the input later.
+    fp32_only: whether MoE computes in fp32 alone. quantized: whether QMoE takes blocks as ONNX Runtime's quantizer
+    makes them. overwrites_input: whether MoE zeroes the memory of its output before it has read its input, which ONNX
+    Runtime puts there where nothing reads the input later.
     """
 
     fp32_only: bool = False

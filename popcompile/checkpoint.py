@@ -36,6 +36,7 @@ class _Merged:
         """The parameter, from what `read` gives for a part's name. Takes twice its memory."""
         for pattern, names in self.sources.items():
             for name in names:
+                # annotated as a Future; callables are transformers' own way of synchronous loading
                 self.rule.add_tensor(self.target, name, pattern, partial(read, name))  # type: ignore[arg-type]
         return next(iter(self.rule.convert(self.target).values()))
 
