@@ -185,10 +185,10 @@ DEEP_RATIO, SHALLOW_RATIO = 0.25, 0.5
 def test_analyze_smollm2(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     """What the paper shows: prefill needs the deep layers far less than decode does, and the last one not at all."""
     plot = tmp_path / "importance.svg"
-    options = ("--texts", 6, "--tokens", 64, "--json", "--plot", plot)
+    options = ("--texts", 3, "--tokens", 64, "--json", "--plot", plot)
     found = json.loads(popcompile("analyze", smollm2_checkpoint, *options))
     assert found["model"] == str(smollm2_checkpoint) and found["seconds"] > 0
-    assert (found["texts"], found["tokens"], found["seed"], found["per"]) == (6, 64, 0, "layer")
+    assert (found["texts"], found["tokens"], found["seed"], found["per"]) == (3, 64, 0, "layer")
     layers = found["layers"]
     assert [row["layer"] for row in layers] == list(range(30))
     assert set(layers[0]) == {"layer", "prefill", "decode", "prefill_error", "decode_error"}

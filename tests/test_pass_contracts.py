@@ -32,6 +32,7 @@ from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.prune_prefill import PrunePrefill
 from popcompile.passes.quantize_linear import Quantization, QuantizeLinear
 from popcompile.passes.split_stages import SplitStages
+from popcompile.passes.widen_logits import WidenLogits
 
 
 @dataclass
@@ -126,6 +127,13 @@ def add_experts(program: Program, gm: fx.GraphModule) -> None:
         gm.graph.call_function(ops.experts, (node,) * 5)
 
 
+def round_logits(program: Program, gm: fx.GraphModule) -> None:
+    logits = outputs_of(gm)[0]
+    with gm.graph.inserting_after(logits):
+        rounded = emit(gm.graph, torch.ops.aten.to.dtype, logits, torch.bfloat16)
+    logits.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+
+
 def lower_experts() -> LowerExperts:
     return LowerExperts(ExpertKernels())
 
@@ -207,6 +215,8 @@ BREACHES = {
     "LowerLinear, after": Breach(LowerLinear, nothing, "a linear is left", ensures=True, at="Cleanup"),
     "LowerExperts": Breach(lower_experts, use_before_definition, "was used before it has been defined"),
     "LowerExperts, after": Breach(lower_experts, add_experts, "experts are left", ensures=True),
+    "WidenLogits": Breach(WidenLogits, use_before_definition, "was used before it has been defined"),
+    "WidenLogits, after": Breach(WidenLogits, round_logits, "the logits are in bf16", ensures=True),
     "QuantizeLinear": Breach(quantize, use_before_definition, "was used before it has been defined", at="LowerLinear"),
     "QuantizeLinear, after": Breach(quantize, nothing, "a linear is left", ensures=True, at="Cleanup"),
     "FoldParameters": Breach(FoldParameters, use_before_definition, "was used before it has been defined"),
