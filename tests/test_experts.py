@@ -224,6 +224,9 @@ def test_quantized(dtype: str, tolerance: float, tmp_path: Path, monkeypatch: py
     assert (found["QMoE"], found["MoE"], found["MatMul"]) == (2, 0, 2)  # the routers are not quantized
 
 
+CPU, CUDA = (ExpertKernels(**PROVIDERS[name].experts) for name in ("cpu", "cuda"))
+
+
 def lowered(dtype: torch.dtype, kernels: ExpertKernels, quantization: Quantization | None = None) -> Counter[Any]:
     """How many nodes of each operator the lowered decode graph has."""
     program = trace(tiny_moe(), dtype)
@@ -235,16 +238,15 @@ def lowered(dtype: torch.dtype, kernels: ExpertKernels, quantization: Quantizati
 
 def test_what_a_provider_cannot_quantize_stays_as_it_is() -> None:
     whole, partial = Quantization(4, 16), Quantization(4, 32)  # 48 is one and a half blocks of 32
-    cpu, cuda = PROVIDERS["cpu"].experts, PROVIDERS["cuda"].experts
-    assert lowered(torch.float32, cpu, whole)["QMoE"] == 2
-    for kernels, quantization in ((cpu, partial), (cuda, whole)):
+    assert lowered(torch.float32, CPU, whole)["QMoE"] == 2
+    for kernels, quantization in ((CPU, partial), (CUDA, whole)):
         found = lowered(torch.float32, kernels, quantization)
         assert (found["QMoE"], found["MoE"]) == (0, 2) and found["MatMulNBits"] > 0
 
 
 def test_cuda_computes_in_fp16() -> None:
     """Where the CPU's kernel takes fp32, and keeps its input for what follows."""
-    cuda, cpu = lowered(torch.float16, PROVIDERS["cuda"].experts), lowered(torch.float16, PROVIDERS["cpu"].experts)
+    cuda, cpu = lowered(torch.float16, CUDA), lowered(torch.float16, CPU)
     assert cuda["MoE"] == cpu["MoE"] == 2
     assert (cuda[aten.where.self], cpu[aten.where.self]) == (0, 2)
     assert cpu[aten.to.dtype] - cuda[aten.to.dtype] == 2 * 2  # a layer's tokens, and what its experts make of them
