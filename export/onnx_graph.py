@@ -175,10 +175,10 @@ def _name_dimensions(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch.onnx's progress lines and its warnings about packages that are not installed."""
+    """Without torch.onnx's progress lines, its warnings about missing packages, and the logs of what it is built on."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         warnings.catch_warnings(action="ignore"),
-        errors_only("torch.onnx"),
+        errors_only("torch.onnx", "onnxscript", "onnx_ir"),
     ):
         yield
