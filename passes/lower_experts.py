@@ -105,7 +105,7 @@ class LowerExperts(Pass):
             dtype=dtype,
             like=node,
         )
-        if self.kernels.overwrites_input and not quantization:
+        if self.kernels.overwrites_input and not quantization:  # x is read once more, so nothing may take its memory
             always = emit(graph, aten.full.default, [1], True, dtype=torch.bool, like=node)
             out = emit(graph, aten.where.self, always, out, x, like=node)
         total = emit(graph, aten.sum.dim_IntList, weights, [-1], True, like=node)
