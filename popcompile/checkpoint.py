@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, product
 
 import torch
@@ -36,8 +36,9 @@ class _Merged:
         """The parameter, from what `read` gives for a part's name. Takes twice its memory."""
         for pattern, names in self.sources.items():
             for name in names:
-                # annotated as a Future; callables are transformers' own way of synchronous loading
-                self.rule.add_tensor(self.target, name, pattern, partial(read, name))  # type: ignore[arg-type]
+                tensor: Future[Tensor] = Future()  # what transformers' loading threads would hand over
+                tensor.set_result(read(name))
+                self.rule.add_tensor(self.target, name, pattern, tensor)
         return next(iter(self.rule.convert(self.target).values()))
 
 
