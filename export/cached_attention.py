@@ -1,27 +1,24 @@
-"""Attention in two ways: a single token in place, several in blocks.
+"""Attention of several tokens: in blocks, over a cache that may have room behind its tokens.
 
 GroupQueryAttention appends new keys and values to the cache and attends to it. For one token per row that is all there
-is to do, and nothing is copied where past and present are one buffer. A prompt has better ways, so each attention
-becomes a choice:
+is to do, and nothing is copied where past and present are one buffer. A prompt has better ways:
 
     out, present = GroupQueryAttention(q, k, v, past)
-    =>  If there is one token: the same
-        else: cache = past[:before]
-              for blocks [begin, end) of tokens:
-                  out, cache = GroupQueryAttention(q[begin:end], k[begin:end], v[begin:end], cache)
-              present = Concat(cache, past[after:])
+    =>  cache = past[:before]
+        for blocks [begin, end) of tokens:
+            out, cache = GroupQueryAttention(q[begin:end], k[begin:end], v[begin:end], cache)
+        present = Concat(cache, past[after:])
 
-On the CPU the operator multiplies every query with every key that it is given and masks half of the products away;
-blocks over growing prefixes compute little more than the triangle. With a sliding window the cache is written first,
-and a block is given no keys but its window's of the cache, and no new ones, which the operator takes since ONNX Runtime
-1.27. The operator takes several tokens after a past for one row only, so a batch is one block.
+On the CPU the operator computes more than the triangle that a prompt needs: the whole square, or with its flash kernel
+up to tiles that grow with the CPU's cache. Blocks over growing prefixes compute little more than the triangle. With a
+sliding window the cache is written first, and a block is given no keys but its window's of the cache, and no new ones,
+which the operator takes since ONNX Runtime 1.27. The operator takes several tokens after a past for one row only, so a
+batch is one block.
 
     out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token
-    =>  If there is one token: GroupQueryAttention(q, k, v, past)
-        else: GroupQueryAttention(q, k, v, Concat(past[:before], projected, past[after:]))
+    =>  GroupQueryAttention(q, k, v, Concat(past[:before], projected, past[after:]))
 
-What only the projected keys and values need goes into the branch with them: the pruned prefill graph is a decoder as
-well, and computes no more than one. `past[after:]` is the room that a buffer has behind its tokens, and keeps.
+`past[after:]` is the room that a buffer has behind its tokens, and keeps.
 """
 
 from __future__ import annotations
@@ -37,33 +34,30 @@ _END = 2**62  # of a Slice: as far as there is something
 _INT32, _INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 
 
-def choose_by_tokens(model: ir.Model, block: int | None) -> int:
-    """Rewrite the attention of a graph in place; returns how many. Entries that none reads are written as well.
+def attend_to_prompts(model: ir.Model, block: int | None) -> bool:
+    """Rewrite the attention of a graph for several tokens, in place; returns whether anything had to be.
 
-    block: queries that attention of a prompt takes at a time; None leaves it to the operator.
+    block: queries that attention of a prompt takes at a time; None leaves it to the operator. Entries that no attention
+    reads are written as well.
     """
     graph = model.graph
     found = [n for n in graph if n.op_type == "GroupQueryAttention" and (block or _appended(n))]
     unread = [n for value in graph.outputs if (n := value.producer()) and n.op_type == "Concat"]
     if not found and not unread:
-        return 0
+        return False
     shared = _Shared(graph, block or 0)
     for attention in found:
-        emit = shared.emitter(f"{attention.name}/several_tokens")
-        past: Sequence[ir.Value | None] = attention.inputs[3:5]
+        emit = shared.emitter(str(attention.name))
         if appended := _appended(attention):
-            past, outputs = _attend_to_projected(shared, attention, appended, emit)
+            cache = [shared.write(emit, *node.inputs[:2]) for node in appended]
+            outputs = _like(emit, attention, *attention.inputs[:3], *cache, *attention.inputs[5:])
         else:
             outputs = _attend_in_blocks(shared, attention, emit)
-        _rewrite(shared, attention, past, emit, outputs)
-        graph.remove(appended, safe=True)
+        _rewrite(graph, [attention, *appended], emit, outputs)
     for append in unread:
         emit = shared.emitter(str(append.name))
-        present = shared.write(emit, *append.inputs[:2])
-        graph.insert_before(append, emit.nodes)
-        _replace(append.outputs[0], present)
-        graph.remove(append, safe=True)
-    return len(found)
+        _rewrite(graph, [append], emit, [shared.write(emit, *append.inputs[:2])])
+    return True
 
 
 def _appended(attention: ir.Node) -> list[ir.Node]:
@@ -88,15 +82,12 @@ class _Emitter:
         self.nodes.append(node)
         return node.outputs[0] if outputs is None else tuple(node.outputs)
 
-    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
-        return ir.Graph(list(inputs), list(outputs), nodes=self.nodes, name=self.prefix.rsplit("/", 1)[1])
-
 
 class _Shared:
     """What all layers need, computed once.
 
-    batch, tokens, before, after: B, S, T - S and T, [1] each. single: whether S is 1. size: queries of a whole block,
-    [1]. whole: how many there are before the last one, which may be shorter. last: where that begins, [1].
+    batch, tokens, before, after: B, S, T - S and T, [1] each. size: queries of a whole block, [1]. whole: how many
+    there are before the last one, which may be shorter. last: where that begins, [1].
     """
 
     def __init__(self, graph: ir.Graph, block: int) -> None:
@@ -107,7 +98,6 @@ class _Shared:
         self.tokens = emit("Shape", ids, start=1, end=2)
         self.after = emit("Shape", mask, start=1, end=2)
         self.before = emit("Sub", self.after, self.tokens)
-        self.single = emit("Squeeze", emit("Equal", self.tokens, [1]))
         if block:
             self.batch = emit("Shape", ids, start=0, end=1)
             self.size = emit("Where", emit("Equal", self.batch, [1]), [block], self.tokens)
@@ -136,32 +126,15 @@ class _Shared:
         return present
 
 
-def _rewrite(
-    shared: _Shared,
-    attention: ir.Node,
-    past: Sequence[ir.Value | None],
-    several: _Emitter,
-    outputs: Sequence[ir.Value],
-) -> None:
-    """Put a choice in an attention's place: itself over `past`, or `outputs`, which `several` has emitted."""
-    one = shared.emitter(f"{attention.name}/one_token")
-    in_place = _like(one, attention, *attention.inputs[:3], *past, *attention.inputs[5:])
-    emit = shared.emitter(str(attention.name))
-    branches: dict[str, Any] = {"then_branch": one.graph([], in_place), "else_branch": several.graph([], outputs)}
-    chosen = emit("If", shared.single, outputs=3, **branches)
-    shared.graph.insert_before(attention, emit.nodes)
-    for old, new, *alternatives in zip(attention.outputs, chosen, in_place, outputs, strict=True):
-        for value in alternatives:
-            value.type, value.shape = old.type, old.shape
-        _replace(old, new)
-    shared.graph.remove(attention, safe=True)
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    """Put a value in another one's place, under its name."""
-    new.type, new.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name, new.name = None, old.name
+def _rewrite(graph: ir.Graph, nodes: Sequence[ir.Node], emit: _Emitter, outputs: Sequence[ir.Value]) -> None:
+    """Put what was emitted in the place of nodes, whose first one's outputs are now `outputs`, under their names."""
+    first = nodes[0]
+    graph.insert_before(first, emit.nodes)
+    for old, new in zip(first.outputs, outputs, strict=True):
+        new.type, new.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old.name, new.name = None, old.name
+    graph.remove(nodes, safe=True)
 
 
 def _like(emit: _Emitter, attention: ir.Node, *inputs: ir.Value | None) -> Any:
@@ -178,32 +151,7 @@ def _width(value: ir.Value | None, dimension: int) -> int:
     return width
 
 
-# --- the boundary token ----------------------------------------------------------------------------------------
-
-
-def _attend_to_projected(
-    shared: _Shared, attention: ir.Node, appended: Sequence[ir.Node], emit: _Emitter
-) -> tuple[list[ir.Value | None], Sequence[ir.Value]]:
-    """The graph's own past of a boundary token, and its attention over the projected cache."""
-    pairs = [node.inputs[:2] for node in appended]
-    moved = _needed_only_by(shared.graph, appended)
-    shared.graph.remove(moved)
-    emit.nodes.extend(moved)
-    cache = [shared.write(emit, past, projected) for past, projected in pairs]
-    return [past for past, _ in pairs], _like(emit, attention, *attention.inputs[:3], *cache, *attention.inputs[5:])
-
-
-def _needed_only_by(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[ir.Node]:
-    """What is computed for these nodes and nothing else, in order."""
-    inside = set(nodes)
-    for node in reversed(graph):
-        users = [user for value in node.outputs for user, _ in value.uses()]
-        if users and inside.issuperset(users) and not any(value.is_graph_output() for value in node.outputs):
-            inside.add(node)
-    return [node for node in graph if node in inside and node not in nodes]
-
-
-# --- the prompt ------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------------------
 
 
 def _attend_in_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Sequence[ir.Value]:
@@ -258,7 +206,8 @@ class _Blocks:
         out.type, out.shape = output.type, ir.Shape([None, None, _width(output, 2)])
         for new, old in zip(longer, cache, strict=True):
             new.type, new.shape = old.type, old.shape
-        return emit.graph([number, go_on, *cache], [emit("Identity", go_on), *longer, out])
+        outputs = [emit("Identity", go_on), *longer, out]
+        return ir.Graph([number, go_on, *cache], outputs, nodes=emit.nodes, name="block")
 
     def attend(self, emit: _Emitter, begin: ir.Value, end: ir.Value, cache: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """Attention of queries [begin, end), [1] each, and what it leaves to the next block."""

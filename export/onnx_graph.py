@@ -1,7 +1,7 @@
-"""One lowered FX graph -> one ONNX graph.
+"""The lowered FX graphs of a program -> ONNX graphs.
 
-All decisions were made by passes; this file writes the graph down with torch.onnx. Parameters are fake tensors and come
-out as initializers without a value, which weights.py then points into the package's external data file.
+All decisions were made by passes; this file writes the graphs down with torch.onnx. Parameters are fake tensors and
+come out as initializers without a value, which weights.py then points into the package's external data file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -27,10 +27,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from popcompile.loading import errors_only
+from popcompile.passes import Program
 from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 
-from .cached_attention import choose_by_tokens
+from .branches import choose_by_tokens
+from .cached_attention import attend_to_prompts
 from .providers import PROVIDERS
 
 OPSET = 21
@@ -46,11 +48,27 @@ def output_names(num_layers: int) -> list[str]:
     return ["logits", *(f"present.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value"))]
 
 
-def to_onnx(gm: fx.GraphModule, num_layers: int, stage: str, provider: str) -> ir.Model:
-    """The graph of a stage as an ONNX model whose parameters have no value yet. provider: one of PROVIDERS."""
+def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str, ir.Model]:
+    """The graphs of stages as ONNX models whose parameters have no value yet. provider: one of PROVIDERS.
+
+    A graph whose attention is rewritten for several tokens becomes one of two branches, beside the whole model as it is
+    for a single one (branches.py).
+    """
+    decode = _export(program, "decode")
+    models = {}
+    for stage in stages:
+        model = decode.clone() if stage == "decode" else _export(program, stage)
+        rewritten = attend_to_prompts(model, PROVIDERS[provider].query_block)
+        models[stage] = choose_by_tokens(decode.clone(), model) if rewritten else model
+    return models
+
+
+def _export(program: Program, stage: str) -> ir.Model:
+    """The graph of a stage, written down."""
+    gm, num_layers = program.graphs[stage], program.num_layers
     with _quiet():
         exported = _reexport(gm)
-        program = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             exported,
             input_names=input_names(num_layers),
             output_names=output_names(num_layers),
@@ -59,8 +77,8 @@ def to_onnx(gm: fx.GraphModule, num_layers: int, stage: str, provider: str) -> i
             optimize=False,
             verbose=False,
         )
-    assert program is not None
-    model: ir.Model = program.model
+    assert onnx_program is not None
+    model: ir.Model = onnx_program.model
     model.graph.name = stage
     parameters = {n: v for n, v in model.graph.initializers.items() if _is_fake(v.const_value)}
     for value in parameters.values():
@@ -77,7 +95,6 @@ def to_onnx(gm: fx.GraphModule, num_layers: int, stage: str, provider: str) -> i
     NameFixPass()(model)
     _leave_out_statistics(model)
     _name_dimensions(model)
-    choose_by_tokens(model, PROVIDERS[provider].query_block)
     return model
 
 

@@ -160,11 +160,9 @@ def convert(
                 f"{source.name}: {source.config.model_type} has a structure that popcompile does not know ({error});"
                 " it supports decoders of attention and feed-forward layers"
             ) from error
-        models = {}
         files = LAYOUTS[layout]
-        for i, stage in enumerate(files.graphs):
-            report_progress("export", i, len(files.graphs))
-            models[stage] = to_onnx(program.graphs[stage], program.num_layers, stage, provider)
+        report_progress("export", 0, 1)
+        models = to_onnx(program, files.graphs, provider)
         data = folder / files.weights
         hashes = {files.weights: _write_weights(data, models, program, checkpoint, source.name, report_progress)}
         for stage, file in files.graphs.items():

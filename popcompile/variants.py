@@ -98,8 +98,7 @@ class Variants:
                 f"{out}: the package's files cannot be put there ({error.strerror}); set TMPDIR to a folder on the disk"
                 " that the package is on"
             ) from error
-        for stage in stages:
-            model = to_onnx(program.graphs[stage], program.num_layers, stage, manifest.provider)
+        for stage, model in to_onnx(program, stages, manifest.provider).items():
             self._unpack_projections(model, program)
             point_to_file(model, out / manifest.weights, self._placements)
             ir.save(model, out / manifest.graphs[stage])

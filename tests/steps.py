@@ -101,7 +101,7 @@ def assert_close(actual: list[list[Tensor]], expected: list[list[Tensor]], toler
 
 def run_onnx(folder: Path, step: Step, stage: str, model: PreTrainedModel, inputs: list[Inputs]) -> list[Result]:
     program, weights = step.program, model.state_dict()
-    onnx_model = to_onnx(program.graphs[stage], program.num_layers, stage, "cpu")
+    onnx_model = to_onnx(program, [stage], "cpu")[stage]
     write_weights(folder / "weights.onnx.data", {stage: onnx_model}, program, lambda name: weights[name])
     onnx_ir.save(onnx_model, folder / f"{stage}.onnx")
     options = onnxruntime.SessionOptions()

@@ -212,7 +212,7 @@ def kinds(graph: Iterable[Node]) -> Counter[str]:
 def test_what_the_operators_take_over(family: str) -> None:
     """RoPE where heads are wide enough, one product for q, k and v where no norm is between, residual additions."""
     program = compiled(family)[1]["LastCleanup"].program
-    decode = to_onnx(program.graphs["decode"], program.num_layers, "decode", "cuda").graph
+    decode = to_onnx(program, ["decode"], "cuda")["decode"].graph
     found = kinds(decode)
     layers, norms = program.num_layers, "gemma3" in family
     assert found["RotaryEmbedding"] == (2 * layers if "small" in family else 0)
@@ -223,18 +223,27 @@ def test_what_the_operators_take_over(family: str) -> None:
     assert found["SimplifiedLayerNormalization"] == 1 + (4 * layers if norms else 0)
 
 
-@pytest.mark.parametrize(("provider", "stage", "choices"), [("cpu", "prefill", 3), ("cpu", "decode", 3),
-                                                            ("cuda", "prefill", 1), ("cuda", "decode", 0)])  # fmt: skip
-def test_attention_of_one_token_is_a_branch(provider: str, stage: str, choices: int) -> None:
-    """Blocks are a choice of the provider; projected keys and values are made in the other branch on each."""
+@pytest.mark.parametrize(
+    ("provider", "stage", "chosen"),
+    [("cpu", "prefill", True), ("cpu", "decode", True), ("cuda", "prefill", True), ("cuda", "decode", False)],
+)
+def test_one_token_is_a_branch(provider: str, stage: str, chosen: bool) -> None:
+    """One choice for the whole graph, where its attention is rewritten: in blocks, which are the provider's affair, or
+    over projected keys and values. A single token then runs through the whole model and nothing else.
+    """
     program = compiled("gemma3")[1]["LastCleanup"].program
-    graph = to_onnx(program.graphs[stage], program.num_layers, stage, provider).graph
-    assert kinds(graph)["If"] == choices and kinds(graph)["GroupQueryAttention"] == 3 - choices
-    branches = [n for n in graph if n.op_type == "If"]
-    for node in branches:
-        assert kinds(node.attributes["then_branch"].as_graph()) == {"GroupQueryAttention": 1}
-    projected = [kinds(n.attributes["else_branch"].as_graph())["MatMul"] for n in branches]
-    assert sum(projected) == (2 if stage == "prefill" else 0)
+    graph = to_onnx(program, [stage], provider)[stage].graph
+    if not chosen:
+        assert "If" not in kinds(graph) and kinds(graph)["GroupQueryAttention"] == 3
+        return
+    assert kinds(graph) == {"Shape": 1, "Equal": 1, "Squeeze": 1, "If": 1}
+    one, several = (graph[-1].attributes[name].as_graph() for name in ("then_branch", "else_branch"))
+    assert kinds(one)["GroupQueryAttention"] == kinds(several)["GroupQueryAttention"] == 3
+    assert not {"If", "Loop", "Slice", "GatherElements"} & set(kinds(one)) and "If" not in kinds(several)
+    # keys and values of the prompt in the one pruned layer of three
+    assert kinds(several)["MatMul"] - kinds(one)["MatMul"] == (2 if stage == "prefill" else 0)
+    assert kinds(several)["Loop"] == (0 if provider == "cuda" else 2 if stage == "prefill" else 3)
+    assert not one.initializers and not several.initializers
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
