@@ -34,6 +34,7 @@ from popcompile.passes.ops import REFERENCE
 from .branches import choose_by_tokens
 from .cached_attention import attend_to_prompts
 from .providers import PROVIDERS
+from .widen_products import widen_products
 
 OPSET = 21
 
@@ -54,12 +55,16 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
     A graph whose attention is rewritten for several tokens becomes one of two branches, beside the whole model as it is
     for a single one (branches.py).
     """
+    chosen = PROVIDERS[provider]
     decode = _export(program, "decode")
     models = {}
     for stage in stages:
         model = decode.clone() if stage == "decode" else _export(program, stage)
-        rewritten = attend_to_prompts(model, PROVIDERS[provider].query_block)
-        models[stage] = choose_by_tokens(decode.clone(), model) if rewritten else model
+        if attend_to_prompts(model, chosen.query_block):
+            model = choose_by_tokens(decode.clone(), model)
+        if not chosen.fp16_products:
+            widen_products(model)
+        models[stage] = model
     return models
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx_ir
 import pytest
 import torch
 from conftest import tiny_gemma3, tiny_llama, tiny_model
@@ -64,6 +65,18 @@ def test_fp16(tmp_path: Path) -> None:
         expected = model(ids).logits
     # fp16 has 11 bits; sums over 64 features and three layers lose a few of them
     torch.testing.assert_close(loaded(ids).logits.float(), expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_fp16_weights_are_widened_once(stage: str, tmp_path: Path) -> None:
+    """Not in a branch, where ONNX Runtime would do it at every run."""
+    tiny_model(tiny_gemma3()).save_pretrained(tmp_path / "model")
+    popcompile.convert(tmp_path / "model", tmp_path / "out", layers="1", kv_projection="layer", dtype="fp16")
+    graph = onnx_ir.load(tmp_path / "out" / f"{stage}.onnx").graph
+    products = [node for node in graph.all_nodes() if node.op_type in ("MatMul", "FusedMatMul")]
+    widened = {node.inputs[0].name: node.outputs[0] for node in graph if node.op_type == "Cast"}
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"} <= set(widened) <= set(graph.initializers)
+    assert products and {node.inputs[1] for node in products} == set(widened.values())
 
 
 def test_random_weights_need_only_a_config(checkpoint: Path, tmp_path: Path) -> None:

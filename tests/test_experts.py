@@ -57,10 +57,10 @@ def test_operator() -> None:
     torch.manual_seed(0)
     config = tiny_moe()
     config._experts_implementation = "eager"
-    module = Qwen3MoeExperts(config)
+    module = Qwen3MoeExperts(config).double()  # the order of sums then matters to no CPU
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3)
-    x, scores = torch.randn(9, HIDDEN, requires_grad=True), torch.randn(9, EXPERTS, requires_grad=True)
+    x, scores = (torch.randn(9, n, dtype=torch.float64, requires_grad=True) for n in (HIDDEN, EXPERTS))
     weights, index = scores.softmax(-1).topk(CHOSEN)
     inputs = (x, scores, *module.parameters())
     ours = ops.REFERENCE[ops.experts](x, module.gate_up_proj, module.down_proj, index, weights)
