@@ -23,8 +23,8 @@ tokenizer = Tokenizer.from_file(str(package / "tokenizer.json"))
 ids = tokenizer.encode(prompt).ids
 room = (1, manifest["num_kv_heads"], len(ids) + new_tokens, manifest["head_size"])
 binding = session.io_binding()
-for name in manifest["inputs"][2:]:
-    cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(room, np.float32))
+caches = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(room, np.float32)) for name in manifest["inputs"][2:]}
+for name, cache in caches.items():  # `caches` keeps the memory, the binding does not
     binding.bind_ortvalue_input(name, cache)
     binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
 
