@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -225,10 +225,12 @@ def test_the_decode_gate_is_the_boundary_tokens(family: str) -> None:
     last = torch.ones(LAYERS, 2)
     last[-1, 0] = 0.5
     by_decode, by_last = run_gated(gm, inputs, decode)[0], run_gated(gm, inputs, last)[0]
+    # an expert's product is of all tokens that chose it, and rounds as many of them do together
+    same = partial(torch.testing.assert_close, rtol=0, atol=1e-5 if "moe" in family else 0)
     for row, length in enumerate(LENGTHS):
-        assert torch.equal(by_decode[row, : length - 1], full[row, : length - 1])
+        same(by_decode[row, : length - 1], full[row, : length - 1])
         assert (by_decode[row, length - 1] - full[row, length - 1]).abs().max() > 0.1
-        assert torch.equal(by_last[row, length - 1], full[row, length - 1])
+        same(by_last[row, length - 1], full[row, length - 1])
         assert (by_last[row, : length - 1] - full[row, : length - 1]).abs().max() > 0.1
 
 
