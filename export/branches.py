@@ -25,7 +25,7 @@ def choose_by_tokens(one: ir.Model, several: ir.Model) -> ir.Model:
     """
     inputs, outputs = _like(several.graph.inputs), _like(several.graph.outputs)
     graph = ir.Graph(inputs, [], nodes=[], opset_imports=several.opset_imports, name=several.graph.name)
-    constant = ir.Value(name="one", const_value=ir.tensor([1], dtype=ir.DataType.INT64, name="one"))
+    constant = ir.Value(name="/tokens/one", const_value=ir.tensor([1], dtype=ir.DataType.INT64))
     graph.register_initializer(constant)
     _fix_tokens(one.graph, constant)
     then, other = _branch(graph, "one_token", one.graph), _branch(graph, "several_tokens", several.graph)
@@ -49,7 +49,7 @@ def _like(values: Sequence[ir.Value]) -> list[ir.Value]:
 def _fix_tokens(graph: ir.Graph, count: ir.Value) -> None:
     """Put a constant [1] in the place of the number of tokens, for ONNX Runtime to fold what follows from it."""
     for node in graph:
-        if node.op_type == "Shape" and node.inputs[0] is graph.inputs[0] and node.attributes["start"].as_int() == 1:
+        if node.op_type == "Shape" and node.inputs[0] is graph.inputs[0] and node.attributes.get_int("start", 0) == 1:
             ir.convenience.replace_all_uses_with(node.outputs[0], count)
             graph.remove(node, safe=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,21 @@ def test_second_session_adds_no_weights(low_memory: bool, smollm2: Pair) -> None
     runtime.feed(ids, runtime.new_cache(1), "decode")
     weights = (smollm2.package / smollm2.model.manifest.weights).stat().st_size
     assert anonymous_bytes() - before < 0.1 * weights
+
+
+@needs_proc
+def test_weights_are_packed_once(smollm2: Pair) -> None:
+    """Prompts and tokens are branches of one session, which read the same. In a process that has freed nothing yet."""
+    code = (
+        "import sys, torch; from pathlib import Path; from test_runtime import Runtime, anonymous_bytes\n"
+        "before = anonymous_bytes(); runtime = Runtime(Path(sys.argv[1])); cache = runtime.new_cache(1)\n"
+        "for length in (20, 1): runtime.feed([torch.arange(5, 5 + length)], cache, 'prefill')\n"
+        "print(anonymous_bytes() - before)"
+    )
+    command = [sys.executable, "-c", code, str(smollm2.package)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, check=True)
+    weights = (smollm2.package / smollm2.model.manifest.weights).stat().st_size
+    assert 0.7 * weights < int(done.stdout) < 1.2 * weights
 
 
 @needs_proc
