@@ -14,6 +14,7 @@ class Provider:
     multiplied with quantized weights. genai_options: provider_options of a session in genai_config.json.
     query_block: queries that the attention of a long prompt takes at a time (cached_attention.py); None: all.
     accuracy_level: MatMulNBits' attribute, 4 lets it multiply in int8, which the CPU's kernels are made for.
+    int8_products: whether there are kernels for w8a8 (passes/quantize_dynamic.py).
     fp16_products: whether MatMul has a kernel for fp16 (widen_products.py).
     experts: arguments of ExpertKernels (passes/lower_experts.py).
     """
@@ -24,6 +25,7 @@ class Provider:
     genai_options: list[dict[str, Any]] = field(default_factory=list)
     query_block: int | None = None
     accuracy_level: int = 0
+    int8_products: bool = False
     fp16_products: bool = True
     experts: dict[str, bool] = field(default_factory=dict)
 
@@ -35,6 +37,7 @@ PROVIDERS = {
         ("fp32", "fp16"),
         query_block=128,
         accuracy_level=4,
+        int8_products=True,
         fp16_products=False,
         # MoE before ONNX Runtime 1.32 returns zeros where its memory is its input's
         experts={"fp32_only": True, "quantized": True, "overwrites_input": True},

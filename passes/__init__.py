@@ -27,6 +27,7 @@ from .normalize import Normalize
 from .pack_qkv import PackQKV
 from .prune_lm_head import PruneLMHead
 from .prune_prefill import PrunePrefill
+from .quantize_dynamic import QuantizeDynamic
 from .quantize_linear import Quantization, QuantizeLinear
 from .split_stages import SplitStages
 from .widen_logits import WidenLogits
@@ -85,7 +86,8 @@ def lowering(quantization: Quantization | None = None, experts: ExpertKernels | 
         LowerRotaryEmbedding(),
         LowerRMSNorm(),
         FuseSkipRMSNorm(),
-        *([] if quantization is None else [QuantizeLinear(quantization)]),
+        *([QuantizeDynamic()] if quantization and quantization.dynamic else []),
+        *([QuantizeLinear(quantization)] if quantization else []),
         LowerLinear(),
         LowerExperts(experts or ExpertKernels(), quantization),
         FoldParameters(),

@@ -63,7 +63,7 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
     if onnx_op_type(node) == "MatMulNBits":
         x, attributes = shape(onnx_inputs(node)[0]), attributes_of(node)
         return mm_flop((product(x[:-1]), attributes["K"]), (attributes["K"], attributes["N"]))
-    if name == "aten.matmul.default" or onnx_op_type(node) in ("MatMul", "FusedMatMul"):
+    if name == "aten.matmul.default" or onnx_op_type(node) in ("MatMul", "FusedMatMul", "MatMulIntegerToFloat"):
         a, b = (shape(n) for n in node.all_input_nodes[:2])
         out = shape(node)
         return mm_flop((product(out[:-1]), a[-1]), (a[-1], out[-1])) if b else 0

@@ -12,7 +12,7 @@ Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.m
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -34,11 +34,13 @@ class Quantization:
     """bits: 4 or 8. block_size: input features that share a scale, a power of two from 16.
 
     accuracy_level: the operator's attribute; 4 lets it multiply in int8, 0 takes the activations' own type.
+    dynamic: most linear layers multiply in int8, with a scale for every token (quantize_dynamic.py).
     """
 
     bits: int
     block_size: int = 32
     accuracy_level: int = 0
+    dynamic: bool = False
 
 
 def _weight_shape(weight: Tensor, bits: int, block_size: int) -> Tensor:
@@ -118,7 +120,14 @@ class QuantizeLinear(Pass):
         assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
         values, scales = emit_quantized(graph, weight, self.quantization, node)
         outputs, inputs = shape_of(weight)
-        attributes = {"K": inputs, "N": outputs, **asdict(self.quantization)}
+        scheme = self.quantization
+        attributes = {
+            "K": inputs,
+            "N": outputs,
+            "bits": scheme.bits,
+            "block_size": scheme.block_size,
+            "accuracy_level": scheme.accuracy_level,
+        }
         out = emit_onnx(
             graph,
             f"{CONTRIB}::MatMulNBits",

@@ -116,14 +116,17 @@ def _add_convert(commands: Any) -> None:
         help="split (default): prefill.onnx and decode.onnx; unified: model.onnx, for runtimes that load one graph",
     )
     parser.add_argument(
-        "--dtype", metavar="TYPE", help="fp32, fp16, bf16, int8 or int4 (default: fp32 on cpu, fp16 on cuda)"
+        "--dtype",
+        metavar="TYPE",
+        help="fp32, fp16, bf16, int8, int4 or w8a8 (default: fp32 on cpu, fp16 on cuda); int8 and int4 round weights,"
+        " w8a8 multiplies in int8, for prompts on the CPU",
     )
     parser.add_argument(
         "--block-size",
         metavar="N",
         type=int,
         default=32,
-        help="of int8 and int4: inputs that share a scale (default 32)",
+        help="of int8, int4 and w8a8: inputs that share a scale (default 32)",
     )
     parser.add_argument(
         "--provider",

@@ -100,10 +100,10 @@ def convert(
     320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
     activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or "bf16" on CUDA; with "int8" and
-    "int4" the weights of linear layers are quantized in blocks of block_size input features. provider: what the graphs
-    are lowered for and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and
-    decode.onnx, or "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the
-    weights first.
+    "int4" the weights of linear layers are quantized in blocks of block_size input features, and with "w8a8", on the
+    CPU, most of these layers multiply in int8, with a scale for every token. provider: what the graphs are lowered for
+    and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or
+    "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
     `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
     """
     out = Path(out)

@@ -11,7 +11,8 @@ from popcompile.export.providers import PROVIDERS
 from popcompile.passes import ExpertKernels, Quantization
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_BITS = {"int8": 8, "int4": 4}
+#: of weights; w8a8 multiplies with activations in int8 too
+_BITS = {"int8": 8, "int4": 4, "w8a8": 8}
 PRECISIONS = (*_FLOATS, *_BITS)
 
 #: input features that share a scale: less error, or fewer scales
@@ -49,7 +50,12 @@ def precision(name: str, provider: str, block_size: int) -> Precision:
     experts = ExpertKernels(**choices.experts)
     if name in _FLOATS:
         return Precision(_FLOATS[name], experts=experts)
+    if name == "w8a8" and not choices.int8_products:
+        able = " or ".join(other for other, provider_choices in PROVIDERS.items() if provider_choices.int8_products)
+        raise PopcompileError(
+            f"--dtype w8a8: ONNX Runtime has kernels for it on {able}, none on {provider}; choose int8"
+        )
     if block_size not in BLOCK_SIZES:
         raise PopcompileError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
-    quantization = Quantization(_BITS[name], block_size, choices.accuracy_level)
+    quantization = Quantization(_BITS[name], block_size, choices.accuracy_level, dynamic=name == "w8a8")
     return Precision(_FLOATS[choices.dtypes[0]], quantization, experts)

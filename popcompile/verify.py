@@ -19,7 +19,7 @@ from popcompile.package import Manifest, check_external_data, check_files, read_
 from popcompile.runtime import Runtime, Stage
 
 #: largest difference of two logits or cache entries, relative to the largest value, that rounding explains
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-2}
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-2, "w8a8": 0.15}
 _PROMPT = 33
 
 

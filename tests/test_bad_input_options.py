@@ -52,11 +52,15 @@ def test_a_process_ends_as_main_says() -> None:
 
 
 CHOICES = [
-    (["--dtype", "fp64"], "--dtype fp64: unknown; choose one of fp32, fp16, bf16, int8, int4"),
+    (["--dtype", "fp64"], "--dtype fp64: unknown; choose one of fp32, fp16, bf16, int8, int4, w8a8"),
     (["--dtype", "bf16"], "--dtype bf16: ONNX Runtime's attention has no kernels for it on cpu; choose fp32 or fp16"),
     (
         ["--provider", "cuda", "--dtype", "fp32"],
         "--dtype fp32: ONNX Runtime's attention has no kernels for it on cuda; choose fp16 or bf16",
+    ),
+    (
+        ["--provider", "cuda", "--dtype", "w8a8"],
+        "--dtype w8a8: ONNX Runtime has kernels for it on cpu, none on cuda; choose int8",
     ),
     (["--dtype", "int4", "--block-size", "48"], "--block-size 48: choose one of 16, 32, 64, 128, 256"),
     (["--dtype", ""], "--dtype : unknown; choose one of"),

@@ -240,7 +240,9 @@ def test_calibration_leaves_the_boundary_token_and_decode_alone(family: str) -> 
     assert not find(program.graphs["decode"], role="bypass")
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization(bits=4, block_size=16)])
+@pytest.mark.parametrize(
+    "quantization", [None, Quantization(bits=4, block_size=16), Quantization(bits=8, dynamic=True)]
+)
 def test_both_stages_read_the_same_initializers(quantization: Quantization | None) -> None:
     """The boundary token takes decode's weights: the package holds them once."""
     program = copy_of(three_layers().program)

@@ -30,6 +30,7 @@ from popcompile.passes.normalize import Normalize
 from popcompile.passes.pack_qkv import PackQKV
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.prune_prefill import PrunePrefill
+from popcompile.passes.quantize_dynamic import QuantizeDynamic
 from popcompile.passes.quantize_linear import Quantization, QuantizeLinear
 from popcompile.passes.split_stages import SplitStages
 from popcompile.passes.widen_logits import WidenLogits
@@ -217,6 +218,10 @@ BREACHES = {
     "LowerExperts, after": Breach(lower_experts, add_experts, "experts are left", ensures=True),
     "WidenLogits": Breach(WidenLogits, use_before_definition, "was used before it has been defined"),
     "WidenLogits, after": Breach(WidenLogits, round_logits, "the logits are in bf16", ensures=True),
+    "QuantizeDynamic": Breach(
+        QuantizeDynamic, use_before_definition, "was used before it has been defined", at="LowerLinear"
+    ),
+    "QuantizeDynamic, after": Breach(QuantizeDynamic, nothing, "a linear of a layer", ensures=True, at="Cleanup"),
     "QuantizeLinear": Breach(quantize, use_before_definition, "was used before it has been defined", at="LowerLinear"),
     "QuantizeLinear, after": Breach(quantize, nothing, "a linear is left", ensures=True, at="Cleanup"),
     "FoldParameters": Breach(FoldParameters, use_before_definition, "was used before it has been defined"),

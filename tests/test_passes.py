@@ -52,7 +52,7 @@ def expected_graphs(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.config.getoption("--update-graphs"):
         GRAPHS.mkdir(exist_ok=True)
         for old in GRAPHS.glob("*.txt"):
-            if not old.name.startswith("calibrated-"):  # those are test_calibrated_passes.py's
+            if not old.name.startswith(("calibrated-", "quantized-")):  # those are of the files of tests of those names
                 old.unlink()
         for name in PASSES:
             for file, text in changed_texts(llama_steps(), name).items():

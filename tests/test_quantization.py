@@ -1,4 +1,8 @@
-"""int8 and int4: the model with rounded weights, each stored once for both graphs."""
+"""int8 and int4: the model with rounded weights, each stored once for both graphs; w8a8: with integer products.
+
+The texts in tests/graphs/quantized-Pass.decode.txt are of the tiny Llama of test_passes.py, `--update-graphs` rewrites
+them; the graph before them is that after FuseSkipRMSNorm.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,17 @@ import pytest
 import torch
 from conftest import tiny_gemma3, tiny_llama, tiny_model
 from reference import pop_prefill
+from steps import GRAPHS, llama_steps, numbered
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 import popcompile
 from popcompile.export.providers import PROVIDERS
 from popcompile.package import read_manifest
-from popcompile.passes.quantize_linear import quantized_weight, weight_scales
+from popcompile.passes import PassManager
+from popcompile.passes.printing import print_graph
+from popcompile.passes.quantize_dynamic import QuantizeDynamic, feature_scales, int8_weight
+from popcompile.passes.quantize_linear import Quantization, QuantizeLinear, quantized_weight, weight_scales
 from popcompile.runtime import Runtime
 from popcompile.variants import Variants
 from popcompile.verify import verify
@@ -93,6 +101,107 @@ def save(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     model = tiny_model(config)
     model.save_pretrained(folder)
     return model
+
+
+class DynamicLinear(torch.nn.Module):
+    """A linear layer of integers: a scale for every output feature, and one for every token."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        largest = linear.weight.abs().amax(1)
+        self.weight, self.bias, self.scales = (
+            (linear.weight / largest[:, None] * 127).round(),
+            linear.bias,
+            largest / 127,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        product = torch.nn.functional.linear((x / scale).round().double(), self.weight.double())
+        out = product.float() * self.scales * scale
+        return out if self.bias is None else out + self.bias
+
+
+def dynamic(model: PreTrainedModel) -> PreTrainedModel:
+    """transformers' model with integer products in its layers, but for queries, keys, values and the head: these, and
+    an embedding that is tied to it, are rounded in blocks.
+    """
+    result = quantized(model, 8, 16)
+    for layer, original in zip(result.model.layers, model.model.layers, strict=True):
+        for path in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            parent, _, name = path.partition(".")
+            setattr(getattr(layer, parent), name, DynamicLinear(original.get_submodule(path)))
+    return result
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_w8a8_is_the_model_with_integer_products(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt, and a second one after it. Where float rounding tips an activation to the next integer, a token's
+    logits are off by what rounding costs: few may be.
+    """
+    exact = replace(PROVIDERS["cpu"], accuracy_level=0)  # of what is in blocks
+    monkeypatch.setitem(PROVIDERS, "cpu", exact)
+    model = save(CONFIGS[family], tmp_path / "model")
+    options = {"kv_projection": "layer", "dtype": "w8a8", "block_size": 16}
+    popcompile.convert(tmp_path / "model", tmp_path / "out", layers="1", **options)
+    graph = onnx_ir.from_proto(onnx.load(tmp_path / "out" / "decode.onnx", load_external_data=False).graph)
+    kinds = [node.op_type for node in graph.all_nodes()]
+    in_blocks = 3 * (3 if family == "gemma3" else 1) + 1  # of each branch: queries, keys and values, packed or not
+    assert (kinds.count("MatMulIntegerToFloat"), kinds.count("MatMulNBits")) == (2 * 3 * 4, 2 * in_blocks)
+    expected, loaded = dynamic(model), popcompile.load(tmp_path / "out")
+    ids = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        errors = (loaded(ids).logits - expected(ids).logits).abs().amax(-1)[0]
+        without = (model(ids).logits - expected(ids).logits).abs().amax(-1)[0]
+    assert errors.median() < 2e-3 < 0.02 < without.median()
+    first = loaded(ids[:, :12], prefill="pop")
+    second = loaded(ids[:, 12:], past_key_values=first.past_key_values, prefill="pop")
+    papers, cache = pop_prefill(expected, ids[:, :12], PRUNED)
+    again, cache = pop_prefill(expected, ids[:, 12:], PRUNED, cache)
+    for ours, theirs in ((first.logits, papers), (second.logits, again)):
+        assert (ours - theirs).abs().max() < 0.5 * float(without.median())
+
+
+def test_w8a8_weights_are_rounded_within_their_feature() -> None:
+    weight = torch.randn(24, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 24)[:, None]
+    weight[7] = 0
+    values, scales = int8_weight(weight), feature_scales(weight)
+    assert (values.shape, values.dtype, scales.dtype) == ((200, 24), torch.int8, torch.float32)
+    error = (values.T * scales[:, None] - weight).abs()
+    assert (error <= 0.501 * scales[:, None]).all()
+    assert (values.abs().amax(0) == 127).sum() == 23 and not values[:, 7].any()
+
+
+def test_w8a8_tokens_do_not_depend_on_their_neighbours(tmp_path: Path) -> None:
+    """Bit for bit: a row beside another one, a prompt with another token at its end, and a token of zeros."""
+    model = save(CONFIGS["llama"], tmp_path / "model")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] *= 1e4
+        model.model.embed_tokens.weight[6] = 0
+    model.save_pretrained(tmp_path / "model")
+    popcompile.convert(tmp_path / "model", tmp_path / "out", prune=0, dtype="w8a8", kv_projection="layer")
+    runtime = Runtime(tmp_path / "out")
+
+    def keys(*rows: list[int]) -> list[Tensor]:
+        cache = runtime.new_cache(len(rows))
+        runtime.feed([torch.tensor(row) for row in rows], cache, "decode")
+        assert all(tensor.isfinite().all() for tensor in cache.tensors())
+        return [tensor[0, :, :3] for tensor in cache.tensors()]
+
+    alone = keys([1, 2, 3, 4])
+    for others in ([[1, 2, 3, 5]], [[1, 2, 3, 6]], [[1, 2, 3, 4], [5, 6, 7, 8]]):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(keys(*others), alone, strict=True))
+
+
+@pytest.mark.parametrize("name", ["QuantizeDynamic", "QuantizeLinear"])
+def test_graph_after(name: str, request: pytest.FixtureRequest) -> None:
+    program = llama_steps()["FuseSkipRMSNorm"].copy()
+    passes = {"QuantizeDynamic": QuantizeDynamic(), "QuantizeLinear": QuantizeLinear(Quantization(bits=4))}
+    PassManager([passes[name]]).run(program)
+    text, file = print_graph(program.graphs["decode"], "decode"), GRAPHS / f"quantized-{name}.decode.txt"
+    if request.config.getoption("--update-graphs"):
+        file.write_text(text, encoding="utf-8")
+    assert numbered(text).splitlines() == numbered(file.read_text(encoding="utf-8")).splitlines()
 
 
 def test_int4_as_it_is_by_default(tmp_path: Path) -> None:
