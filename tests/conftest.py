@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bad_input import Cli, popcompile, save_model
+from filelock import FileLock
 from torch import Tensor, fx
 from transformers import (
     AutoModelForCausalLM,
@@ -180,14 +182,22 @@ def package(tiny_package: Path, tmp_path: Path) -> Path:
 
 # --- real models -----------------------------------------------------------------------------------------------
 
+THIRD = {"prune": "1/3", "kv_projection": "layer"}
 
-def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFactory) -> Path:
-    """A package of a real model, a third pruned; taken from the environment while developing."""
+
+def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFactory, **options: Any) -> Path:
+    """A package of a real model, converted once for all of pytest-xdist's workers; taken from the environment while
+    developing.
+    """
     if ready := os.environ.get(variable):
         return Path(ready)
-    out = factory.mktemp("packages") / name
-    convert(model, out, prune="1/3", kv_projection="layer")
-    return out
+    run = factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "real-packages"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        if not (folder / name).is_dir():
+            convert(model, folder / name, **options)
+    return folder / name
 
 
 @pytest.fixture(scope="session")
@@ -204,19 +214,17 @@ def gemma_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _package("smollm2", "POPCOMPILE_TEST_SMOLLM2", sample_model("smollm2"), tmp_path_factory)
+    return _package("smollm2", "POPCOMPILE_TEST_SMOLLM2", sample_model("smollm2"), tmp_path_factory, **THIRD)
 
 
 @pytest.fixture(scope="session")
 def unified_package(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 in one graph, calibrated: quickly, with a few texts and steps."""
-    if ready := os.environ.get("POPCOMPILE_TEST_UNIFIED"):
-        return Path(ready)
-    out = tmp_path_factory.mktemp("packages") / "unified"
-    convert(smollm2_checkpoint, out, layers="20-29", calibration_texts=12, refinement_steps=3, layout="unified")
-    return out
+    few = {"calibration_texts": 12, "refinement_steps": 3}
+    variable, options = "POPCOMPILE_TEST_UNIFIED", {"layers": "20-29", "layout": "unified", **few}
+    return _package("unified", variable, smollm2_checkpoint, tmp_path_factory, **options)
 
 
 @pytest.fixture(scope="session")
 def gemma_package(gemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _package("gemma", "POPCOMPILE_TEST_GEMMA", gemma_checkpoint, tmp_path_factory)
+    return _package("gemma", "POPCOMPILE_TEST_GEMMA", gemma_checkpoint, tmp_path_factory, **THIRD)
