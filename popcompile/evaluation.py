@@ -102,18 +102,22 @@ def evaluate(
     report = progress or (lambda *_: None)
 
     with contextlib.ExitStack() as stack:
-        runtime = Runtime(stack.enter_context(with_full_model(Path(folder))), provider=provider)
-        expected = runtime
+        complete = stack.enter_context(with_full_model(Path(folder)))
+        runtime = Runtime(complete, provider=provider)
+        # quantized weights take the kernels that answers take: those that are packed also round activations
+        whole = Runtime(complete, provider=provider, main="decode") if manifest.block_size else runtime
+        expected = whole
         if reference is not None:
             _require_same_model(Path(reference), manifest)
-            expected = Runtime(stack.enter_context(with_full_model(Path(reference))), provider=provider)
+            other = stack.enter_context(with_full_model(Path(reference)))
+            expected = Runtime(other, provider=provider, main="decode")
         samples = _windows(Path(folder), manifest, documents, prompts, prompt_tokens + continuation_tokens, seed)
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True))
         encoders = {"pop": Encoder(runtime, "prefill")}
         if baselines:
             encoders |= _compile_baselines(runtime.folder, manifest, Path(temporary), provider, report)
         if reference is not None:
-            encoders["full"] = Encoder(runtime, "decode")
+            encoders["full"] = Encoder(whole, "decode")
         full = Encoder(expected, "decode")
         scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
         total, done = sum(len(w) for w in samples.values()), 0
@@ -207,13 +211,19 @@ def _windows(
 def _compile_baselines(
     folder: Path, manifest: Manifest, temporary: Path, provider: str, progress: Progress
 ) -> dict[str, Encoder]:
-    """Variants of the package by name, in `temporary`. They share its weights: low_memory packs no copies of them."""
+    """Variants of the package by name, in `temporary`. They share its weights: low_memory packs no copies of them,
+    except of quantized ones, which are small, and for which packed kernels are others.
+    """
     progress("variants", 0, 1)
     variants = Variants(folder)
     paths = {"dropped": variants.drop(temporary / "dropped", manifest.pruned)}
     if manifest.kv_projection != "layer":
         paths["layer"] = variants.prune(temporary / "layer", manifest.pruned)
-    return {name: Encoder(Runtime(path, provider=provider, low_memory=True), "prefill") for name, path in paths.items()}
+    packed = manifest.block_size > 0
+    return {
+        name: Encoder(Runtime(path, provider=provider, low_memory=not packed), "prefill")
+        for name, path in paths.items()
+    }
 
 
 def _compare(
