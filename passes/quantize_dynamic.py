@@ -8,9 +8,8 @@ times as many as those of fp32, or those of weights in blocks (quantize_linear.p
 Scales of tokens are taken at run time: a token with outliers costs the others nothing, and what is computed for one
 does not depend on its neighbours, as it would with DynamicQuantizeMatMul, which has one scale for all.
 
-Left to QuantizeLinear is what makes queries, keys and values, where rounding costs most (of SmolLM2, a sixth of the
-products and half the loss), and the LM head, which multiplies one row and may share its weight with the embedding.
-Routers are left to LowerLinear.
+Left to QuantizeLinear is what makes queries, keys and values, where rounding activations costs most, and the LM head,
+which multiplies one row and may share its weight with the embedding. Routers are left to LowerLinear.
 Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulintegertofloat
 """
 

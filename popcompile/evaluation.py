@@ -104,8 +104,8 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         complete = stack.enter_context(with_full_model(Path(folder)))
         runtime = Runtime(complete, provider=provider)
-        # quantized weights take the kernels that answers take: those that are packed also round activations
-        whole = Runtime(complete, provider=provider, main="decode") if manifest.block_size else runtime
+        # a session of its own where packed kernels, which answers take, compute something else than unpacked ones
+        whole = Runtime(complete, provider=provider, main="decode") if manifest.quantized else runtime
         expected = whole
         if reference is not None:
             _require_same_model(Path(reference), manifest)
@@ -219,11 +219,8 @@ def _compile_baselines(
     paths = {"dropped": variants.drop(temporary / "dropped", manifest.pruned)}
     if manifest.kv_projection != "layer":
         paths["layer"] = variants.prune(temporary / "layer", manifest.pruned)
-    packed = manifest.block_size > 0
-    return {
-        name: Encoder(Runtime(path, provider=provider, low_memory=not packed), "prefill")
-        for name, path in paths.items()
-    }
+    mapped = not manifest.quantized
+    return {n: Encoder(Runtime(path, provider=provider, low_memory=mapped), "prefill") for n, path in paths.items()}
 
 
 def _compare(

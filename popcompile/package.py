@@ -82,6 +82,11 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are: kernels that pack them then round activations as well, those that do not may not."""
+        return self.block_size > 0
+
     def to_json(self) -> str:
         content = asdict(self)
         return json.dumps(content | {_CHECKSUM: _checksum(content)}, indent=2) + "\n"

@@ -68,7 +68,7 @@ def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:
     """
     runtime = Runtime(folder, provider=provider, low_memory=True)
     allowed = TOLERANCE[manifest.dtype]
-    for seed in range(_TRIES if manifest.block_size else 1):
+    for seed in range(_TRIES if manifest.quantized else 1):
         worst = _difference(folder, runtime, provider, seed)
         if worst <= allowed:
             return worst

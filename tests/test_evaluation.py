@@ -10,6 +10,7 @@ import random
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from test_drop_layers import without_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
+import popcompile.evaluation
 from popcompile.cli import main
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
@@ -252,7 +254,7 @@ def test_baselines_of_another_projection_in_fp16(
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_another_package_as_the_reference(files: list[Path], tmp_path: Path) -> None:
+def test_another_package_as_the_reference(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of int4: what pruning and rounding cost together, and rounding alone."""
     save_tiny(tmp_path / "model", tiny_llama(vocab_size=128, max_position_embeddings=64, num_hidden_layers=3))
     packages = {}
@@ -271,6 +273,9 @@ def test_another_package_as_the_reference(files: list[Path], tmp_path: Path) -> 
     assert f"against {packages['fp32']}'s full model" in text and "this package, nothing pruned" in text
     itself = evaluate(packages["fp32"], files[:1], reference=packages["fp32"], **SIZES)
     assert next(iter(itself["texts"].values())) == alone["fp32"]
+    monkeypatch.setattr(popcompile.evaluation, "Runtime", partial(Runtime, low_memory=True))
+    (mapped,) = evaluate(packages["int4"], files[:1], reference=packages["fp32"], **SIZES)["baselines"]["full"].values()
+    assert mapped["first_token_kl_mean"] != rounded["first_token_kl_mean"]  # packed kernels round activations too
 
 
 def test_a_reference_of_another_model(tiny: tuple[PreTrainedModel, Path], files: list[Path], tmp_path: Path) -> None:
