@@ -34,6 +34,7 @@ from popcompile.passes.ops import REFERENCE
 from .branches import choose_by_tokens
 from .cached_attention import attend_to_prompts
 from .providers import PROVIDERS
+from .shapes import settle_shapes
 from .widen_products import widen_products
 
 OPSET = 21
@@ -82,20 +83,21 @@ def _export(program: Program, stage: str) -> ir.Model:
             optimize=False,
             verbose=False,
         )
-    assert onnx_program is not None
-    model: ir.Model = onnx_program.model
-    model.graph.name = stage
-    parameters = {n: v for n, v in model.graph.initializers.items() if _is_fake(v.const_value)}
-    for value in parameters.values():
-        value.const_value = None
-    for rewrite in (
-        CommonSubexpressionEliminationPass(),
-        IdentityEliminationPass(),
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        RemoveUnusedNodesPass(),
-        RemoveUnusedOpsetsPass(),
-    ):
-        rewrite(model)
+        assert onnx_program is not None
+        model: ir.Model = onnx_program.model
+        model.graph.name = stage
+        parameters = {n: v for n, v in model.graph.initializers.items() if _is_fake(v.const_value)}
+        for value in parameters.values():
+            value.const_value = None
+        settle_shapes(model)
+        for rewrite in (
+            CommonSubexpressionEliminationPass(),
+            IdentityEliminationPass(),
+            LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            RemoveUnusedNodesPass(),
+            RemoveUnusedOpsetsPass(),
+        ):
+            rewrite(model)
     _name_nodes(model)
     NameFixPass()(model)
     _leave_out_statistics(model)

@@ -72,8 +72,9 @@ class LowerExperts(Pass):
             return value if value_of(value).dtype == to else emit(graph, aten.to.dtype, value, to, like=node)
 
         def log_weights() -> fx.Node:
-            tokens = emit_sizes(graph, index)[0]
-            none = emit(graph, aten.full.default, [tokens, count], _NOT_CHOSEN, dtype=torch.float32, like=node)
+            column = emit(graph, aten.slice.Tensor, index, 1, 0, 1, like=node)
+            none = emit(graph, aten.full_like.default, column, _NOT_CHOSEN, dtype=torch.float32, like=node)
+            none = emit(graph, aten.expand.default, none, [-1, count], like=node)
             chosen = emit(graph, aten.log.default, cast(weights, torch.float32), like=node)
             return cast(emit(graph, aten.scatter.src, none, 1, index, chosen, like=node), dtype)
 
