@@ -27,6 +27,7 @@ from popcompile.bench_process import WorkerProcess
 from popcompile.bench_subjects import Subject, find_peers, package_subject, require_runtime
 from popcompile.conversion import Progress
 from popcompile.errors import PopcompileError
+from popcompile.gpu import gpu_name
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
 from popcompile.runtime import find_provider
 from popcompile.variants import Variants
@@ -56,11 +57,13 @@ def bench(
     every subject; None: the machine's cores. runtime: of packages, the full model's among them: popcompile's, or
     onnxruntime-genai, in which its model builder's folders run as well.
 
-    Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "subjects", "ratios", "warnings", "seconds"}.
+    Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "gpu", "subjects", "ratios", "warnings",
+    "seconds"}.
     A subject: {"name", "kind", "path", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths": [{"tokens",
     "first_token" of every row, and of each of MEASURES {"seconds" by turn, "median", "half_spread",
     "tokens_per_second"}}]}. "prefill" is the call of the graph, "time_to_first_token" also the making of a cache and
     the picking of the token; "anonymous" and "peak" are the most anonymous and the most resident memory of its process.
+    With the provider cuda "gpu" is the GPU's name, and in "memory" what the process took of its memory.
     A ratio: the median of "over" by that of "pop", of each measure.
     Raises PopcompileError for what cannot be measured, and where a process ends.
     """
@@ -102,6 +105,7 @@ def bench(
         "settings": settings,
         "versions": _versions(),
         "cpu": _cpu(),
+        "gpu": gpu_name() if provider == "cuda" else None,
         "subjects": subjects,
         "ratios": _ratios(subjects),
         "warnings": warnings + _other_first_tokens(workers, manifest),
@@ -153,6 +157,8 @@ class _Measured(WorkerProcess):
         reply = self.ask({"load": self.subject.to_json(), "provider": provider, "threads": threads})
         self._load_seconds = reply["seconds"]
         self._memory = {"anonymous": reply["anonymous"], "peak": None}
+        if provider == "cuda":
+            self._memory["gpu"] = reply["gpu"]
 
     def turn(self, length: int, ids: list[list[int]], steps: int, *, warm_up: bool) -> None:
         """One prompt, ids [batch, length], and `steps` tokens after it."""
@@ -164,6 +170,8 @@ class _Measured(WorkerProcess):
         for name in ("anonymous", "peak"):
             if reply[name] is not None:
                 self._memory[name] = max(reply[name], self._memory[name] or 0)
+        if "gpu" in self._memory:  # which ONNX Runtime keeps
+            self._memory["gpu"] = (self._memory["gpu"] or 0) + reply["gpu"]
 
     def to_json(self, batch: int, steps: int) -> dict[str, Any]:
         rows = []

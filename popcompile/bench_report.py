@@ -11,12 +11,13 @@ def bench_text(result: dict[str, Any]) -> str:
     """The result of `bench.bench` for a terminal."""
     settings, versions = result["settings"], result["versions"]
     genai = f", onnxruntime-genai {versions['onnxruntime_genai']}" if _uses_genai(result) else ""
+    gpu = f"{result['gpu']}, " if result["gpu"] else ""
     rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
     head = "\n".join(
         (
             f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
             f" {result['num_layers']} layers",
-            f"{settings['runtime']}, {settings['provider']}, threads: {settings['threads']}, {result['cpu']};"
+            f"{settings['runtime']}, {settings['provider']}, {gpu}threads: {settings['threads']}, {result['cpu']};"
             f" onnxruntime {versions['onnxruntime']}{genai}",
             f"median ± half the spread of {settings['repeats']} turns, subjects alternating{rows};"
             f" {settings['decode_tokens']} tokens decoded after each prompt",
@@ -71,8 +72,9 @@ def _memory(result: dict[str, Any]) -> str:
         [subject["name"], *map(_megabytes, subject["memory"].values()), f"{subject['load_seconds']:.1f}"]
         for subject in result["subjects"]
     ]
-    headers = ["subject", "anonymous memory, at most, MB", "resident, at most, MB", "loaded in, s"]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
+    kinds = ["anonymous memory, at most, MB", "resident, at most, MB", *(["on the GPU, MB"] if result["gpu"] else [])]
+    headers = ["subject", *kinds, "loaded in, s"]
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(kinds) + 1)))
 
 
 def _megabytes(size: int | None) -> str:

@@ -2,10 +2,12 @@
 
 Requests and replies are JSON, a line each, on stdin and stdout. What libraries print on stdout goes to stderr.
 
-    {"load": subject, "provider", "threads"}      -> {"seconds", "anonymous"}                        (bytes)
+    {"load": subject, "provider", "threads"}      -> {"seconds", "anonymous", "gpu"}                 (bytes)
     {"turn": ids, "steps"}                        -> {"prefill", "time_to_first_token", "decode"}    (seconds)
-    {"warm_up": ids, "steps"}                     -> {"first_token", "anonymous", "peak"}
+    {"warm_up": ids, "steps"}                     -> {"first_token", "anonymous", "peak", "gpu"}
     whatever fails                                -> {"error": one line, "mendable": whether it says how}
+
+"gpu" is what the request took of the GPU's memory while no other process asked for any.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 from popcompile.bench_runners import Runner, open_runner
 from popcompile.errors import PopcompileError
+from popcompile.gpu import gpu_bytes
 from popcompile.resident import AnonymousPeak, anonymous_bytes, peak_bytes
 
 
@@ -48,13 +51,15 @@ class _Worker:
         return self._turn(request["turn"], request["steps"])
 
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
-        started = time.perf_counter()
+        self._on_gpu = request["provider"] == "cuda"
+        taken, started = self._gpu_bytes(), time.perf_counter()
         self._runner: Runner = open_runner(request["load"], request["provider"], request["threads"])
-        return {"seconds": time.perf_counter() - started, "anonymous": anonymous_bytes()}
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "anonymous": anonymous_bytes(), "gpu": self._gpu_bytes() - taken}
 
     def _warm_up(self, ids: list[list[int]], steps: int) -> dict[str, Any]:
         """A turn whose time does not count; its memory does."""
-        runner, prompt = self._runner, self._runner.encode(ids)
+        runner, prompt, taken = self._runner, self._runner.encode(ids), self._gpu_bytes()
         with AnonymousPeak() as anonymous:
             runner.begin(prompt, steps)
             runner.prefill(prompt)
@@ -63,7 +68,8 @@ class _Worker:
             for _ in range(steps):
                 runner.step()
             runner.end()
-        return {"first_token": first, "anonymous": anonymous.bytes, "peak": peak_bytes()}
+        memory = {"anonymous": anonymous.bytes, "peak": peak_bytes(), "gpu": self._gpu_bytes() - taken}
+        return {"first_token": first, **memory}
 
     def _turn(self, ids: list[list[int]], steps: int) -> dict[str, float]:
         runner, prompt = self._runner, self._runner.encode(ids)
@@ -80,6 +86,9 @@ class _Worker:
         done = time.perf_counter()
         runner.end()
         return {"prefill": encoded - given, "time_to_first_token": picked - began, "decode": done - picked}
+
+    def _gpu_bytes(self) -> int:
+        return (gpu_bytes() or 0) if self._on_gpu else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import ctypes.util
 import io
 import mmap
 import os
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS, Provider
+from popcompile.gpu import has_gpu
 from popcompile.loading import one_line
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
 
@@ -164,7 +164,10 @@ class SharedWeights:
                 raise PopcompileError(f"{tensor.name} lies outside the weights file; convert the model again")
             array = self._file[start:end].view(dtype).reshape(shape)
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)  # numpy has no bf16
-            self._values[key] = _on_device(value, self._device)
+            if self._device != value.device_name():
+                # an initializer may not own its memory: what comes by DLPack does not, and keeps its source
+                value = ort.OrtValue.from_dlpack(_on_device(value, self._device))
+            self._values[key] = value
         return self._values[key]
 
     def release_pages(self) -> None:
@@ -187,7 +190,7 @@ def find_provider(name: str) -> Provider:
             f"provider {name}: this onnxruntime {ort.__version__} has no {provider.name};"
             ' pip uninstall onnxruntime, then pip install onnxruntime-gpu, or use provider="cpu"'
         )
-    if name == "cuda" and not _has_cuda_device():
+    if name == "cuda" and not has_gpu():
         raise PopcompileError(
             'provider cuda: no NVIDIA GPU with a working driver was found; install the driver, or use provider="cpu"'
         )
@@ -204,17 +207,6 @@ def _unusable(provider: Provider, reason: str) -> str:
         f"provider {provider.device}: onnxruntime {ort.__version__} cannot use it ({reason}); pip install"
         ' "onnxruntime-gpu[cuda,cudnn]" for the libraries of CUDA, or use provider="cpu"'
     )
-
-
-def _has_cuda_device() -> bool:
-    """Ask the driver, for ONNX Runtime itself lists CUDA wherever it was built with it."""
-    name = "nvcuda.dll" if os.name == "nt" else ctypes.util.find_library("cuda") or "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(name)
-        count = ctypes.c_int()
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    except (OSError, AttributeError):
-        return False
 
 
 def _load_cuda_libraries() -> None:

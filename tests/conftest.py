@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read once, when PyTorch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -220,14 +220,14 @@ def test_providers(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(popcompile.runtime._has_cuda_device(), reason="says what happens without a GPU")
+@pytest.mark.skipif(popcompile.gpu.has_gpu(), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """One line, and nothing of ONNX Runtime's own on stdout or stderr."""
     if "CUDAExecutionProvider" not in popcompile.runtime.ort.get_available_providers():
         pytest.skip("this onnxruntime is built without CUDA")
     with pytest.raises(PopcompileError, match="no NVIDIA GPU"):
         load(smollm2.package, provider="cuda")
-    monkeypatch.setattr(popcompile.runtime, "_has_cuda_device", lambda: True)  # as with a GPU, but no CUDA libraries
+    monkeypatch.setattr(popcompile.runtime, "has_gpu", lambda: True)  # as with a GPU, but no CUDA libraries
     with pytest.raises(PopcompileError, match="cannot use it"):
         load(smollm2.package, provider="cuda")
     assert capfd.readouterr() == ("", "")

@@ -1,0 +1,91 @@
+"""The CUDA provider's side of packages, as far as that can be seen without a GPU (fake_gpu.py): that ONNX Runtime has
+kernels for every operator, that their host code takes the shapes, that nothing comes back to the host in between, and
+that sessions share the weights. Numbers need a GPU: examples/bench_shapes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_gpu
+import pytest
+from conftest import tiny_gemma3, tiny_llama, tiny_model, tiny_moe
+
+from popcompile import convert
+from popcompile.package import read_manifest
+
+if reason := fake_gpu.why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+#: what ONNX Runtime computes on the CPU for any provider, for it is about shapes
+SHAPES = {"Add", "Cast", "Concat", "Equal", "Expand", "Mul", "Reshape", "Squeeze", "Sub"}
+CONFIGS = {"llama": tiny_llama(num_hidden_layers=3), "gemma3": tiny_gemma3(), "moe": tiny_moe()}
+PACKAGES = {
+    "llama-fp16": {},
+    "llama-int4": {"dtype": "int4", "layout": "unified"},
+    "gemma3-bf16": {"dtype": "bf16"},
+    "moe-fp16": {"layout": "unified"},
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return fake_gpu.build(tmp_path_factory.mktemp("fake-gpu"))
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_model(CONFIGS[request.param.partition("-")[0]]).save_pretrained(folder / "model")
+    options = {"layers": "1", "kv_projection": "layer", "provider": "cuda"} | PACKAGES[request.param]
+    convert(folder / "model", folder / "out", **options)
+    return folder / "out"
+
+
+def run(environment: dict[str, str], *command: str | Path) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, *map(str, command)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+SCRIPT = Path(__file__).with_name("on_fake_gpu.py")
+
+
+def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> None:
+    done = run(environment, SCRIPT, "place", compiled)
+    places = re.split(r"Node\(s\) placed on \[(\w+)\]", done.stderr)[1:]
+    operators = {
+        provider: set(re.findall(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", text))
+        for provider, text in zip(places[::2], places[1::2], strict=True)
+    }
+    assert operators["CPUExecutionProvider"] <= SHAPES
+    assert "GroupQueryAttention" in operators["CUDAExecutionProvider"]
+    assert "MemcpyToHost" not in operators["CUDAExecutionProvider"]
+    assert done.stderr.count("Using user supplied initializer") == int(done.stdout)
+
+
+def test_answers(compiled: Path, environment: dict[str, str]) -> None:
+    shapes = json.loads(run(environment, SCRIPT, "answer", compiled).stdout.splitlines()[-1])
+    assert shapes[:3] == [[1, 15], [1, 24], [3, 13]]
+    assert shapes[3:] in ([], [[1, 15], [1, 12, 64]])
+
+
+def test_genai(compiled: Path, environment: dict[str, str]) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    assert run(environment, SCRIPT, "genai", compiled).stdout.split() == ["15"]
+
+
+@pytest.mark.parametrize("compiled", ["llama-fp16"], indirect=True)
+def test_bench(compiled: Path, environment: dict[str, str]) -> None:
+    few = ("--lengths", "8", "--decode-tokens", "2", "--repeats", "1", "--batch", "2", "--json")
+    done = run(environment, "-m", "popcompile.cli", "bench", compiled, "--provider", "cuda", *few)
+    result = json.loads(done.stdout)
+    assert result["gpu"] == "fake_gpu.c"
+    weights = (compiled / read_manifest(compiled).weights).stat().st_size
+    assert [subject["name"] for subject in result["subjects"]] == ["pop", "full"]
+    assert all(subject["memory"]["gpu"] >= weights for subject in result["subjects"])
