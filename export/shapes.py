@@ -11,8 +11,6 @@ memory that others still read, and a batch of one became as large as its prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import RewriteRuleSet
@@ -25,10 +23,9 @@ def settle_shapes(model: ir.Model) -> None:
     """Replace computed shapes by constants where they are known, in place. What made them is left unused."""
     graph = model.graph
     for node in graph:
-        if node.op_type == "Shape" and "end" in node.attributes:
-            count = node.attributes["end"].as_int() - node.attributes.get_int("start", 0)
-            sizes = node.outputs[0]  # of a known rank, which the rules ask for
-            sizes.type, sizes.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([count])
+        count = node.attributes.get_int("end", 0) - node.attributes.get_int("start", 0)
+        if node.op_type == "Shape" and count == 1:  # of a known rank, which the rules ask for
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
     fold_constants(model)
     _RULES.apply_to_model(model)
     for number, node in enumerate(n for n in graph if n.op_type == "Reshape"):
@@ -36,21 +33,21 @@ def settle_shapes(model: ir.Model) -> None:
         output = node.outputs[0]
         if data is None or shape is None or shape.const_value is not None or not (data.shape and output.shape):
             continue
-        if sizes := _sizes(data.shape, output.shape):
-            constant = ir.Value(name=f"reshape_{number}", const_value=ir.tensor(sizes, dtype=ir.DataType.INT64))
+        if settled := _sizes(data.shape, output.shape):
+            constant = ir.Value(name=f"reshape_{number}", const_value=ir.tensor(settled, dtype=ir.DataType.INT64))
             graph.register_initializer(constant)
             node.replace_input_with(1, constant)
             node.attributes.pop("allowzero", None)
 
 
-def _sizes(before: Sequence[int | ir.SymbolicDim], after: Sequence[int | ir.SymbolicDim]) -> list[int] | None:
+def _sizes(before: ir.Shape, after: ir.Shape) -> list[int] | None:
     """Reshape's second input: 0 keeps a size that is free, one -1 is what remains. None where that does not say it."""
     sizes = []
     for place, size in enumerate(after):
         if isinstance(size, int):
             sizes.append(size)
-        elif place < len(before) and size == before[place]:
+        elif place < len(before) and size == before[place] and size != ir.SymbolicDim(None):
             sizes.append(0)
         else:
             sizes.append(-1)
-    return sizes if sizes.count(-1) <= 1 else None
+    return sizes if sizes.count(-1) <= 1 and 0 not in after else None
