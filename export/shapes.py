@@ -5,8 +5,9 @@ keeps the sizes that are free, which it can be told by zeros:
 
     Reshape(x [batch, tokens, 64], Concat(Shape.., Shape.., [4], [16]))  =>  Reshape(x, [0, 0, 4, 16])
 
-What remains takes sizes from where they are. (In a branch, with CUDA's provider, ONNX Runtime 1.31 gave such scalars
-memory that others still read, and a batch of one became as large as its prompt.)
+What remains takes sizes from where they are. Such scalars are where ONNX Runtime's reuse of memory goes wrong, too: in
+a branch, with CUDA, 1.31 gave one the memory of another that was still read, and a batch of one became as large as its
+prompt (seen with tests/fake_gpu.py; gone without reuse, as in microsoft/onnxruntime#21349).
 """
 
 from __future__ import annotations

@@ -88,6 +88,8 @@ def _difference(folder: Path, runtime: Runtime, provider: str, seed: int) -> flo
     runtime.feed([ids[0]], stepped, "prefill")
     stage: Stage = "decode" if "decode" in manifest.graphs else "prefill"
     expected = runtime.run(stage, ids[:, -1:], [length], stepped)  # anew, over its own slot
+    if logits.min() == logits.max():
+        raise PopcompileError(f"{folder}: its graphs compute nothing on {provider}: all logits are equal; report it")
     pairs = [(logits, expected), *zip(prefilled.tensors(), stepped.tensors(), strict=True)]
     worst = 0.0
     for one, other in pairs:

@@ -1,4 +1,4 @@
-"""Run by test_cuda.py, in a process that finds a GPU: python on_fake_gpu.py place|answer|genai PACKAGE"""
+"""Run by test_cuda.py, in a process that finds a GPU: python on_fake_gpu.py place|count|answer|genai PACKAGE"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx.external_data_helper import uses_external_data
 
 from popcompile import load
 from popcompile.package import read_manifest
-from popcompile.runtime import SharedWeights
+from popcompile.runtime import Runtime, SharedWeights
 
 
 def place(package: Path) -> None:
@@ -27,6 +27,18 @@ def place(package: Path) -> None:
     weights.add_to(options, graph)
     ort.InferenceSession(file, options, providers=["CUDAExecutionProvider"])
     print(sum(uses_external_data(tensor) for tensor in graph.initializer))
+
+
+def count(package: Path) -> None:
+    """Encode prompts of [rows, tokens, past], each between lines on stderr that say so."""
+    runtime = Runtime(package, provider="cuda")
+    for rows, tokens, past in ((1, 12, 0), (3, 9, 0), (1, 5, 8)):
+        cache = runtime.new_cache(rows)
+        if past:
+            runtime.feed([torch.ones(past, dtype=torch.int64)], cache, "prefill")
+        print(f"run {rows} {tokens} {past}", file=sys.stderr, flush=True)
+        runtime.feed([torch.ones(tokens, dtype=torch.int64)] * rows, cache, "prefill")
+        print("end", file=sys.stderr, flush=True)
 
 
 def answer(package: Path) -> None:
@@ -63,4 +75,4 @@ def genai(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"place": place, "answer": answer, "genai": genai}[sys.argv[1]](Path(sys.argv[2]))
+    {"place": place, "count": count, "answer": answer, "genai": genai}[sys.argv[1]](Path(sys.argv[2]))

@@ -69,6 +69,16 @@ def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> 
     assert done.stderr.count("Using user supplied initializer") == int(done.stdout)
 
 
+def test_numbers_of_tokens(compiled: Path, environment: dict[str, str]) -> None:
+    """The host's integers reach the GPU as they are: the prompt's last place, and the tokens before it."""
+    log = run(environment | {"FAKE_GPU_LOG": "1"}, SCRIPT, "count", compiled).stderr
+    runs = re.findall(r"^run \d+ (\d+) (\d+)$(.*?)^end$", log, re.MULTILINE | re.DOTALL)
+    assert len(runs) == 3
+    for tokens, past, copies in runs:
+        copied = {int(number) for number in re.findall(r"^copied (-?\d+)$", copies, re.MULTILINE)}
+        assert {int(tokens) - 1, int(past)} <= copied <= {int(tokens) - 1, int(past), 0, 1}
+
+
 def test_answers(compiled: Path, environment: dict[str, str]) -> None:
     shapes = json.loads(run(environment, SCRIPT, "answer", compiled).stdout.splitlines()[-1])
     assert shapes[:3] == [[1, 15], [1, 24], [3, 13]]
@@ -78,6 +88,14 @@ def test_answers(compiled: Path, environment: dict[str, str]) -> None:
 def test_genai(compiled: Path, environment: dict[str, str]) -> None:
     pytest.importorskip("onnxruntime_genai")
     assert run(environment, SCRIPT, "genai", compiled).stdout.split() == ["15"]
+
+
+@pytest.mark.parametrize("compiled", ["llama-fp16"], indirect=True)
+def test_verify_sees_that_nothing_computes(compiled: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "popcompile.cli", "verify", str(compiled), "--provider", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"popcompile: error: {compiled}: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("compiled", ["llama-fp16"], indirect=True)
