@@ -1,4 +1,4 @@
-"""The first NVIDIA GPU, asked through its driver.
+"""The first NVIDIA GPU, asked through its driver: ONNX Runtime does not say, and PyTorch may be a build without CUDA.
 
 https://docs.nvidia.com/cuda/cuda-driver-api/
 """

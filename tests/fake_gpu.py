@@ -25,16 +25,17 @@ _SOURCE = Path(__file__).with_name("fake_gpu.c")
 
 
 def why_not() -> str | None:
-    """Why there can be no fake GPU here."""
-    if missing := [tool for tool in ("gcc", "nm") if not shutil.which(tool)]:
-        return f"no {' and no '.join(missing)}"
+    """Why there can be no fake GPU here: not for what ONNX Runtime asks of CUDA, that is for `build` to know."""
     if not _PROVIDER.is_file():
-        return f"{_PROVIDER} is not there: ONNX Runtime without CUDA"
-    return None if _names().get(_RUNTIME) else f"ONNX Runtime asks for another CUDA than {_RUNTIME}"
+        return "the onnxruntime of this platform has no CUDA provider for Linux"
+    if missing := [tool for tool in ("gcc", "nm") if not shutil.which(tool)]:
+        return f"CUDA's libraries are compiled for these tests, and there is no {' and no '.join(missing)}"
+    return None
 
 
 def build(folder: Path) -> dict[str, str]:
     """Libraries in `folder`; returns the environment of a process that finds them."""
+    assert _names().get(_RUNTIME), f"fake_gpu.c has the structures of {_RUNTIME}, this ONNX Runtime asks for another"
     compiled = folder / "fake_gpu.o"
     _gcc("-c", "-o", compiled, _SOURCE)
     defined = set(re.findall(r"^(?:\w+ )+\*?(\w+)\(", _SOURCE.read_text(), re.MULTILINE))
