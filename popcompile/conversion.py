@@ -59,8 +59,8 @@ from popcompile.tracing import trace
 
 KV_PROJECTIONS = ("calibrated", "layer")
 
-#: tokens below which the whole model encodes a prompt in the time that the pruned one takes: both are bound by reading
-#: the weights then (README, "Short prompts")
+#: tokens below which the whole model encodes a prompt in about the time that the pruned one takes: both are bound by
+#: reading the weights then (README, "Short prompts")
 PREFILL_THRESHOLD = 16
 
 #: progress(step, done, total): done and total in the step's own unit

@@ -104,9 +104,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         complete = stack.enter_context(with_full_model(Path(folder)))
         runtime = Runtime(complete, provider=provider)
-        # a session of its own where packed kernels, which answers take, compute something else than unpacked ones
-        whole = Runtime(complete, provider=provider, main="decode") if manifest.quantized else runtime
-        expected = whole
+        expected = runtime
         if reference is not None:
             _require_same_model(Path(reference), manifest)
             other = stack.enter_context(with_full_model(Path(reference)))
@@ -117,7 +115,7 @@ def evaluate(
         if baselines:
             encoders |= _compile_baselines(runtime.folder, manifest, Path(temporary), provider, report)
         if reference is not None:
-            encoders["full"] = Encoder(whole, "decode")
+            encoders["full"] = Encoder(runtime, "decode")
         full = Encoder(expected, "decode")
         scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
         total, done = sum(len(w) for w in samples.values()), 0

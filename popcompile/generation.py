@@ -39,15 +39,22 @@ def load(
     """Load a package for generation with transformers' own `generate`.
 
     provider: "cpu" or "cuda". prefill: how `generate` encodes prompts: "pop" skips the pruned layers, "full" runs all
-    of them, "auto" takes "full" for prompts so short that pruning gains little. low_memory, threads: see `Runtime`.
+    of them, "auto" takes "full" for prompts so short that pruning gains nothing, where that costs nothing (see
+    `PopForCausalLM.choose_prefill`). low_memory, threads: see `Runtime`.
     Raises PopcompileError where the package is incomplete, was changed, or the provider cannot run here.
     """
     _require_prefill(prefill)
     main: Stage = "decode" if prefill == "full" else "prefill"
     runtime = Runtime(folder, provider=provider, main=main, low_memory=low_memory, threads=threads)
-    if prefill == "auto" and runtime.manifest.prefill_threshold:
+    if low_memory and runtime.manifest.quantized and runtime.provider.device == "cpu":
+        raise PopcompileError(
+            f"low_memory: {folder} has {runtime.manifest.dtype} weights, which ONNX Runtime's kernels take packed;"
+            " without that a token takes some 30 times as long. Leave it out"
+        )
+    model = PopForCausalLM(runtime, prefill)
+    if model.choose_prefill(1) == "full":
         runtime.open("decode")
-    return PopForCausalLM(runtime, prefill)
+    return model
 
 
 def _require_prefill(prefill: str) -> None:
@@ -206,12 +213,17 @@ class PopForCausalLM(_GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def choose_prefill(self, tokens: int, prefill: str | None = None) -> str:
-        """ "pop" or "full": how a prompt of `tokens` new tokens, its longest row's, is encoded."""
+        """ "pop" or "full": how a prompt of `tokens` new tokens, its longest row's, is encoded.
+
+        For "auto" a short one is bound by reading the weights, and all layers take no longer than fewer, unless they
+        have to be read from the session that packs no matrices, or packs them once more: "pop" there.
+        """
         prefill = self.prefill if prefill is None else prefill
         _require_prefill(prefill)
-        if prefill == "auto":
-            return "full" if tokens < self.manifest.prefill_threshold else "pop"
-        return prefill
+        if prefill != "auto":
+            return prefill
+        free = self.runtime.main == "decode" or not self.runtime.packs
+        return "full" if free and tokens < self.manifest.prefill_threshold else "pop"
 
     # --- generation --------------------------------------------------------------------------------------------
 

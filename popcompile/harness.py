@@ -59,8 +59,8 @@ def run_tasks(
     results: dict[str, Any] = {}
     with with_full_model(Path(folder)) as complete, _silent():
         manager = _find_tasks(tasks, include_path)
-        for prefill, main in PREFILLS.items():  # the main graph's kernels round otherwise, where weights are quantized
-            runtime = Runtime(complete, provider=provider, main=main)
+        runtime = Runtime(complete, provider=provider)
+        for prefill in PREFILLS:
             results[prefill] = _evaluate(PopForCausalLM(runtime, prefill), tokenizer, manager, tasks, limit, seed)
     return {
         "package": str(folder),

@@ -140,7 +140,7 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
 def _short_prompts(manifest: Manifest) -> list[tuple[str, str]]:
     if not manifest.prefill_threshold:
         return []
-    return [("short prompts", f"below {manifest.prefill_threshold} tokens the runtime takes the full prefill (auto)")]
+    return [("short prompts", f"below {manifest.prefill_threshold} tokens auto takes the full prefill on a GPU")]
 
 
 def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:

@@ -54,7 +54,8 @@ class Manifest:
     pruned: layers that prefill skips for context tokens.
     dtype, block_size: precision.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
-    prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto"); 0 for none.
+    prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto"), and it has
+        the whole model ready; 0 for none.
     layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
     files: {name: {"size", "sha256"}} of every other file in the package.
     """

@@ -227,9 +227,10 @@ class Runtime:
     main: the graph that is loaded at once and that single tokens go through: "prefill", or "decode" where prompts are
     encoded in full. On the CPU its session holds the matrices packed for their kernels. ONNX Runtime cannot share what
     is packed between sessions, so the other graph, opened when it is first asked for, reads the mapped weights as they
-    are. low_memory: let both do that, so that there is a single copy of them. (fp16 weights save nothing on the CPU,
-    where ONNX Runtime widens them to fp32 in every session.) threads: of each session on the CPU; None: as many as it
-    has cores.
+    are, unless they are quantized: then it packs its own, for unpacked ones are widened to fp32 at every call.
+    low_memory: let both read the mapped weights, so that there is a single copy of them. (fp16 weights save nothing on
+    the CPU, where ONNX Runtime widens them to fp32 in every session.) threads: of each session on the CPU; None: as
+    many as it has cores.
     """
 
     def __init__(
@@ -243,6 +244,7 @@ class Runtime:
     ) -> None:
         self.folder = Path(folder)
         self.main = main
+        self._low_memory = low_memory
         self._threads = threads
         self.manifest: Manifest = read_manifest(self.folder)
         self.provider = find_provider(provider)
@@ -251,24 +253,29 @@ class Runtime:
         self._weights = SharedWeights(self.folder / self.manifest.weights, self.provider.device)
         self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
         self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
-        self._sessions = {main: self._open(main, packed=not low_memory)}
-        session = self._sessions[main]
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        session = self.open(main)
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         #: of the logits
         self.dtype = _TYPES[types["logits"]]
         self._cache_dtype = _TYPES[types[self._cache_inputs[0]]]
-        if self.provider.device == "cpu":
-            self._weights.release_pages()
+
+    @property
+    def packs(self) -> bool:
+        """Whether the main graph's session has packed matrices, which the other graph's may lack or would add."""
+        return self.provider.device == "cpu" and not self._low_memory
 
     def open(self, stage: Stage) -> ort.InferenceSession:
         """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load, and
         where the package has none.
         """
         if stage not in self._sessions:
-            self._sessions[stage] = self._open(stage, packed=False)
+            self._sessions[stage] = self._open(stage)
+            if self.provider.device == "cpu":
+                self._weights.release_pages()
         return self._sessions[stage]
 
-    def _open(self, stage: str, packed: bool) -> ort.InferenceSession:
+    def _open(self, stage: str) -> ort.InferenceSession:
         if stage not in self.manifest.graphs:
             raise PopcompileError(
                 f"{self.folder}: has no graph of the full model, for it has the {self.manifest.layout} layout; convert"
@@ -279,8 +286,9 @@ class Runtime:
         options.log_severity_level = _SILENT if accelerated else _ERRORS
         options.intra_op_num_threads = self._threads or 0
         options.enable_mem_pattern = False  # of use where shapes come again, and every token has longer ones
-        if not packed:
+        if self._low_memory or not (stage == self.main or self.manifest.quantized):
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._low_memory or stage != self.main:
             # its threads, waiting actively for more, would take the cores from the main session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
         file = self.folder / self.manifest.graphs[stage]

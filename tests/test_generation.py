@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, TextIteratorStreamer
 
 from popcompile.errors import PopcompileError
-from popcompile.generation import PopForCausalLM
+from popcompile.generation import PopForCausalLM, load
 from popcompile.runtime import Runtime
 
 TEXTS = [
@@ -170,9 +170,12 @@ def test_streaming(smollm2: Pair) -> None:
 
 
 def test_auto_prefill(smollm2: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "full" below the threshold, "pop" from there, counted in new tokens of the longest row."""
-    model, threshold = smollm2.model, smollm2.model.manifest.prefill_threshold
+    """ "full" below the threshold, "pop" from there, in new tokens of the longest row; "pop" at any length where
+    one graph's matrices are packed.
+    """
+    model, threshold = load(smollm2.package, low_memory=True), smollm2.model.manifest.prefill_threshold
     assert threshold > 2
+    assert [smollm2.model.choose_prefill(n) for n in (1, threshold - 1, threshold)] == ["pop"] * 3
     assert [model.choose_prefill(n) for n in (1, threshold - 1, threshold)] == ["full", "full", "pop"]
     assert [model.choose_prefill(n, "full") for n in (1, threshold)] == ["full", "full"]
     stages: list[str] = []

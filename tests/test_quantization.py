@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 import popcompile
+from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
 from popcompile.package import read_manifest
 from popcompile.passes import PassManager
@@ -215,6 +216,20 @@ def test_int4_as_it_is_by_default(tmp_path: Path) -> None:
         exact = quantized(model, 4, 32)(ids).logits
     difference = (popcompile.load(tmp_path / "out")(ids).logits - exact).abs()
     assert 0 < difference.mean() < 0.02 * float(exact.abs().max())
+
+
+def test_both_sessions_take_packed_weights(tmp_path: Path) -> None:
+    """The one that is opened second too: unpacked weights are widened at every call, and activations not rounded."""
+    save(CONFIGS["llama"], tmp_path / "model")
+    out = tmp_path / "out"
+    popcompile.convert(tmp_path / "model", out, layers="1", kv_projection="layer", dtype="int4")
+    ids = [torch.randint(64, (20,), generator=torch.Generator().manual_seed(0))]
+    runtimes = [Runtime(out), Runtime(out, main="decode"), Runtime(out, low_memory=True)]
+    second, first, unpacked = (r.feed(ids, r.new_cache(1), "decode", every_token=True) for r in runtimes)
+    assert torch.equal(second, first)
+    assert not torch.equal(second, unpacked)
+    with pytest.raises(PopcompileError, match=r"low_memory: .* has int4 weights, .* take packed; .* Leave it out"):
+        popcompile.load(out, low_memory=True)
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
