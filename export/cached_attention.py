@@ -11,10 +11,10 @@ present are one buffer. A long prompt has better ways:
               present = Concat(cache, past[after:])
 
 On the CPU the operator computes more than the triangle that a prompt needs: the whole square, or with its flash kernel
-up to tiles that grow with the CPU's cache. Blocks over growing prefixes compute little more than the triangle. With a
-sliding window the cache is written first, and a block is given no keys but its window's of the cache, and no new ones,
-which the operator takes since ONNX Runtime 1.27. The operator takes several tokens after a past for one row only, so a
-batch is one block.
+up to tiles that grow with the CPU's cache. Blocks over growing prefixes compute little more than the triangle. Each
+copies the prefix before it, so blocks of long prompts are longer: there are at most 32. With a sliding window the cache
+is written first, and a block is given no keys but its window's of the cache, and no new ones, which the operator takes
+since ONNX Runtime 1.27. The operator takes several tokens after a past for one row only, so a batch is one block.
 
     out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token
     =>  GroupQueryAttention(q, k, v, Concat(past[:before], projected, past[after:]))
@@ -25,28 +25,30 @@ batch is one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
 from popcompile.passes.onnx_ops import CONTRIB
 
 _END = 2**62  # of a Slice: as far as there is something
+#: blocks of a prompt that is cut into longer ones than it has to be, at least
+_FEWEST = 16
 _INT32, _INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 
 
 def attend_to_prompts(model: ir.Model, block: int | None) -> bool:
     """Rewrite the attention of a graph for several tokens, in place; returns whether anything had to be.
 
-    block: queries that attention of a prompt takes at a time; None leaves it to the operator. Entries that no attention
-    reads are written as well.
+    block: queries that attention of a prompt takes at a time, at least; None leaves it to the operator. Entries that no
+    attention reads are written as well.
     """
     graph = model.graph
     found = [n for n in graph if n.op_type == "GroupQueryAttention" and (block or _appended(n))]
     unread = [n for value in graph.outputs if (n := value.producer()) and n.op_type == "Concat"]
     if not found and not unread:
         return False
-    shared = _Shared(graph, block or 0)
+    shared = _Shared(graph, block or 0, {_has_window(attention) for attention in found})
     for attention in found:
         emit = shared.emitter(str(attention.name))
         if appended := _appended(attention):
@@ -59,6 +61,10 @@ def attend_to_prompts(model: ir.Model, block: int | None) -> bool:
         emit = shared.emitter(str(append.name))
         _rewrite(graph, [append], emit, [shared.write(emit, *append.inputs[:2])])
     return True
+
+
+def _has_window(attention: ir.Node) -> bool:
+    return "local_window_size" in attention.attributes
 
 
 def _appended(attention: ir.Node) -> list[ir.Node]:
@@ -84,15 +90,24 @@ class _Emitter:
         return node.outputs[0] if outputs is None else tuple(node.outputs)
 
 
+class _Cut(NamedTuple):
+    """Of a prompt into blocks. size: queries of a whole one, [1]. whole: how many there are before the last one, which
+    may be shorter. last: where it begins, [1].
+    """
+
+    size: ir.Value
+    whole: ir.Value
+    last: ir.Value
+
+
 class _Shared:
     """What all layers need, computed once.
 
-    batch, tokens, before, after: B, S, T - S and T, [1] each. size: queries of a whole block, [1]. whole: how many
-    there are before the last one, which may be shorter. single: whether that is the only one. last: where it begins,
-    [1].
+    batch, tokens, before, after: B, S, T - S and T, [1] each. cuts: for attention with a window, and without.
+    single: whether there is one block.
     """
 
-    def __init__(self, graph: ir.Graph, block: int) -> None:
+    def __init__(self, graph: ir.Graph, block: int, windows: set[bool]) -> None:
         self.graph = graph
         self._constants: dict[str, ir.Value] = {}
         emit = self.emitter("/attention")
@@ -102,11 +117,17 @@ class _Shared:
         self.before = emit("Sub", self.after, self.tokens)
         if block:
             self.batch = emit("Shape", ids, start=0, end=1)
-            self.size = emit("Where", emit("Equal", self.batch, [1]), [block], self.tokens)
-            whole = emit("Div", emit("Sub", self.tokens, [1]), self.size)
-            self.whole, self.last = emit("Squeeze", whole), emit("Mul", whole, self.size)
-            self.single = emit("Equal", self.whole, 0)
+            self.cuts = {window: self._cut(emit, block, window) for window in sorted(windows)}
+            self.single = emit("Equal", next(iter(self.cuts.values())).whole, 0)
         graph.insert_before(graph[0], emit.nodes)
+
+    def _cut(self, emit: _Emitter, block: int, window: bool) -> _Cut:
+        size: Any = [block]
+        if not window:
+            size = emit("Mul", emit("Max", emit("Div", self.tokens, [_FEWEST * block]), [1]), size)
+        size = emit("Where", emit("Equal", self.batch, [1]), size, self.tokens)
+        whole = emit("Div", emit("Sub", self.tokens, [1]), size)
+        return _Cut(size, emit("Squeeze", whole), emit("Mul", whole, size))
 
     def emitter(self, prefix: str) -> _Emitter:
         return _Emitter(prefix, self._constant)
@@ -177,13 +198,14 @@ def _choose_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Seque
 
 def _attend_in_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Sequence[ir.Value]:
     """Attention of several tokens: output, present key, present value."""
-    blocks = (_WindowBlocks if "local_window_size" in attention.attributes else _Blocks)(shared, attention, emit)
+    window = _has_window(attention)
+    blocks, cut = (_WindowBlocks if window else _Blocks)(shared, attention, emit), shared.cuts[window]
     width = _width(attention.outputs[0], 2)
     *cache, whole = emit(
-        "Loop", shared.whole, True, *blocks.carried, outputs=len(blocks.carried) + 1, body=blocks.body()
+        "Loop", cut.whole, True, *blocks.carried, outputs=len(blocks.carried) + 1, body=blocks.body(cut.size)
     )
-    done = emit("Reshape", whole, emit("Concat", shared.batch, shared.last, [width], axis=0), allowzero=1)
-    last, *cache = blocks.attend(emit, shared.last, shared.tokens, cache)
+    done = emit("Reshape", whole, emit("Concat", shared.batch, cut.last, [width], axis=0), allowzero=1)
+    last, *cache = blocks.attend(emit, cut.last, shared.tokens, cache)
     return emit("Concat", done, last, axis=1), *blocks.present(emit, cache)
 
 
@@ -210,7 +232,7 @@ class _Blocks:
             for written, past in zip(cache, self.past, strict=True)
         ]
 
-    def body(self) -> ir.Graph:
+    def body(self, size: ir.Value) -> ir.Graph:
         """Of a Loop over whole blocks: (block, go on, *carried) -> (go on, *carried, output [B, size, width])."""
         emit = self.shared.emitter(f"{self.attention.name}/block")
 
@@ -222,8 +244,8 @@ class _Blocks:
         output, *_ = self.attention.outputs
         sizes = [None, _width(self.past[0], 1), None, _width(self.past[0], 3)]
         cache = [state(f"past_{i}", output.dtype, sizes) for i, _ in enumerate(self.carried)]
-        begin = emit("Mul", number, self.shared.size)
-        out, *longer = self.attend(emit, begin, emit("Add", begin, self.shared.size), cache)
+        begin = emit("Mul", number, size)
+        out, *longer = self.attend(emit, begin, emit("Add", begin, size), cache)
         out.type, out.shape = output.type, ir.Shape([None, None, _width(output, 2)])
         for new, old in zip(longer, cache, strict=True):
             new.type, new.shape = old.type, old.shape

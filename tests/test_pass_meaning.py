@@ -194,12 +194,14 @@ def test_lowered_decode_is_the_model(family: str, tmp_path: Path) -> None:
 def test_attention_in_blocks_is_the_reference(
     family: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that divide the prompt and that do not, Gemma's window within and across them, padding, a past."""
+    """Blocks that divide the prompt and that do not, Gemma's window within and across them, padding, a past, and
+    prompts that are cut into longer ones.
+    """
     monkeypatch.setitem(PROVIDERS, "cpu", replace(PROVIDERS["cpu"], query_block=block))
     model, steps = compiled(family)
     padded = make_inputs(model, [9])
     padded.mask[:, 7:], padded.lengths = 0, [7]
-    inputs = [*onnx_prompts(family), make_inputs(model, [16], 2), padded]
+    inputs = [*onnx_prompts(family), make_inputs(model, [16], 2), padded, make_inputs(model, [32])]
     for given, result in zip(inputs, run_onnx(tmp_path, steps["LastCleanup"], "prefill", model, inputs), strict=True):
         assert_close(rows(given, result), pop(model, given, PRUNED[family]), 1e-4)
 
