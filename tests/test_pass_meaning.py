@@ -8,6 +8,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import onnx_ir
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import (
@@ -26,6 +29,7 @@ from steps import Result, Step, assert_close, before, compile_in_steps, rows, ru
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from popcompile.export.cached_attention import _Shared
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 
@@ -204,6 +208,25 @@ def test_attention_in_blocks_is_the_reference(
     inputs = [*onnx_prompts(family), make_inputs(model, [16], 2), padded, make_inputs(model, [32])]
     for given, result in zip(inputs, run_onnx(tmp_path, steps["LastCleanup"], "prefill", model, inputs), strict=True):
         assert_close(rows(given, result), pop(model, given, PRUNED[family]), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "sizes"),
+    [(1, 100, (128, 128)), (1, 4095, (128, 128)), (1, 4096, (256, 128)), (1, 8000, (384, 128)), (2, 300, (300, 300))],
+)
+def test_blocks_grow_with_the_prompt(rows: int, tokens: int, sizes: tuple[int, int]) -> None:
+    """Without a window, and with one; a batch is one block."""
+    integers = onnx_ir.TensorType(onnx_ir.DataType.INT64)
+    inputs = [onnx_ir.Value(name=n, type=integers, shape=onnx_ir.Shape(["b", n])) for n in ("ids", "mask")]
+    graph = onnx_ir.Graph(inputs, [], nodes=[onnx_ir.node("Identity", inputs[:1])], opset_imports={"": 21}, name="g")
+    cuts = _Shared(graph, 128, {False, True}).cuts
+    for window in (False, True):
+        cuts[window].size.type = integers
+        graph.outputs.append(cuts[window].size)
+    model = onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    ids = np.zeros((rows, tokens), dtype=np.int64)
+    assert tuple(int(size[0]) for size in session.run(None, {"ids": ids, "mask": ids})) == sizes
 
 
 def kinds(graph: Iterable[Node]) -> Counter[str]:
