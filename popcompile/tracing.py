@@ -30,6 +30,7 @@ from popcompile.errors import PopcompileError
 from popcompile.loading import errors_only
 from popcompile.passes import ops
 from popcompile.passes.base import Program
+from popcompile.upstream import cache_argument
 
 #: what transformers knows the functions below as
 _IMPLEMENTATION = "popcompile"
@@ -125,7 +126,8 @@ class _Decoder(torch.nn.Module):
         _positions.append(positions)
         try:
             cache = Cache(layers=list(layers))
-            out = self.decoder(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            named = {cache_argument(self.decoder.forward): cache}
+            out = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=True, **named)
         finally:
             _positions.pop()
         return out.logits, [t for layer in layers for t in (layer.keys, layer.values)]

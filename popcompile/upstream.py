@@ -1,0 +1,26 @@
+"""What popcompile takes from other libraries that they do not promise to keep: private names, and names that changed.
+
+No other module imports such a name or reaches into such an attribute (tests/test_upstream.py). Each entry says what it
+is for and since which version it holds; where a release changes one, this is the file to edit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+#: The cache's name in what transformers' models and generation take and return: "cache" since transformers 5.24,
+#: "past_key_values" before, whose use 5.24 reports as deprecated.
+CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+#: the name of the other versions
+OTHER_CACHE = "past_key_values" if CACHE == "cache" else "cache"
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name that a model's forward gives its cache: a repository's own code keeps the old one."""
+    parameters = inspect.signature(forward).parameters
+    return OTHER_CACHE if OTHER_CACHE in parameters and CACHE not in parameters else CACHE
