@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,27 @@ from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from popcompile.errors import PopcompileError
+from popcompile.generation_arguments import (
+    ARGUMENTS,
+    FIELDS,
+    refuse_batching,
+    refuse_hub_code,
+    require_function,
+    require_supported,
+    unknown_arguments,
+)
 from popcompile.generation_cache import PopCache, PopOutput, generated
 from popcompile.loading import quiet, reading
 from popcompile.runtime import Runtime, Stage
-from popcompile.upstream import CACHE, OTHER_CACHE
+from popcompile.upstream import CACHE, OTHER_CACHE, register_for_pipelines
 
 PREFILLS = ("auto", "pop", "full")
 
 #: transformers types its mixin for PreTrainedModel, which this module's is not
 _GenerationMixin: Any = GenerationMixin
+#: of generate, in their order
+_ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+register_for_pipelines("PopForCausalLM")
 
 
 def load(
@@ -185,8 +197,8 @@ class PopForCausalLM(_GenerationMixin):
         With past_key_values (or cache) of an earlier call (return_dict_in_generate=True) and the whole conversation's
         input_ids, only the new tokens are encoded. use_cache=False changes no token; it leaves the cache out of what is
         returned.
-        Raises PopcompileError as `forward` does, and for generation modes that need another cache, beam search among
-        them.
+        Raises PopcompileError as `forward` does, and by their names for arguments that need another cache or other
+        outputs than logits, beam search's among them (popcompile/generation_arguments.py).
         """
         prefill = self.prefill if prefill is None else prefill
         _require_prefill(prefill)
@@ -194,6 +206,9 @@ class PopForCausalLM(_GenerationMixin):
         cache = _either(kwargs.pop(OTHER_CACHE, None), kwargs.pop(CACHE, None))
         if cache is not None:
             kwargs[CACHE] = cache
+        given = dict(zip(_ARGUMENTS, (inputs, generation_config, *args), strict=False)) | kwargs
+        require_supported(given, ARGUMENTS | FIELDS)
+        require_function(given.get("custom_generate"))
         if ids is not None:
             self._require_ids(ids)
             self._require_continuation(ids, kwargs.get("attention_mask"), cache)
@@ -204,6 +219,7 @@ class PopForCausalLM(_GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        require_supported(vars(config), FIELDS)
         config._return_cache = config.use_cache is not False
         config.use_cache = True  # without a cache each step would encode its own text as a pruned prompt
         return config, model_kwargs
@@ -214,7 +230,7 @@ class PopForCausalLM(_GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        unknown = _unknown(inputs, self.forward)
+        unknown = unknown_arguments(inputs, self.forward)
         if unknown:  # the caller's own were checked before
             raise PopcompileError(
                 f"generate of transformers {transformers.__version__} passes {', '.join(unknown)}, which is newer than"
@@ -225,12 +241,9 @@ class PopForCausalLM(_GenerationMixin):
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: Any, generation_mode_kwargs: Any
     ) -> None:
-        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):  # one that FIELDS has not
             mode = generation_mode.value.replace("_", " ")
             raise PopcompileError(f"{mode} is not supported; use greedy search or sampling (num_beams=1)")
-        for option in ("prefill_chunk_size", "cache_implementation"):
-            if getattr(generation_config, option, None) is not None:
-                raise PopcompileError(f"{option} is not supported; leave it out")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_generated_length(
@@ -265,13 +278,17 @@ class PopForCausalLM(_GenerationMixin):
         model_kwargs[CACHE] = cache
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        kwargs.pop("tokenizer", None)  # of stop_strings and token_healing; the loop would hand it to forward
         output = super()._sample(input_ids, *args, generation_config=generation_config, **kwargs)
         return generated(output, generation_config._return_cache)
+
+    load_custom_generate = refuse_hub_code
+    generate_batch = init_continuous_batching = continuous_batching_context_manager = refuse_batching
 
     # --- checks ------------------------------------------------------------------------------------------------
 
     def _require_known(self, arguments: dict[str, Any]) -> None:
-        unknown = _unknown(arguments, self.forward)
+        unknown = unknown_arguments(arguments, self.forward)
         if unknown:
             raise PopcompileError(f"{', '.join(unknown)}: not taken by a compiled model; leave it out")
 
@@ -332,12 +349,6 @@ class PopForCausalLM(_GenerationMixin):
                 f"past_key_values holds {cache.get_seq_length()} columns and input_ids has {columns}; give the whole"
                 " conversation's input_ids, old and new"
             )
-
-
-def _unknown(arguments: dict[str, Any], forward: Callable[..., Any]) -> list[str]:
-    """Names of arguments that say something and that `forward` has no parameter for."""
-    known = inspect.signature(forward).parameters
-    return [n for n, value in arguments.items() if n not in known and value is not None and value is not False]
 
 
 def _either(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 #: The cache's name in what transformers' models and generation take and return: "cache" since transformers 5.24,
 #: "past_key_values" before, whose use 5.24 reports as deprecated.
@@ -24,3 +25,12 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     """The name that a model's forward gives its cache: a repository's own code keeps the old one."""
     parameters = inspect.signature(forward).parameters
     return OTHER_CACHE if OTHER_CACHE in parameters and CACHE not in parameters else CACHE
+
+
+def register_for_pipelines(name: str) -> None:
+    """Let transformers' text-generation pipeline take models of the class called `name` as it takes its own.
+
+    It compares names of classes with the values of this mapping, also in 5.24, and logs all of them as an error where
+    there is none; what AutoModelForCausalLM.register adds is not looked at. The key is nobody's model type.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("popcompile", name)
