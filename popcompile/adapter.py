@@ -54,7 +54,8 @@ class Adapter:
             raise PopcompileError(f"--adapter {name}: needs PEFT; pip install peft")
         shown = f"--adapter {name}"
         try:
-            folder = snapshot(name, [_CONFIG, _WEIGHTS])
+            with quiet():
+                folder = snapshot(name, [_CONFIG, _WEIGHTS])
             for file in (_CONFIG, _WEIGHTS):
                 require_regular(shown, folder / file)
             if not (folder / _CONFIG).is_file():

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -105,9 +106,15 @@ def _explained(error: Exception, repository: str, revision: str | None, file: st
             "download it again where the hub can be reached"
         )
     if isinstance(error, LocalEntryNotFoundError | HFValidationError):
+        cause = error.__cause__
+        why = "the hub cannot be reached"
+        if isinstance(cause, HfHubHTTPError):
+            why = f"the hub answers {cause.response.status_code}"
+        elif isinstance(cause, FileMetadataError):
+            why = f"{huggingface_hub.constants.ENDPOINT} does not answer as a hub does"
         return (
             "no such folder or file, and not in the local Hugging Face cache "
-            "(the hub cannot be reached); give a local folder, a .gguf file, or a cached hub id"
+            f"({why}); give a local folder, a .gguf file, or a cached hub id"
         )
     if isinstance(error, EntryNotFoundError):
         return f"the hub's {repository} has no file {file}; give one that its page lists"
