@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,16 +18,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.loading import one_line, quiet, read_json, reading
-from popcompile.source import snapshot
+from popcompile.hub import snapshot
+from popcompile.loading import one_line, quiet, read_json, reading, require_regular
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_IGNORED = {
+    "auto_mapping": None, "base_model_name_or_path": None, "revision": None, "inference_mode": True,
+    "task_type": None, "modules_to_save": None, "megatron_config": None, "runtime_config": None,
+}  # fmt: skip
+"""Fields that name another model or code, which is never loaded; the tensors of modules_to_save are there under plain
+names.
+"""
+_RANKS = re.compile(r"(^r|_r|rank|block_size|num_vectors|vector_length|n_frequency)$")
+"""Fields by which PEFT sizes tensors, before it finds that the stored ones are smaller."""
 _BY_HAND = "merge it with PEFT (merge_and_unload, save_pretrained) and convert the result"
 
 
@@ -41,28 +52,29 @@ class Adapter:
         self.name = name
         if importlib.util.find_spec("peft") is None:
             raise PopcompileError(f"--adapter {name}: needs PEFT; pip install peft")
-        from peft import PeftConfig
-
         shown = f"--adapter {name}"
-        folder = snapshot(name, [_CONFIG, _WEIGHTS])
-        if not (folder / _CONFIG).is_file():
-            raise PopcompileError(f"{shown}: no {_CONFIG}; give a folder that PEFT's save_pretrained wrote")
-        read_json(shown, folder / _CONFIG)
-        if not (folder / _WEIGHTS).is_file():
-            pickled = ", only pickled weights, which popcompile never loads" if any(folder.glob("*.bin")) else ""
-            raise PopcompileError(f"{shown}: no {_WEIGHTS}{pickled}; save the adapter as safetensors")
-        with quiet(), reading(shown, f"{_CONFIG} is malformed"):
-            self._config = PeftConfig.from_pretrained(str(folder))
-            self._config.task_type = self._config.modules_to_save = None  # those tensors are there under plain names
-        if not self._config.peft_type:
-            raise PopcompileError(f"{shown}: {_CONFIG} names no peft_type; download it again")
-        if self._config.is_prompt_learning or not hasattr(self._config, "target_modules"):
-            raise PopcompileError(f"{shown}: {self._config.peft_type} has nothing to merge into weights; leave it out")
         try:
-            self._tensors = {k.removeprefix(_PREFIX): t for k, t in load_file(folder / _WEIGHTS).items()}
-        except (SafetensorError, OSError) as error:
+            with quiet():
+                folder = snapshot(name, [_CONFIG, _WEIGHTS])
+            for file in (_CONFIG, _WEIGHTS):
+                require_regular(shown, folder / file)
+            if not (folder / _CONFIG).is_file():
+                raise PopcompileError(f"{shown}: no {_CONFIG}; give a folder that PEFT's save_pretrained wrote")
+            content = read_json(shown, folder / _CONFIG)
+            if not (folder / _WEIGHTS).is_file():
+                pickled = ", only pickled weights, which popcompile never loads" if any(folder.glob("*.bin")) else ""
+                raise PopcompileError(f"{shown}: no {_WEIGHTS}{pickled}; save the adapter as safetensors")
+            weights = (folder / _WEIGHTS).read_bytes()
+        except OSError as error:
+            raise PopcompileError(f"{shown}: cannot be read: {one_line(error)}") from error
+        try:
+            self._tensors = {k.removeprefix(_PREFIX): t for k, t in load(weights).items()}
+        except (SafetensorError, KeyError) as error:
             raise PopcompileError(f"{shown}: {_WEIGHTS} is corrupt ({one_line(error)}); download it again") from error
-        self.sha256 = hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(weights).hexdigest()
+        self._config = _peft_config(
+            shown, content, max((max(t.shape, default=1) for t in self._tensors.values()), default=1)
+        )
 
     def fit(self, model: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find the layers that the adapter changes in a model with these parameters, by transformers' names.
@@ -114,6 +126,10 @@ class Adapter:
                 left: Any = set_peft_model_state_dict(adapted, {_PREFIX + key: tensor for key, tensor in parts.items()})
             except (RuntimeError, ValueError) as error:
                 raise self._other_shape(model, path, *_sizes(parts), list(weight.shape)) from error
+            except Exception as error:  # a malformed field raises anything in PEFT
+                raise PopcompileError(
+                    f"--adapter {self.name}: PEFT cannot apply it to {path}: {one_line(error)}; fix {_CONFIG}"
+                ) from error
             if left.unexpected_keys:
                 raise PopcompileError(
                     f"--adapter {self.name}: {left.unexpected_keys[0]} is unknown to PEFT; {_BY_HAND}"
@@ -132,6 +148,34 @@ class Adapter:
             f"--adapter {self.name}: {name} is made of {' and '.join(map(str, mine))}, which does not fit {model}'s"
             f" {theirs}; give the adapter's own model"
         )
+
+
+def _peft_config(shown: str, content: dict[str, Any], largest: int) -> Any:
+    """The PEFT config of an adapter_config.json; largest: dimension of its tensors. Raises PopcompileError."""
+    from peft import PeftConfig, PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = content.get("peft_type")
+    if not kind:
+        raise PopcompileError(f"{shown}: {_CONFIG} names no peft_type; download it again")
+    if not isinstance(kind, str) or kind not in list(PeftType):
+        raise PopcompileError(f"{shown}: {_CONFIG} is malformed: PEFT does not know peft_type {kind}")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    hints = config_schema.hints_of(cls) | {"alpha_pattern": dict[str, float], "rank_pattern": dict[str, int]}
+    hints |= {name: float for name in ("lora_alpha", "alpha") if name in hints}
+    given = {name: value for name, value in (content | _IGNORED).items() if value is not None}
+    config_schema.check_fields(f"{shown}: {_CONFIG}", given, hints)
+    for name, value in given.items():
+        sizes = value.values() if isinstance(value, dict) else [value]
+        if _RANKS.search(name) and any(isinstance(size, int) and size > largest for size in sizes):
+            raise PopcompileError(f"{shown}: {_CONFIG}: {name} is larger than the adapter's tensors; download it again")
+    if given.get("layer_replication"):
+        raise PopcompileError(f"{shown}: {_CONFIG}: layer_replication makes another model; {_BY_HAND}")
+    with quiet(), reading(shown, f"{_CONFIG} is malformed"):
+        config: Any = PeftConfig.from_peft_type(**given)
+        if config.is_prompt_learning or not hasattr(config, "target_modules"):
+            raise PopcompileError(f"{shown}: {config.peft_type} has nothing to merge into weights; leave it out")
+    return config
 
 
 def _sizes(parts: Mapping[str, Tensor]) -> list[list[int]]:

@@ -1,9 +1,15 @@
-"""Load through transformers quietly, and report what it raises on bad input as one line of cause and mend."""
+"""Load through transformers quietly, and report what it raises on bad input as one line of cause and fix.
+
+Files are read whole only where they are regular files of a size that such a file has: a pipe would be waited for, and
+/dev/zero has no end. Links are followed; the hub's cache is made of them.
+"""
 
 import contextlib
 import io
 import json
 import logging
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,16 +18,69 @@ from typing import Any
 
 from popcompile.errors import PopcompileError
 
+CONFIG_BYTES = 10 * 2**20
+"""The largest config that is read; published ones have some kilobytes."""
 
-def read_json(model: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or a `PopcompileError` that names the file."""
+TABLE_BYTES = 256 * 2**20
+"""The largest vocabulary or list of tensors that is read; published ones have up to 40 MB."""
+
+DEPTH = 64
+"""How deep JSON may be nested: libraries copy and print configs recursively."""
+
+
+def read_json(model: str, path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes, or a `PopcompileError` that names the file."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(model, path, limit))
+        if _nested(content, DEPTH):
+            raise PopcompileError(f"{model}: {path.name} is nested more than {DEPTH} deep; fix or replace it")
+        json.dumps(content, ensure_ascii=False).encode()  # what cannot be written: half of a surrogate pair
     except (ValueError, RecursionError) as error:
-        raise PopcompileError(f"{model}: {path.name} is not JSON: {one_line(error)}; mend or replace it") from error
+        raise PopcompileError(f"{model}: {path.name} is not JSON: {one_line(error)}; fix or replace it") from error
     if not isinstance(content, dict):
-        raise PopcompileError(f"{model}: {path.name} is not a JSON object; mend or replace it")
+        raise PopcompileError(f"{model}: {path.name} is not a JSON object; fix or replace it")
     return content
+
+
+def read_file(model: str, path: Path, limit: int) -> bytes:
+    """A regular file's bytes. Raises PopcompileError where it is none, has more than `limit`, or cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as stream:
+            _require_regular(model, path, os.fstat(descriptor))
+            content = stream.read(limit + 1)
+    except PermissionError as error:
+        raise PopcompileError(f"{model}: permission denied reading {path}; make it readable for this user") from error
+    except OSError as error:
+        raise PopcompileError(f"{model}: {path.name} cannot be read ({error.strerror}); replace it") from error
+    if len(content) > limit:
+        raise PopcompileError(f"{model}: {path.name} has more than {limit:,} bytes; give the one of the checkpoint")
+    return content
+
+
+def require_regular(model: str, path: Path) -> None:
+    """Raise PopcompileError where there is something at `path` that is no regular file, or link to one."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _require_regular(model, path, path.stat())
+
+
+def _require_regular(model: str, path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+        raise PopcompileError(f"{model}: {path.name} is {what}, not a regular file; replace it")
+
+
+def _nested(content: Any, depth: int) -> bool:
+    """Whether JSON is nested deeper; without recursion."""
+    level = [content]
+    for _ in range(depth):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    return any(isinstance(left, dict | list) for left in level)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -37,7 +96,9 @@ def reading(model: str, problem: str) -> Iterator[None]:
         yield
     except (PopcompileError, PermissionError):
         raise
-    except Exception as error:  # a malformed field raises anything in transformers, a bad tokenizer a bare Exception
+    except BaseException as error:  # a malformed field raises anything in transformers, a bad tokenizer even a panic
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         raise PopcompileError(f"{model}: {problem}: {one_line(error)}") from error
 
 

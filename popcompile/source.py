@@ -4,7 +4,7 @@ A `Source` does not build the model of a safetensors checkpoint: names and shape
 tensor is read when it is asked for, so converting needs the memory of one tensor. A GGUF file holds llama.cpp's
 names and quantized blocks; transformers' own loader turns it into a state dict, whole and only when needed.
 
-    open_source("org/name")                     the hub, or its local cache
+    open_source("org/name")                     the hub, or its local cache; "org/name@revision" too
     open_source("folder")                       config.json + model.safetensors, or shards and their index
     open_source("model.gguf")                   also open_source("folder", gguf_file="model.gguf")
     open_source("folder", random_weights=True)  config.json alone is enough
@@ -20,30 +20,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-import transformers
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from popcompile.decoders import SUPPORTED, require_decoder
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.loading import one_line, quiet, read_json, reading
-
-TOKENIZER_FILES = [
-    *("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template*", "additional_chat_templates/*"),
-]
+from popcompile.folder_configs import TOKENIZER_FILES, files_in, folder_config, generation_config, private_copy
+from popcompile.hub import download, local_path
+from popcompile.loading import (
+    CONFIG_BYTES,
+    TABLE_BYTES,
+    one_line,
+    quiet,
+    read_file,
+    read_json,
+    reading,
+    require_regular,
+)
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-HUB_TIMEOUT = 3.0
-"""Seconds to wait for the hub to answer before the local cache is used."""
 
 
 @dataclass(frozen=True)
@@ -105,29 +104,31 @@ class FolderSource(Source):
     def __init__(self, name: str, kind: str, folder: Path, trust_remote_code: bool, random_weights: bool) -> None:
         self._folder = folder
         self._trust_remote_code = trust_remote_code
-        config, raw = _folder_config(name, folder, trust_remote_code)
+        config, raw = folder_config(name, folder, trust_remote_code)
         quantization = raw.get("quantization_config") or raw.get("compression_config")
         if quantization and not random_weights:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise PopcompileError(f"{name}: quantized checkpoint (quant_method {method}); give the unquantized one")
         plain(config)
-        super().__init__(name, kind, config, _generation_config(name, folder, config))
+        super().__init__(name, kind, config, generation_config(name, folder, config))
 
     @cached_property
     def _shards(self) -> dict[str, Any]:
         """Tensor name to the opened (memory-mapped) shard that holds it."""
         single, index = self._folder / "model.safetensors", self._folder / "model.safetensors.index.json"
+        for file in (single, index):
+            require_regular(self.name, file)
         if single.is_file():
             shard = self._open(single)
             return dict.fromkeys(shard.keys(), shard)
         if not index.is_file():
             raise PopcompileError(self._no_weights())
-        weight_map = read_json(self.name, index).get("weight_map")
+        weight_map = read_json(self.name, index, TABLE_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise PopcompileError(f"{self.name}: {index.name} has no weight_map; download the checkpoint again")
         opened, names = {}, {}
         for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or not (self._folder / file).is_file():
+            if Path(file).name != file or not os.path.exists(self._folder / file):
                 raise PopcompileError(f"{self.name}: {index.name} names {file}, which is missing; download it again")
             opened[file] = self._open(self._folder / file)
             names[file] = set(opened[file].keys())
@@ -139,6 +140,7 @@ class FolderSource(Source):
         return {tensor: opened[file] for tensor, file in weight_map.items()}
 
     def _open(self, path: Path) -> Any:
+        require_regular(self.name, path)
         with path.open("rb"):  # safetensors reports a file without read permission as missing
             pass
         try:
@@ -149,12 +151,12 @@ class FolderSource(Source):
             ) from error
 
     def _no_weights(self) -> str:
-        if _files(self._folder, "*.bin", "*.pt", "*.pth", "*.ckpt"):
+        if files_in(self._folder, "*.bin", "*.pt", "*.pth", "*.ckpt"):
             return (
                 f"{self.name}: only pickled weights, which popcompile never loads; convert them to safetensors "
                 "(transformers: from_pretrained, then save_pretrained)"
             )
-        if ggufs := _files(self._folder, "*.gguf"):
+        if ggufs := files_in(self._folder, "*.gguf"):
             return f"{self.name}: no model.safetensors; to read {ggufs[0]} give --gguf-file {ggufs[0]}"
         return f"{self.name}: no model.safetensors and no model.safetensors.index.json; add them"
 
@@ -180,15 +182,19 @@ class FolderSource(Source):
         return tensor
 
     def save_tokenizer(self, folder: Path) -> list[str]:
-        if not _files(self._folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
+        if not files_in(self._folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
             return []
-        return write_tokenizer(self.name, self._folder, folder, trust_remote_code=self._trust_remote_code)
+        if self._trust_remote_code:
+            return write_tokenizer(self.name, self._folder, folder, trust_remote_code=True)
+        with private_copy(self.name, self._folder) as copy:
+            return write_tokenizer(self.name, copy, folder)
 
     def fingerprint(self) -> dict[str, str]:
-        marks = {"config_sha256": hashlib.sha256((self._folder / "config.json").read_bytes()).hexdigest()}
+        config = read_file(self.name, self._folder / "config.json", CONFIG_BYTES)
+        marks = {"config_sha256": hashlib.sha256(config).hexdigest()}
         if self.kind == "hub" and self._folder.parent.name == "snapshots":
             marks["revision"] = self._folder.name
-        if files := _files(self._folder, "model*.safetensors"):
+        if files := files_in(self._folder, "model*.safetensors"):
             headers = hashlib.sha256()
             for file in files:
                 with (self._folder / file).open("rb") as stream:
@@ -226,7 +232,7 @@ def open_source(
     """Find `model` and read its config and headers; no tensor data is read yet.
 
     Args:
-        model: a folder, a .gguf file, or a hub id such as "org/name".
+        model: a folder, a .gguf file, or a hub id such as "org/name" or "org/name@revision".
         gguf_file: the .gguf file to read inside the folder or hub repository.
         random_weights: ask for no weight file; the caller fills tensors with `random_tensor`.
         trust_remote_code: run the Python code that a checkpoint brings along.
@@ -242,6 +248,8 @@ def open_source(
             raise PopcompileError(
                 f"{model}: permission denied reading {error.filename}; make it readable for this user"
             ) from error
+        except OSError as error:
+            raise PopcompileError(f"{model}: cannot be read: {one_line(error)}") from error
         return RandomSource(source) if random_weights else source
 
 
@@ -256,115 +264,38 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torc
 def _open(model: str, gguf_file: str | None, random_weights: bool, trust_remote_code: bool) -> Source:
     from popcompile.gguf_source import GgufSource  # it builds on this module
 
-    path = Path(os.path.expanduser(model))
-    local = _exists(model, path)
-    if local and path.is_file():
+    path = local_path(model)
+    local = path is not None
+    if path is not None and not path.is_dir():
+        require_regular(model, path)
         if gguf_file:
             raise PopcompileError(f"{model}: is a file already; drop --gguf-file {gguf_file}")
         return GgufSource(model, path)
     if gguf_file:
-        file = path / gguf_file if local else _from_hub(model, gguf_file=gguf_file)
-        if not file.is_file():
-            found = ", ".join(_files(path, "*.gguf")) or "none"
+        file = local_path(str(path / gguf_file)) if path is not None else download(model, file=gguf_file)
+        if file is None or file.is_dir():
+            found = ", ".join(files_in(path, "*.gguf") if path is not None else []) or "none"
             raise PopcompileError(f"{model}: has no file {gguf_file}; its .gguf files: {found}")
+        require_regular(model, file)
         return GgufSource(model, file)
-    if not local:
+    if path is None:
         wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
         wanted += [] if random_weights else ["model*.safetensors", "model.safetensors.index.json"]
-        path = _from_hub(model, wanted=[*wanted, "*.py"] if trust_remote_code else wanted)
+        path = download(model, wanted=[*wanted, "*.py"] if trust_remote_code else wanted)
     source = FolderSource(model, "folder" if local else "hub", path, trust_remote_code, random_weights)
-    if not random_weights:
-        source.tensors()  # headers only: a broken checkpoint is reported before any work
+    if not random_weights:  # headers only: a broken checkpoint is reported before any work
+        config_schema.check_tensors(model, source.config, {name: info.shape for name, info in source.tensors().items()})
     return source
 
 
-def snapshot(name: str, wanted: list[str]) -> Path:
-    """The folder `name`, or the hub repository's with the `wanted` files, in its local cache.
-
-    Raises:
-        PopcompileError: there is none.
-    """
-    path = Path(os.path.expanduser(name))
-    if not _exists(name, path):
-        return _from_hub(name, wanted=wanted)
-    if not path.is_dir():
-        raise PopcompileError(f"{name}: is a file; give the folder that holds it")
-    return path
-
-
-def _exists(model: str, path: Path) -> bool:
-    try:
-        return bool(model.strip()) and bool(path.stat())
-    except PermissionError:
-        raise
-    except (OSError, ValueError):  # no such path, a name too long or with a null byte
-        return False
-
-
-def _from_hub(model: str, *, wanted: list[str] | None = None, gguf_file: str | None = None) -> Path:
-    """The snapshot folder, or the .gguf file in it; huggingface_hub itself falls back to its cache."""
-    try:
-        if gguf_file:
-            return Path(huggingface_hub.hf_hub_download(model, gguf_file, etag_timeout=HUB_TIMEOUT))
-        skip = ["*/*.safetensors", "*/*.model"]  # other formats' copies in sub-folders
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, allow_patterns=wanted, ignore_patterns=skip, etag_timeout=HUB_TIMEOUT
-            )
-        )
-    except RepositoryNotFoundError as error:
-        raise PopcompileError(
-            f"{model}: no such folder or file, and the hub shows no such model; "
-            "mend the name, or log in for a private or gated one (hf auth login)"
-        ) from error
-    except Exception as error:  # a network client's failures cannot be listed: proxies, TLS, timeouts, disk
-        if isinstance(error, getattr(huggingface_hub.errors, "IncompleteSnapshotError", ())):
-            raise PopcompileError(
-                f"{model}: only a part of it is in the local Hugging Face cache (the hub cannot be reached); "
-                "download it again where the hub can be reached"
-            ) from error
-        if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
-            raise PopcompileError(
-                f"{model}: no such folder or file, and not in the local Hugging Face cache "
-                "(the hub cannot be reached); give a local folder, a .gguf file, or a cached hub id"
-            ) from error
-        raise PopcompileError(f"{model}: the hub answers: {one_line(error)}; give a local folder") from error
-
-
-def _folder_config(model: str, folder: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The checked config and the plain config.json."""
-    if not (folder / "config.json").is_file():
-        hint = f"; to read {ggufs[0]} give --gguf-file {ggufs[0]}" if (ggufs := _files(folder, "*.gguf")) else ""
-        raise PopcompileError(f"{model}: no config.json{hint or '; give the folder of a transformers checkpoint'}")
-    raw = read_json(model, folder / "config.json")
-    kind = str(raw.get("model_type") or "")
-    if raw.get("auto_map") and kind not in CONFIG_MAPPING and not trust_remote_code:
-        raise PopcompileError(f"{model}: model type {kind} is code in the checkpoint; to run it: --trust-remote-code")
-    if kind not in CONFIG_MAPPING and not raw.get("auto_map"):
-        known = f"transformers {transformers.__version__} does not know model type {kind}" if kind else "no model_type"
-        raise PopcompileError(f"{model}: config.json: {known}; {SUPPORTED}")
-    with reading(model, "config.json is malformed"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    require_decoder(model, config)
-    return config, raw
-
-
-def _generation_config(model: str, folder: Path, config: PretrainedConfig) -> GenerationConfig:
-    if not (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_model_config(config)
-    read_json(model, folder / "generation_config.json")
-    with reading(model, "generation_config.json is malformed"):
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-
-
-def _files(folder: Path, *patterns: str) -> list[str]:
-    return sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-
-
-def write_tokenizer(model: str, source: Path, folder: Path, **options: Any) -> list[str]:
+def write_tokenizer(
+    model: str, source: Path, folder: Path, *, trust_remote_code: bool = False, **options: Any
+) -> list[str]:
     """Load the tokenizer of `source` (`options` are AutoTokenizer's) and write it; the names of its files."""
     with quiet(), reading(model, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
         folder.mkdir(parents=True, exist_ok=True)
         written = tokenizer.save_pretrained(folder)
         _for_older_transformers(folder / "tokenizer_config.json", tokenizer)

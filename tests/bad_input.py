@@ -84,10 +84,10 @@ def assert_one_line(status: int, out: str, err: str) -> None:
     assert err.startswith("popcompile") and "error: " in err and "internal" not in err, err
 
 
-def popcompile(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def popcompile(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
     """popcompile in a process of its own."""
     command = [sys.executable, "-m", "popcompile", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
