@@ -183,15 +183,22 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys of an architecture that are not read -> the values with which they change nothing."""
 
-TOKENIZER_READ = frozenset(
-    "tokenizer." + key
-    for key in (
-        "chat_template", "ggml.model", "ggml.pre", "ggml.tokens", "ggml.scores", "ggml.token_type", "ggml.merges",
-        "ggml.bos_token_id", "ggml.eos_token_id", "ggml.unknown_token_id", "ggml.padding_token_id",
-        "ggml.add_bos_token", "ggml.add_eos_token",
-    )
-)  # fmt: skip
-"""What transformers builds the tokenizer from."""
+TOKENIZER_READ: Mapping[str, type | str] = {
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.tokens": "texts",
+    "tokenizer.ggml.merges": "texts",
+    "tokenizer.ggml.scores": "numbers",
+    "tokenizer.ggml.token_type": "numbers",
+    "tokenizer.ggml.bos_token_id": int,
+    "tokenizer.ggml.eos_token_id": int,
+    "tokenizer.ggml.unknown_token_id": int,
+    "tokenizer.ggml.padding_token_id": int,
+    "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
+    "tokenizer.chat_template": str,
+}
+"""What transformers builds the tokenizer from, and of which type it has to be."""
 
 TOKENIZER_SILENT = frozenset(
     "tokenizer." + key

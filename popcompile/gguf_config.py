@@ -68,6 +68,7 @@ class _Reader:
     def __init__(self, model: str, header: GgufHeader, read_factors: ReadFactors) -> None:
         self._model, self._header, self._read_factors = model, header, read_factors
         self._architecture = architecture_of(model, header)
+        self._defaults = AutoConfig.for_model(self._architecture.model_type)
         self._prefix = f"{header.metadata['general.architecture']}."
         self._taken: set[str] = set()
         self._tensors: set[str] = set()
@@ -106,9 +107,7 @@ class _Reader:
             fields["query_pre_attn_scalar"] = width // heads if wide else fields["head_dim"]
         if architecture.rope:
             fields |= self._rope(fields)
-        if fields.get("head_dim") == width // heads and not hasattr(
-            AutoConfig.for_model(architecture.model_type), "head_dim"
-        ):
+        if fields.get("head_dim") == width // heads and not hasattr(self._defaults, "head_dim"):
             del fields["head_dim"]  # such a config derives it
         return fields | self._vocabulary()
 
@@ -158,11 +157,12 @@ class _Reader:
             raise PopcompileError(
                 f"{self._model}: tokenizer.ggml.tokens is no list of at most {size} tokens; download it again"
             )
-        names = ("bos", "eos", "unknown", "padding")
         ids: dict[str, Any] = {"vocab_size": size}
-        for name, short in zip(names, ("bos", "eos", "unk", "pad"), strict=True):
+        for name, short in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
             token = self._header.metadata.get(f"tokenizer.ggml.{name}_token_id")
             if token is None:
+                if (getattr(self._defaults, f"{short}_token_id", None) or 0) >= size:  # of another vocabulary
+                    ids[f"{short}_token_id"] = None
                 continue
             if type(token) is not int or not 0 <= token < (tokens or size):
                 raise PopcompileError(
@@ -306,13 +306,20 @@ class _Reader:
 
     def _require_known_tokenizer(self) -> None:
         metadata = self._header.metadata
-        kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-        refused = None
-        if kind == "gpt2" and (not isinstance(split, str) or split not in OWN_SPLITS | GPT2_SPLITS):
-            refused = f"tokenizer.ggml.pre = {_shown(split)}"
+        for key, kind in TOKENIZER_READ.items():
+            if key in metadata and not _is(metadata[key], kind):
+                raise PopcompileError(f"{self._model}: {key} is {_shown(metadata[key])}; download the file again")
+        if "tokenizer.ggml.tokens" not in metadata:
+            return
+        model, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
         prefix = SPACE_PREFIX.get(self._prefix[:-1], True)
-        if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", prefix) is not prefix:
-            refused = f"tokenizer.ggml.add_space_prefix = {_shown(not prefix)}"
+        refused = None
+        if model not in ("gpt2", "llama"):
+            refused = f"tokenizer.ggml.model = {_shown(model)}"
+        elif model == "gpt2" and split not in OWN_SPLITS | GPT2_SPLITS:
+            refused = f"tokenizer.ggml.pre = {_shown(split)}"
+        elif model == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", prefix) is not prefix:
+            refused = f"tokenizer.ggml.add_space_prefix = {_shown(metadata['tokenizer.ggml.add_space_prefix'])}"
         if refused:
             raise PopcompileError(
                 f"{self._model}: the metadata have {refused}, and transformers' tokenizer splits text otherwise;"
@@ -361,6 +368,16 @@ def _length(array: Any) -> int | None:
     if isinstance(array, Counted):
         return array.length
     return len(array) if isinstance(array, list) else None
+
+
+def _is(value: Any, kind: type | str) -> bool:
+    """Whether metadata have a type, or are an array of "texts" or "numbers"."""
+    if isinstance(kind, type):
+        return type(value) is kind
+    texts = kind == "texts"
+    if isinstance(value, Counted):
+        return value.texts == texts
+    return isinstance(value, list) and all((type(v) is str) if texts else (type(v) in (int, float)) for v in value)
 
 
 def _shown(value: Any) -> str:

@@ -28,9 +28,10 @@ NAME = re.compile(r"[\x21-\x7e]+")
 
 @dataclass(frozen=True)
 class Counted:
-    """A long array of the metadata, walked but not kept."""
+    """A long array of the metadata, walked but not kept. texts: of strings, else of numbers."""
 
     length: int
+    texts: bool
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Walk:
             if count <= SMALL:
                 return [self._scalar(SCALARS[kind]) for _ in range(count)]
             self._at += count * width
-            return Counted(count)
+            return Counted(count, texts=False)
         _require(count <= MAX_STRINGS)
         kept = []
         for _ in range(count):
@@ -147,7 +148,7 @@ class _Walk:
             _require(len(text) <= MAX_STRING)
             if count <= SMALL:
                 kept.append(text.decode("utf-8"))
-        return kept if count <= SMALL else Counted(count)
+        return kept if count <= SMALL else Counted(count, texts=True)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int, int]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
