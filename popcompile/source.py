@@ -1,8 +1,8 @@
 """Where a model comes from: its text decoder's config, its tensors one at a time, and its tokenizer.
 
 A `Source` does not build the model of a safetensors checkpoint: names and shapes come from the headers and each
-tensor is read when it is asked for, so converting needs the memory of one tensor. A GGUF file holds llama.cpp's
-names and quantized blocks; transformers' own loader turns it into a state dict, whole and only when needed.
+tensor is read when it is asked for, so converting needs the memory of one tensor. So it is with a GGUF file, which
+holds llama.cpp's names and quantized blocks.
 
     open_source("org/name")                     the hub, or its local cache; "org/name@revision" too
     open_source("folder")                       config.json + model.safetensors, or shards and their index
@@ -262,7 +262,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torc
 
 
 def _open(model: str, gguf_file: str | None, random_weights: bool, trust_remote_code: bool) -> Source:
-    from popcompile.gguf_source import GgufSource  # it builds on this module
+    from popcompile.gguf_source import GgufSource, inner_name  # it builds on this module
 
     path = local_path(model)
     local = path is not None
@@ -272,6 +272,7 @@ def _open(model: str, gguf_file: str | None, random_weights: bool, trust_remote_
             raise PopcompileError(f"{model}: is a file already; drop --gguf-file {gguf_file}")
         return GgufSource(model, path)
     if gguf_file:
+        inner_name(model, gguf_file)
         file = local_path(str(path / gguf_file)) if path is not None else download(model, file=gguf_file)
         if file is None or file.is_dir():
             found = ", ".join(files_in(path, "*.gguf") if path is not None else []) or "none"

@@ -163,7 +163,7 @@ def test_gguf_is_read_under_the_names_of_transformers(tiny_gguf: Path, tmp_path:
 
 
 def test_gguf_without_vocabulary_saves_no_tokenizer(tiny_gguf: Path, tmp_path: Path) -> None:
-    renamed = tiny_gguf.read_bytes().replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.nekots")
+    renamed = tiny_gguf.read_bytes().replace(b"tokenizer.ggml.tokens", b"general.no_vocabulary")
     (tmp_path / "bare.gguf").write_bytes(renamed)
     source = open_source(str(tmp_path / "bare.gguf"), random_weights=True)
     assert (source.kind, source.tensors(), source.save_tokenizer(tmp_path)) == ("random", {}, [])
@@ -376,7 +376,9 @@ def test_broken_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
         whole[: len(whole) // 2]: "truncated: its header needs",
         whole[:-64]: "truncated: its header needs",
         whole.replace(b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama", b""): "the GGUF header is truncated",
-        whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0zebra"): "cannot read this GGUF file",
+        whole.replace(
+            b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0zebra"
+        ): "GGUF architecture 'zebra'; popcompile reads llama, qwen2,",
     }.items():
         bad.write_bytes(content)
         assert message in refusal_to_open(bad)
