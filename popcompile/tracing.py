@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import errors_only
+from popcompile.masks import SUPPORTED, Mask, causal_mask
 from popcompile.passes import ops
 from popcompile.passes.base import Program
 
@@ -35,6 +36,11 @@ from popcompile.passes.base import Program
 _IMPLEMENTATION = "popcompile"
 #: the one activation of experts that are compiled, by the names that configs give it
 _SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+#: arguments of attention functions that change nothing of what they compute
+_IGNORED = {
+    *("position_ids", "cache_position", "use_cache", "cache", "past_key_values", "output_attentions"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "deterministic", "target_dtype"),
+}
 #: the traced module's positions node, for the functions below that transformers calls without it
 _positions: list[torch.Tensor] = []
 
@@ -49,23 +55,27 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **unsupported: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, H, S, D] and the cache -> [B, S, H, D]."""
-    if attention_mask is not None or unsupported.get("s_aux") is not None:
-        raise PopcompileError(
-            f"{type(module).__name__} passes attention a mask or sinks of its own; popcompile supports causal and"
-            " sliding-window attention"
-        )
+    """transformers' attention interface: query [B, H, S, D] and the cache -> [B, S, H, D].
+
+    The window is the mask's, which is what attention does in transformers; `sliding_window` repeats it for kernels.
+    """
+    if not isinstance(attention_mask, Mask) or is_causal is False:
+        raise PopcompileError(f"{type(module).__name__} takes a mask of its own, or none; {SUPPORTED}")
+    unknown = [name for name, given in others.items() if name not in _IGNORED and given is not None]
+    if unknown:
+        raise PopcompileError(f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = ops.attention(
-        query, key, value, _positions[-1], float(scale), int(sliding_window or 0), float(softcap or 0.0)
+        query, key, value, _positions[-1], float(scale), attention_mask.window, float(softcap or 0.0)
     )
     return out.transpose(1, 2), None
 
 
 AttentionInterface.register(_IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(_IMPLEMENTATION, lambda *_, **__: None)
+AttentionMaskInterface.register(_IMPLEMENTATION, causal_mask)
 
 
 def _experts(

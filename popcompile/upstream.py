@@ -1,9 +1,20 @@
-"""Names of transformers that its documentation does not promise, each with what it is for and since when it holds."""
+"""Names of transformers and torch that their documentation does not promise, each with what it is for and since when."""
+
+# Run outside of tracing, while a model is traced; torch 2.11.
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 # How a checkpoint's tensors are named and merged when transformers loads them; all since transformers 5.10.
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter as WeightConverter
 from transformers.core_model_loading import WeightRenaming as WeightRenaming
-from transformers.core_model_loading import WeightTransform as WeightTransform
 from transformers.core_model_loading import dot_natural_key as dot_natural_key
 from transformers.core_model_loading import rename_source_key as rename_source_key
+
+__all__ = [
+    "WeightConverter",
+    "WeightRenaming",
+    "disable_current_modes",
+    "dot_natural_key",
+    "get_model_conversion_mapping",
+    "rename_source_key",
+]

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-LAYERS = 4
+LAYERS = 3
 
 #: field -> a small value
 _SIZES: dict[str, Any] = {
@@ -72,7 +72,7 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 
 def tiny_config(model_type: str, changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """The type's config with four small layers, and `changes` of it; a change to None leaves a field to the class."""
+    """The type's config with three small layers, and `changes` of it; a change to None leaves a field to the class."""
     try:
         defaults = default_config(model_type).to_dict()
     except Exception:  # a class whose defaults do not pass its own checks
