@@ -92,4 +92,3 @@ def parameter_shapes(program: Program) -> dict[str, tuple[int, ...]]:
         for n in program.graphs["model"].graph.nodes
         if n.op == "get_attr" and n.users and n.target not in program.constants
     }
-

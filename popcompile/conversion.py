@@ -55,6 +55,7 @@ from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
 from popcompile.staging import require_disk_space, require_writable, staged
 from popcompile.texts import read_texts
+from popcompile.tensor_names import settle_ties
 from popcompile.tracing import trace
 
 KV_PROJECTIONS = ("calibrated", "layer")
@@ -142,6 +143,7 @@ def convert(
         if calibration != SELF:
             read_texts(Path(calibration))  # a file that cannot be used is reported before any work
     report_progress("trace", 0, 1)
+    settle_ties(source)
     program = trace(source.config, chosen.dtype, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source, program, chosen.dtype, merged)
     shapes = _ModelShapes(program)

@@ -27,7 +27,9 @@ from popcompile.upstream import (
     WeightRenaming,
     dot_natural_key,
     get_model_conversion_mapping,
+    ignored_tensors,
     rename_source_key,
+    tied_parameters,
 )
 
 #: what torch.compile's wrapper puts into the names of a module that it is saved through
@@ -119,7 +121,7 @@ class TensorNames:
 
     def tied_apart(self) -> bool:
         """Whether the checkpoint holds two different tensors for parameters that its config ties. Reads both."""
-        for one, other in self.module.all_tied_weights_keys.items():
+        for one, other in tied_parameters(self.module).items():
             names = [self.found.get(one), self.found.get(other)]
             if all(isinstance(name, str) for name in names):
                 first, second = (self._source.read(str(name)) for name in names)
@@ -214,7 +216,7 @@ def _module(config: PretrainedConfig) -> PreTrainedModel:
 def _ignored(module: PreTrainedModel) -> list[str]:
     """Patterns of tensors that older or larger models of the kind have, and that transformers ignores."""
     buffers = [name for name, _ in module.named_buffers()]
-    patterns = list(module._keys_to_ignore_on_load_unexpected or ())
+    patterns = ignored_tensors(module)
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         patterns.append(r"rotary_emb\.inv_freq")
     if any(name.endswith("position_ids") for name in buffers):

@@ -66,11 +66,11 @@ def _attention(
         raise PopcompileError(f"{type(module).__name__} takes a mask of its own, or none; {SUPPORTED}")
     unknown = [name for name, given in others.items() if name not in _IGNORED and given is not None]
     if unknown:
-        raise PopcompileError(f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}")
+        raise PopcompileError(
+            f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = ops.attention(
-        query, key, value, _positions[-1], float(scale), attention_mask.window, float(softcap or 0.0)
-    )
+    out = ops.attention(query, key, value, _positions[-1], float(scale), attention_mask.window, float(softcap or 0.0))
     return out.transpose(1, 2), None
 
 
