@@ -43,7 +43,7 @@ class Checkpoint:
         return self._adapter.merge(name, tensor) if self._adapter else tensor
 
     def _resolve(self, stored: Mapping[str, TensorInfo]) -> dict[str, str | Converted]:
-        """Traced name -> what it is made of, where every parameter is there in the right shape and no tensor is left."""
+        """Traced name -> what it is made of, where all are there in the right shapes and none is left over."""
         names = self._names = TensorNames(self._source)
         resolved = {name: names.of(name) for name in self._shapes}
         for name, shape in self._shapes.items():
@@ -54,7 +54,7 @@ class Checkpoint:
     def _require_fit(
         self, name: str, found: str | Converted, shape: tuple[int, ...], stored: Mapping[str, TensorInfo]
     ) -> None:
-        """Raise PopcompileError for tensors of another shape than the parameter's, for missing and for quantized ones."""
+        """Raise PopcompileError for missing tensors, quantized ones, and another shape than the parameter's."""
         tensors = [found] if isinstance(found, str) else found.tensors
         shapes = sorted({stored[tensor].shape for tensor in tensors})
         if isinstance(found, str):

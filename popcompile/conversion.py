@@ -54,8 +54,8 @@ from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
 from popcompile.staging import require_disk_space, require_writable, staged
-from popcompile.texts import read_texts
 from popcompile.tensor_names import settle_ties
+from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
 KV_PROJECTIONS = ("calibrated", "layer")

@@ -24,6 +24,7 @@ NOT_ATTENTION = {
     **dict.fromkeys(("recurrent_gemma", "minimax"), "a hybrid of recurrence and attention"),
     **dict.fromkeys(("lfm2", "lfm2_moe"), "a hybrid of convolution and attention"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "a drafter that reads another model's cache"),
+    "bloom": "a model whose positions are ALiBi's biases of attention",
     "blt": "a byte-latent model of several decoders",
     "reformer": "a model of attention by locality-sensitive hashing",
     "trocr": "the decoder of an encoder-decoder",

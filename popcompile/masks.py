@@ -1,8 +1,8 @@
 """Which tokens a model's attention sees, as transformers' own masking functions say it.
 
-They hand a mask's rule, a function of positions, to the implementation that is registered for it. While a model is traced
-nothing is masked yet: the rule is tried on numbers, and what stands for the mask says which window it is. Any other rule
-than a causal one or a sliding window is refused there, whatever field of whichever config asks for it.
+They hand a mask's rule, a function of positions, to the implementation that is registered for it. While a model is
+traced nothing is masked yet: the rule is tried on numbers, and what stands for the mask says which window it is. A
+layer that takes a mask of any other rule is refused, whatever field of whichever config asks for it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,25 @@ SUPPORTED = "popcompile supports causal and sliding-window attention"
 
 
 class Mask:
-    """Stands for a causal mask, and can only be handed on to attention.
+    """Stands for a mask, and can only be handed on to attention."""
 
-    window: keys that a query sees, itself included; 0 for all up to itself.
-    """
+    __slots__ = ("_model", "_window")
 
-    __slots__ = ("_model", "window")
+    def __init__(self, model: str, window: int | None) -> None:
+        """window: as below, or None for a mask of another kind."""
+        self._model, self._window = model, window
 
-    def __init__(self, model: str, window: int) -> None:
-        self._model, self.window = model, window
+    @property
+    def window(self) -> int:
+        """Keys that a query sees, itself included; 0 for all up to itself.
+
+        Raises PopcompileError for another mask than a causal one. Models make masks that none of their layers takes.
+        """
+        if self._window is None:
+            raise PopcompileError(
+                f"{self._model}: its config asks for attention that is neither causal nor a sliding window; {SUPPORTED}"
+            )
+        return self._window
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise PopcompileError(f"{self._model}: computes with its attention mask; {SUPPORTED}")
@@ -48,16 +58,12 @@ class Mask:
 
 
 def causal_mask(*_: Any, mask_function: Rule, config: PretrainedConfig, **__: Any) -> Mask:
-    """transformers' mask interface: a `Mask` for the rule. Raises PopcompileError for one that is not supported."""
+    """transformers' mask interface: a `Mask` for the rule."""
     with disable_current_modes():
         try:
             window = _window(mask_function)
         except Exception:  # a rule that reads more than positions: images, blocks, padding
             window = None
-    if window is None:
-        raise PopcompileError(
-            f"{config.model_type}: its config asks for attention that is neither causal nor a sliding window; {SUPPORTED}"
-        )
     return Mask(config.model_type, window)
 
 

@@ -1,8 +1,8 @@
 """Which of a checkpoint's tensors a parameter of transformers' module is made of, as transformers itself would load it.
 
 Names are changed by the rules that transformers has for the model type, the base model's prefix is added or taken away,
-and a converter's sources are merged, or split. Every tensor of the checkpoint has to go somewhere: one that is left over
-says that config and weights belong to different models, unless transformers ignores it too.
+and a converter's sources are merged, or split. Every tensor of the checkpoint has to go somewhere: one that is left
+over says that config and weights belong to different models, unless transformers ignores it too.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ class TensorNames:
             for tensor in self.unused:
                 if tensor.endswith("." + ending):
                     return PopcompileError(
-                        f"{model}: the checkpoint's tensors stand under {tensor.removesuffix(ending)}, as a part of another"
-                        " model; save this decoder alone (transformers: from_pretrained, then save_pretrained)"
+                        f"{model}: the checkpoint's tensors stand under {tensor.removesuffix(ending)}, as a part of"
+                        " another model; save this decoder alone (transformers: from_pretrained, then save_pretrained)"
                     )
         return self.missing(name)
 

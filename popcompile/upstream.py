@@ -1,9 +1,8 @@
-"""Names of transformers and torch that their documentation does not promise, each with what it is for and since when."""
-
-from transformers import PreTrainedModel
+"""Names of transformers and torch that they do not promise to keep, each with what it is for and since when."""
 
 # Run outside of tracing, while a model is traced; torch 2.11.
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from transformers import PreTrainedModel
 
 # How a checkpoint's tensors are named and merged when transformers loads them; all since transformers 5.10.
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping

@@ -46,7 +46,7 @@ OTHER: dict[str, Rule] = {
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_other_masks(kind: str) -> None:
-    line = refusal(lambda: causal_mask(mask_function=OTHER[kind], config=tiny_llama()))
+    line = refusal(lambda: causal_mask(mask_function=OTHER[kind], config=tiny_llama()).window)
     assert "llama: its config asks for attention that is neither causal nor a sliding window; popcompile" in line
 
 

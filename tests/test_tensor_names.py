@@ -1,4 +1,4 @@
-"""A checkpoint's tensors go where transformers puts them, each to one place; what does not fit is refused by its name."""
+"""A checkpoint's tensors go where transformers puts them, each to one place; what does not fit is named."""
 
 from __future__ import annotations
 

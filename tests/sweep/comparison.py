@@ -1,11 +1,10 @@
-"""One case: a tiny model's package beside transformers' own module, or the line with which popcompile refuses the model."""
+"""One case: a tiny model's package beside transformers' own module, or the line that refuses the model."""
 
 from __future__ import annotations
 
 import inspect
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 from conftest import tiny_model

@@ -69,7 +69,10 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
     },
     "dory": {  # counts blocks of attention and blocks of feed-forward layers
-        **{"num_hidden_layers": 2 * LAYERS, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+        "num_hidden_layers": 2 * LAYERS,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
         "layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"],
     },
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -117,11 +120,8 @@ def tiny_config(model_type: str, changes: Mapping[str, Any] | None = None) -> Pr
     layers = max((v for k, v in defaults.items() if _SIZES.get(k) == LAYERS and isinstance(v, int)), default=0)
     fields: dict[str, Any] = {}
     for name, value in defaults.items():
-        if (
-            name in ("head_dim", "num_key_value_heads")
-            or name in _SIZES
-            and (value is not None or name.endswith("token_id"))
-            and not isinstance(value, (list, dict))
+        if name in ("head_dim", "num_key_value_heads") or (
+            name in _SIZES and (value is not None or name.endswith("token_id")) and not isinstance(value, (list, dict))
         ):
             fields[name] = _SIZES[name]
         elif isinstance(value, list) and layers > LAYERS and len(value) == layers:
@@ -161,15 +161,17 @@ _ROPE: dict[str, dict[str, Any]] = {
     "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | _TOKENS,
     "yarn": {"factor": 4.0} | _TOKENS,
     "dynamic": {"factor": 4.0},
-    "longrope": {"factor": 4.0, "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
-    | _TOKENS,
+    "longrope": {
+        "factor": 4.0, "short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 16,
+    },
 }  # fmt: skip
 #: types that are tried with every kind of RoPE; every other one is with one of them
 _ALL_ROPE = ("llama", "phi3")
 
 
 def variants(model_type: str) -> dict[str, dict[str, Any]]:
-    """Changes of the tiny config by a name for them: what a type's config can say of layers, attention and positions."""
+    """Changes of the tiny config by a name for them: what a config can say of layers, attention and positions."""
     config = tiny_config(model_type)
     fields = config.to_dict()
     found: dict[str, dict[str, Any]] = {"default": {}}

@@ -27,9 +27,9 @@ def main(file: str) -> None:
     print(f"""# Every causal language model of transformers
 
 `pytest -m sweep tests/test_sweep.py` converts a tiny model of each type of transformers' causal LM mapping, and of the
-variants of its config, and compares it with transformers' own module: a whole prompt, a second one after it, a batch that
-is padded on the left, and a pruned prefill, all within 1e-4 of the largest logit. This table was printed by `python
-tests/sweep/table.py` with transformers {version("transformers")}: {len(works)} of {len(by_type)} types work.
+variants of its config, and compares it with transformers' own module: a whole prompt, a second one after it, a batch
+that is padded on the left, and a pruned prefill, all within 1e-4 of the largest logit. This table was printed by
+`python tests/sweep/table.py` with transformers {version("transformers")}: {len(works)} of {len(by_type)} types work.
 
 | model type | default config | variants that work | refused variants |
 |---|---|---|---|""")

@@ -34,8 +34,8 @@ class Case:
 class Result:
     """What became of a case.
 
-    outcome: "works", "refused", or else "wrong", "internal error", "no reference", "hang", "crash". detail: the errors of
-    the comparisons, or the line. where: a refusal's, "config" or "conversion".
+    outcome: "works", "refused", or else "wrong", "internal error", "no reference", "hang", "crash". detail: the errors
+    of the comparisons, or the line. where: a refusal's, "config" or "conversion".
     """
 
     outcome: str
