@@ -85,6 +85,9 @@ def _window(rule: Rule) -> int | None:
 
 
 def _seen(rule: Rule, queries: Tensor, keys: Tensor) -> Tensor:
-    """[queries, keys] bool."""
+    """[queries, keys] bool. Raises TypeError for a rule that reads tensors that have no values while tracing."""
     zero = torch.zeros((), dtype=torch.int64)
-    return rule(zero, zero, queries[:, None], keys[None]).expand(len(queries), len(keys))
+    seen = rule(zero, zero, queries[:, None], keys[None])
+    if type(seen) is not Tensor:
+        raise TypeError(type(seen).__name__)
+    return seen.expand(len(queries), len(keys))

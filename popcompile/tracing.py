@@ -62,7 +62,8 @@ def _attention(
 
     The window is the mask's, which is what attention does in transformers; `sliding_window` repeats it for kernels.
     """
-    if not isinstance(attention_mask, Mask) or is_causal is False:
+    window = attention_mask.window if isinstance(attention_mask, Mask) else None
+    if window is None or is_causal is False:
         raise PopcompileError(f"{type(module).__name__} takes a mask of its own, or none; {SUPPORTED}")
     unknown = [name for name, given in others.items() if name not in _IGNORED and given is not None]
     if unknown:
@@ -70,7 +71,7 @@ def _attention(
             f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = ops.attention(query, key, value, _positions[-1], float(scale), attention_mask.window, float(softcap or 0.0))
+    out = ops.attention(query, key, value, _positions[-1], float(scale), window, float(softcap or 0.0))
     return out.transpose(1, 2), None
 
 
