@@ -91,6 +91,19 @@ class Pass(PassBase):
             raise ContractError(f"{self.name}: {message}")
 
 
+def _apply(compiler_pass: Pass, gm: fx.GraphModule) -> PassResult:
+    """Run a pass. Raises ContractError, also for a structure that the pass took for granted and did not find."""
+    try:
+        result = compiler_pass(gm)
+        assert result is not None
+    except ContractError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        raise ContractError(f"{compiler_pass.name}: {type(error).__name__} {what}".rstrip()) from error
+    return result
+
+
 class PassManager:
     """Runs passes over a program in order; `observe(index, pass, stage, text before, text after)` sees every graph."""
 
@@ -117,8 +130,7 @@ class PassManager:
             changed = False
             for stage in [s for s in compiler_pass.stages if s in program.graphs]:
                 gm = program.graphs[stage]
-                result = compiler_pass(gm)
-                assert result is not None
+                result = _apply(compiler_pass, gm)
                 changed |= result.modified
                 if stage in program.graphs:
                     program.graphs[stage] = result.graph_module

@@ -5,6 +5,11 @@
 The traced graph computes cos and sin from the RoPE frequencies for every prompt. They depend on the position only, so
 they become two tables [max positions, half], evaluated by running those very nodes: llama3, linear or any other
 scaling comes out right without a case for it.
+
+Some frequencies depend on one truth about the whole call as well: longrope has others where the largest position is
+beyond the length of pretraining. Such tables have a part for either case, one after the other:
+
+    rotary_embedding(x, positions + largest_is_beyond * max positions, [cos; cos_beyond], [sin; sin_beyond])
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from .graph import (
     emit,
     evaluate_dim,
     find,
+    has_symbol,
     is_size,
     register_parameter,
     replace,
@@ -35,7 +41,8 @@ aten = torch.ops.aten
 class FuseRotaryEmbedding(Pass):
     def __init__(self) -> None:
         super().__init__()
-        self._tables: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node] | None] = {}
+        self._tables: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node, fx.Node] | None] = {}
+        self._shifted: dict[fx.Node, fx.Node] = {}
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.check(len(find(graph_module, op=ops.token_positions)) == 1, "the graph needs one token_positions node")
@@ -50,9 +57,7 @@ class FuseRotaryEmbedding(Pass):
                 tables = self._tables[cos, sin]
                 if tables is not None:
                     with graph_module.graph.inserting_before(add):
-                        fused = emit(
-                            graph_module.graph, ops.rotary_embedding, x, positions, *tables, like=_first_mul(add)
-                        )
+                        fused = emit(graph_module.graph, ops.rotary_embedding, x, *tables, like=_first_mul(add))
                     replace(add, fused)
                     self.matches += 1
         graph_module.graph.eliminate_dead_code()
@@ -63,39 +68,54 @@ class FuseRotaryEmbedding(Pass):
 
     def _make_tables(
         self, gm: fx.GraphModule, positions: fx.Node, cos: fx.Node, sin: fx.Node
-    ) -> tuple[fx.Node, fx.Node] | None:
-        """Initializers for the cos and sin tables, or None if they depend on more than positions and constants."""
-        needed = self._table_nodes([cos, sin], positions)
+    ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+        """Rows to read, [B, S], and initializers for the cos and sin tables.
+
+        None if the tables depend on more than positions, a truth about all of them, and constants.
+        """
+        switches = _switches([cos, sin], positions)
+        inputs = [positions, *switches]
+        needed = _table_nodes([cos, sin], inputs)
         sizes = self._table_sizes(gm, needed)
         constants = sorted((n for n in needed if n.op == "get_attr"), key=lambda n: str(n.target))
         body = [n for n in gm.graph.nodes if n in needed and n.op == "call_function"]
-        if any(n.op == "placeholder" for n in needed) or any(
-            str(n.target) not in self.program.constants for n in constants
+        if (
+            len(switches) > 1
+            or any(n.op == "placeholder" for n in needed)
+            or any(str(n.target) not in self.program.constants for n in constants)
+            or not _apart(body, positions)
         ):
             return None
-        half = shape_of(cos)[-1] // 2
+        half, length = shape_of(cos)[-1] // 2, self.program.max_positions
         sources = tuple(str(n.target) for n in constants)
         stem = sources[0].removesuffix(".inv_freq").removesuffix("_inv_freq") if sources else "rotary_embedding"
         nodes = []
         for value, kind in ((cos, "cos_cache"), (sin, "sin_cache")):
-            only = self._table_nodes([value], positions)
-            graph = extract([value], [*constants, positions], [n for n in body if n in only], sizes)
-            table = Derived(sources, _table_of(graph, len(constants), self.program.max_positions, half))
+            only = _table_nodes([value], inputs)
+            graph = extract([value], [*constants, *inputs], [n for n in body if n in only], sizes)
+            table = Derived(sources, _table_of(graph, len(constants), length, half))
             name = f"{stem}.{kind}"
             self.program.derived[name] = table
             with value_of(cos).fake_mode:
-                fake = torch.empty((self.program.max_positions, half), dtype=value_of(cos).dtype)
+                fake = torch.empty(((1 + len(switches)) * length, half), dtype=value_of(cos).dtype)
             register_parameter(gm, name, fake)
             with gm.graph.inserting_after(positions):
                 node = gm.graph.get_attr(name)
             node.meta["val"] = fake
             nodes.append(node)
-        return nodes[0], nodes[1]
+        rows = self._shift(gm.graph, positions, switches[0]) if switches else positions
+        return rows, nodes[0], nodes[1]
 
-    @staticmethod
-    def _table_nodes(roots: list[fx.Node], positions: fx.Node) -> set[fx.Node]:
-        """What the values are computed from, as far as positions and sizes."""
-        return dependencies(roots, lambda n: n is not positions and not is_size(n))
+    def _shift(self, graph: fx.Graph, positions: fx.Node, switch: fx.Node) -> fx.Node:
+        """Rows of tables with a part for either state of a switch, [B, S]."""
+        if switch not in self._shifted:
+            with graph.inserting_after(switch):
+                state = emit(graph, aten.to.dtype, switch, torch.int64)
+            with graph.inserting_after(state):
+                offset = emit(graph, aten.mul.Tensor, state, self.program.max_positions)
+            with graph.inserting_after(offset):
+                self._shifted[switch] = emit(graph, aten.add.Tensor, positions, offset)
+        return self._shifted[switch]
 
     def _table_sizes(self, gm: fx.GraphModule, needed: set[fx.Node]) -> dict[fx.Node, int]:
         """The sizes that these nodes read, for one row of all positions."""
@@ -105,16 +125,48 @@ class FuseRotaryEmbedding(Pass):
         return {n: evaluate_dim(value_of(n), table) for n in read}
 
 
+def _table_nodes(roots: list[fx.Node], inputs: list[fx.Node]) -> set[fx.Node]:
+    """What the values are computed from, as far as the inputs and sizes."""
+    return dependencies(roots, lambda n: n not in inputs and not is_size(n))
+
+
+def _switches(roots: list[fx.Node], positions: fx.Node) -> list[fx.Node]:
+    """The truths about all positions, scalars, that the values depend on."""
+    candidates = [n for n in _table_nodes(roots, [positions]) if shape_of(n) == () and value_of(n).dtype is torch.bool]
+    return sorted(n for n in candidates if positions in dependencies([n], lambda _: True))
+
+
+def _apart(body: list[fx.Node], positions: fx.Node) -> bool:
+    """Whether a position's row of the values depends on no other position: nothing gathers them."""
+    sequence = shape_of(positions)[1].node.expr
+    dependent = {positions}
+    for node in body:
+        if dependent & set(node.all_input_nodes):
+            dependent.add(node)
+            if not any(has_symbol(d, sequence) for d in shape_of(node)):
+                return False
+    return True
+
+
 def _table_of(rotary: fx.GraphModule, constants: int, length: int, half: int) -> fx.GraphModule:
-    """Wrap a graph (constants..., positions) -> [1, length, 2 * half] into constants -> [length, half]."""
+    """Wrap a graph (constants..., positions, switches...) -> [1, length, 2 * half] into constants -> [rows, half].
+
+    Rows are `length`, or with a switch twice as many: those where it is false, and those where it is true.
+    """
     graph = fx.Graph()
+    placeholders = [n for n in rotary.graph.nodes if n.op == "placeholder"]
     inputs = [graph.placeholder(f"constant_{i}") for i in range(constants)]
     positions = graph.call_function(torch.arange, (length,))
     row = graph.call_function(aten.unsqueeze.default, (positions, 0))
-    mapping = dict(zip((n for n in rotary.graph.nodes if n.op == "placeholder"), [*inputs, row], strict=True))
-    result = graph.graph_copy(rotary.graph, mapping)
-    table = graph.call_function(aten.reshape.default, (result, [length, 2 * half]))
-    graph.output(graph.call_function(aten.slice.Tensor, (table, 1, 0, half)))
+    parts = []
+    states: list[tuple[bool, ...]] = [()] if len(placeholders) == constants + 1 else [(False,), (True,)]
+    for state in states:
+        switches = [graph.call_function(torch.full, ((), value), {"dtype": torch.bool}) for value in state]
+        mapping = dict(zip(placeholders, [*inputs, row, *switches], strict=True))
+        result = graph.graph_copy(rotary.graph, mapping)
+        table = graph.call_function(aten.reshape.default, (result, [length, 2 * half]))
+        parts.append(graph.call_function(aten.slice.Tensor, (table, 1, 0, half)))
+    graph.output(parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 0)))
     return fx.GraphModule(torch.nn.Module(), graph)
 
 

@@ -115,7 +115,7 @@ class _LayerCopier:
         value = value_of(node)
         if isinstance(value, int | torch.SymInt):
             return self._size(node)
-        outside = self.by_name[node.name]
+        outside = self._outside(node)
         if node.op == "placeholder" or not any(has_symbol(d, self.sequence) for d in shape_of(node)):
             return outside
         if not has_symbol(shape_of(node)[1], self.sequence):
@@ -124,6 +124,15 @@ class _LayerCopier:
             with self.target.graph.inserting_after(max(outside, self.index)):
                 self.selected[outside] = emit(self.target.graph, ops.select_boundary, outside, self.index)
         return self.selected[outside]
+
+    def _outside(self, node: fx.Node) -> fx.Node:
+        """A template value of no layer in the target graph, where it may be gone since no other layer reads it."""
+        if node.name not in self.by_name:
+            if node.op == "get_attr":
+                return self._parameter(node)
+            args, kwargs = map_arg((node.args, node.kwargs), self._outside)
+            self.by_name[node.name] = emit(self.target.graph, node.target, *args, like=node, **kwargs)
+        return self.by_name[node.name]
 
     def _parameter(self, node: fx.Node) -> fx.Node:
         if node.name not in self.by_name:

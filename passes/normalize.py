@@ -1,8 +1,10 @@
 """Drop what tracing leaves behind and computes nothing, and write in-place operators as functions.
 
-Metadata assertions, casts to the dtype a tensor already has, dropout in evaluation, full slices, aliases:
+Metadata assertions, casts to the dtype a tensor already has, dropout in evaluation, full slices, aliases, parts of a
+concatenation that are empty:
 
     to = aten.to(x, float32)  # x is float32   ->   x
+    cat = aten.cat([x, x[..., 16:]], -1)  # x has 16 features   ->   x
     div_ = aten.div_(x, y)                     ->   div = aten.div(x, y), which is read where x was from there on
 
 An operator that changes its input counts as read: it would keep the layer that it is in from being pruned.
@@ -15,7 +17,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .base import Pass
-from .graph import call_nodes, replace, set_value
+from .graph import call_nodes, replace, set_value, shape_of
 
 aten = torch.ops.aten
 
@@ -55,6 +57,12 @@ class Normalize(Pass):
             elif self._is_identity(node):
                 replace(node, node.args[0])
                 self.matches += 1
+            elif node.target == aten.cat.default and (parts := _parts(node)) != list(node.args[0]):
+                if len(parts) == 1:
+                    replace(node, parts[0])
+                else:
+                    node.update_arg(0, parts)
+                self.matches += 1
             elif _is_in_place(node):
                 self._make_functional(node)
                 self.matches += 1
@@ -86,6 +94,12 @@ class Normalize(Pass):
             return False
         before, after = node.args[0].meta["val"], node.meta["val"]
         return before.dtype == after.dtype and tuple(before.shape) == tuple(after.shape)
+
+
+def _parts(cat: fx.Node) -> list[fx.Node]:
+    """What a concatenation joins, without what is empty."""
+    parts, dim = list(cat.args[0]), cat.args[1] if len(cat.args) > 1 else 0
+    return [part for part in parts if shape_of(part)[dim] != 0] or parts
 
 
 def _is_in_place(node: fx.Node) -> bool:

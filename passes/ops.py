@@ -164,7 +164,8 @@ write_kv = operator("write_kv(Tensor cache, Tensor new, Tensor positions) -> Ten
 
 
 def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
 
 
 @operator(
@@ -179,13 +180,14 @@ def attention(
 
     query [B, H, S, D] at positions [B, S]; key, value [B, G, T, D] with slot = position. window > 0 limits a query
     to the last `window` positions, itself included (sliding window); softcap > 0 caps scores at ±softcap (Gemma 2).
-    Returns [B, H, S, D].
+    Returns [B, H, S, D], in memory as [B, S, H, D], which is what modules go on with.
     """
     slots = torch.arange(key.shape[2], device=query.device)
     visible = slots <= positions[:, :, None]
     if window > 0:
         visible = visible & (slots > positions[:, :, None] - window)
-    return attend(query, key, value, visible[:, None], scale, softcap)
+    out = attend(query, key, value, visible[:, None], scale, softcap)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:

@@ -26,6 +26,7 @@ from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
 from popcompile.self_sampling import random_starts, sample
 from popcompile.source import Source, open_source
+from popcompile.tensor_names import settle_ties
 from popcompile.tracing import trace
 
 #: texts and tokens of each by default: a few minutes on two cores for a model of 135 M parameters
@@ -116,6 +117,7 @@ def analyze(
     tokenizer = source_tokenizer(source, trust_remote_code)
     chosen = _tokens_of(text, tokenizer, texts, tokens, seed, source.name) if text else None
     report("trace", 0, 1)
+    settle_ties(source)
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
     read = held_in_memory(Checkpoint(source, program, torch.float32, merged).read, source.name)
     try:

@@ -54,6 +54,7 @@ from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
 from popcompile.staging import require_disk_space, require_writable, staged
+from popcompile.tensor_names import settle_ties
 from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
@@ -142,6 +143,7 @@ def convert(
         if calibration != SELF:
             read_texts(Path(calibration))  # a file that cannot be used is reported before any work
     report_progress("trace", 0, 1)
+    settle_ties(source)
     program = trace(source.config, chosen.dtype, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source, program, chosen.dtype, merged)
     shapes = _ModelShapes(program)

@@ -3,6 +3,9 @@
 Decided from the config's structure where it says enough, and from the tables here where it does not.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
@@ -10,7 +13,7 @@ from popcompile.errors import PopcompileError
 
 SUPPORTED = "popcompile supports decoder-only causal LMs of transformers with attention in every layer"
 
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """The values of `config.layer_types` that are softmax attention over a KV cache."""
 
 NOT_ATTENTION = {
@@ -20,14 +23,37 @@ NOT_ATTENTION = {
     **dict.fromkeys(("zamba", "zamba2"), "a state-space hybrid"),
     **dict.fromkeys(("recurrent_gemma", "minimax"), "a hybrid of recurrence and attention"),
     **dict.fromkeys(("lfm2", "lfm2_moe"), "a hybrid of convolution and attention"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "a drafter that reads another model's cache"),
+    "bloom": "a model whose positions are ALiBi's biases of attention",
     "blt": "a byte-latent model of several decoders",
+    "reformer": "a model of attention by locality-sensitive hashing",
+    "trocr": "the decoder of an encoder-decoder",
+    "xlm": "a model of several objectives with an attention of its own",
+    "xlnet": "a permutation language model",
 }
-"""Model types whose configs do not always say in `layer_types` that a layer is something else than attention."""
+"""Model types whose configs do not say, or not always, that they are something else than layers of attention."""
 
 DECODER_ANYWAY = frozenset({"gpt_neox", "gpt_neox_japanese"})
 """Decoders whose configs carry an `is_decoder` of False that means nothing."""
 
-OTHER_MODALITIES = ("vision_config", "audio_config", "audio_encoder_config")
+_GIVEN: Callable[[Any], bool] = bool
+UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kv_lora_rank": (_GIVEN, "multi-head latent attention (MLA)"),
+    "num_kv_shared_layers": (_GIVEN, "layers that read another layer's keys and values"),
+    "alibi": (_GIVEN, "ALiBi's biases for positions"),
+    "use_bidirectional_attention": (lambda value: value is True or value == "all", "bidirectional attention"),
+    "is_causal": (lambda value: value is False, "bidirectional attention"),
+    "prefix_lm": (_GIVEN, "prefixes that are attended to in both directions"),
+    "add_cross_attention": (_GIVEN, "cross-attention"),
+}
+"""Fields of configs that ask for what is not compiled: whether a value does, and what it is.
+
+What a field does to masks and to the arguments of attention is also seen when the model is traced (masks.py); these are
+refused before that, and by their names.
+"""
+
+PARTS_OF_DECODERS = frozenset({"attn_config", "ffn_config"})
+"""Configs inside a decoder's config that are no models of their own."""
 
 
 def require_decoder(model: str, config: PretrainedConfig) -> None:
@@ -41,23 +67,37 @@ def require_decoder(model: str, config: PretrainedConfig) -> None:
         PopcompileError: naming the architecture, what it is, and what is supported.
     """
     kind = config.model_type
-    architecture = (getattr(config, "architectures", None) or [kind])[0]
+    architectures = getattr(config, "architectures", None)
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else kind
     named = f"{model}: {architecture}" + (f" (model type {kind})" if architecture != kind else "")
     if config.is_encoder_decoder:
         raise PopcompileError(f"{named} is an encoder-decoder; {SUPPORTED}")
+    if kind in NOT_ATTENTION:
+        raise PopcompileError(f"{named} is {NOT_ATTENTION[kind]}; {SUPPORTED}")
     text = getattr(getattr(config, "text_config", None), "model_type", None)
     causal = kind in CAUSAL_LMS or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if text in CAUSAL_LMS or (causal and any(getattr(config, part, None) is not None for part in OTHER_MODALITIES)):
+    if text in CAUSAL_LMS or (causal and any(_parts(config))):
         decoder = f", here of model type {text}" if text else ""
         raise PopcompileError(
             f"{named} takes more than text; popcompile supports the text decoder alone: "
             f"give a checkpoint of the text decoder{decoder}"
         )
-    if kind in NOT_ATTENTION:
-        raise PopcompileError(f"{named} is {NOT_ATTENTION[kind]}; {SUPPORTED}")
     if not causal:
         raise PopcompileError(f"{named} has no causal language model; {SUPPORTED}")
     if getattr(config, "is_decoder", None) is False and kind not in DECODER_ANYWAY:
         raise PopcompileError(f"{named} is an encoder (config.is_decoder is false); {SUPPORTED}")
-    if other := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS):
+    if getattr(config, "is_heterogeneous", False):
+        raise PopcompileError(f"{named} has layers of different sizes (config.per_layer_config); {SUPPORTED}")
+    if other := sorted({str(t) for t in getattr(config, "layer_types", None) or ()} - ATTENTION_LAYERS):
         raise PopcompileError(f"{named} has layers of type {', '.join(other)}; {SUPPORTED}")
+    for field, (asks, what) in UNSUPPORTED.items():
+        for place, holder in (("config", config), ("config.attn_config", getattr(config, "attn_config", None))):
+            if asks(getattr(holder, field, None)):
+                raise PopcompileError(f"{named} has {what} ({place}.{field}); {SUPPORTED}")
+
+
+def _parts(config: PretrainedConfig) -> Iterator[str]:
+    """Fields of a config that are configs of models: an image encoder's, or the text decoder's beside one."""
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig) and name not in PARTS_OF_DECODERS:
+            yield name

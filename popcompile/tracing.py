@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
@@ -27,15 +29,22 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
-from popcompile.loading import errors_only
+from popcompile.loading import one_line
+from popcompile.masks import SUPPORTED, Mask, causal_mask
 from popcompile.passes import ops
 from popcompile.passes.base import Program
+from popcompile.positions import context_length, require_positions
 from popcompile.upstream import cache_argument
 
 #: what transformers knows the functions below as
 _IMPLEMENTATION = "popcompile"
 #: the one activation of experts that are compiled, by the names that configs give it
 _SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+#: arguments of attention functions that change nothing of what they compute
+_IGNORED = {
+    *("position_ids", "cache_position", "use_cache", "cache", "past_key_values", "output_attentions"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "deterministic", "target_dtype"),
+}
 #: the traced module's positions node, for the functions below that transformers calls without it
 _positions: list[torch.Tensor] = []
 
@@ -50,23 +59,28 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **unsupported: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, H, S, D] and the cache -> [B, S, H, D]."""
-    if attention_mask is not None or unsupported.get("s_aux") is not None:
+    """transformers' attention interface: query [B, H, S, D] and the cache -> [B, S, H, D].
+
+    The window is the mask's, which is what attention does in transformers; `sliding_window` repeats it for kernels.
+    """
+    window = attention_mask.window if isinstance(attention_mask, Mask) else None
+    if window is None or is_causal is False:
+        raise PopcompileError(f"{type(module).__name__} takes a mask of its own, or none; {SUPPORTED}")
+    unknown = [name for name, given in others.items() if name not in _IGNORED and given is not None]
+    if unknown:
         raise PopcompileError(
-            f"{type(module).__name__} passes attention a mask or sinks of its own; popcompile supports causal and"
-            " sliding-window attention"
+            f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = ops.attention(
-        query, key, value, _positions[-1], float(scale), int(sliding_window or 0), float(softcap or 0.0)
-    )
+    out = ops.attention(query, key, value, _positions[-1], float(scale), window, float(softcap or 0.0))
     return out.transpose(1, 2), None
 
 
 AttentionInterface.register(_IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(_IMPLEMENTATION, lambda *_, **__: None)
+AttentionMaskInterface.register(_IMPLEMENTATION, causal_mask)
 
 
 def _experts(
@@ -90,6 +104,14 @@ def _experts(
 
 
 ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts)
+
+
+_COMPLEX = (torch.complex64, torch.complex128)
+#: what a model is said to be that is none of those that are supported
+_NOT_TRACED = (
+    "torch.export cannot trace this model, and popcompile supports decoders whose layers are attention and feed-forward"
+    " blocks"
+)
 
 
 class _TracedLayer(DynamicLayer):
@@ -139,60 +161,86 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
     Raises PopcompileError where the model cannot be built from its config or traced.
     """
     config = copy.deepcopy(config)  # building a model writes to its config
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        try:
-            model = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=_IMPLEMENTATION,
-                experts_implementation=_IMPLEMENTATION,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-            ).eval()
-        except PopcompileError:
-            raise
-        except Exception as error:
-            raise PopcompileError(
-                f"{config.model_type}: transformers cannot build the model from its config: {_first_line(error)}"
-            ) from error
-    heads, head_size = _cache_shape(config)
+    require_positions(config)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _reporting(config, "transformers cannot build the model from its config"), mode:
+        model = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=_IMPLEMENTATION,
+            experts_implementation=_IMPLEMENTATION,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        ).eval()
     layers = config.num_hidden_layers
-    batch, new, past = 2, 5, 7
-    with mode:
-        arguments = (
-            torch.zeros(batch, new, dtype=torch.int64),
-            torch.ones(batch, past + new, dtype=torch.int64),
-            [torch.zeros(batch, heads, past, head_size, dtype=dtype) for _ in range(2 * layers)],
+    decoder = _Decoder(model)
+    with _reporting(config, _NOT_TRACED), torch.no_grad():
+        with mode:
+            with _restoring(model):
+                heads, head_size = _cache_shape(config, decoder(*_arguments(dtype, layers, 1, 1))[1])
+            arguments = _arguments(dtype, layers, heads, head_size)
+        dims = {name: torch.export.Dim(name) for name in ("batch", "sequence", "total", "past")}
+        shapes = (
+            {0: dims["batch"], 1: dims["sequence"]},
+            {0: dims["batch"], 1: dims["total"]},
+            [{0: dims["batch"], 2: dims["past"]} for _ in range(2 * layers)],
         )
-    dims = {name: torch.export.Dim(name) for name in ("batch", "sequence", "total", "past")}
-    shapes = (
-        {0: dims["batch"], 1: dims["sequence"]},
-        {0: dims["batch"], 1: dims["total"]},
-        [{0: dims["batch"], 2: dims["past"]} for _ in range(2 * layers)],
-    )
-    with _quiet(), torch.no_grad():
-        try:
-            exported = torch.export.export(_Decoder(model), arguments, dynamic_shapes=shapes, strict=False)
-        except PopcompileError:
-            raise
-        except Exception as error:
-            raise PopcompileError(
-                f"{config.model_type}: torch.export cannot trace this model: {_first_line(error)};"
-                " popcompile supports decoders whose layers are attention and feed-forward blocks"
-            ) from error
-    gm = _flat(exported.module(check_guards=False), layers)
-    return Program(
-        graphs={"model": gm},
-        num_layers=layers,
-        max_positions=config.max_position_embeddings,
-        constants=_computed_buffers(model),
+        exported = torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
+        gm = _flat(exported.module(check_guards=False), layers)
+        constants = {
+            name.removeprefix("decoder."): value
+            for name, value in exported.constants.items()
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        }
+        constants |= _computed_buffers(model)
+    _require_values(config, gm, constants)
+    if any(getattr(n.meta.get("val"), "dtype", None) in _COMPLEX for n in gm.graph.nodes):
+        raise PopcompileError(f"{config.model_type}: computes with complex numbers, which ONNX has no operators for")
+    return Program(graphs={"model": gm}, num_layers=layers, max_positions=context_length(config), constants=constants)
+
+
+def _arguments(dtype: torch.dtype, layers: int, heads: int, head_size: int) -> tuple[Any, ...]:
+    """Inputs of _Decoder, of some size."""
+    batch, new, past = 2, 5, 7
+    return (
+        torch.zeros(batch, new, dtype=torch.int64),
+        torch.ones(batch, past + new, dtype=torch.int64),
+        [torch.zeros(batch, heads, past, head_size, dtype=dtype) for _ in range(2 * layers)],
     )
 
 
-def _cache_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """Key/value heads and head size of a layer's cache."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads, size
+@contextlib.contextmanager
+def _restoring(model: torch.nn.Module) -> Iterator[None]:
+    """Let modules forget what they keep of a run: frequencies of RoPE for its length, for instance."""
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    yield
+    for module, attributes, buffers in before:
+        vars(module).clear()
+        vars(module).update(attributes)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+
+def _cache_shape(config: PretrainedConfig, entries: Sequence[torch.Tensor | None]) -> tuple[int, int]:
+    """Key/value heads and head size of the layers' cache entries [B, heads, T, head size], which are alike.
+
+    Raises PopcompileError where they are not.
+    """
+    shapes = [None if entry is None else (int(entry.shape[1]), int(entry.shape[3])) for entry in entries]
+    first = shapes[0]
+    for layer, (key, value) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
+        if key is None or value is None:
+            problem = f"layer {layer} keeps no keys and values of its own"
+        elif key != value:
+            problem = f"keys of {key[1]} features and values of {value[1]}, as in multi-head latent attention (MLA)"
+        elif key != first and first:
+            problem = f"layer {layer} caches {key[0]} heads of {key[1]} features, layer 0 {first[0]} of {first[1]}"
+        else:
+            continue
+        raise PopcompileError(
+            f"{config.model_type}: {problem}; popcompile supports keys and values of one shape in all layers"
+        )
+    assert first is not None
+    return first
 
 
 def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
@@ -228,7 +276,10 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     This is what from_pretrained does, which builds every model on the meta device.
     """
     values: dict[str, torch.Tensor] = {}
+    owners: dict[str, PreTrainedModel] = {}  # a model inside the model initializes what is inside it
     for path, module in model.named_modules():
+        parent = owners[path.rpartition(".")[0]] if path else model
+        owners[path] = module if isinstance(module, PreTrainedModel) else parent
         computed = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
         if not computed:
             continue
@@ -236,9 +287,9 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own flag
         fakes = {n: getattr(module, n) for n in computed}
         for n in computed:
-            module._buffers[n] = torch.full(fakes[n].shape, float("nan"), dtype=fakes[n].dtype)
+            module._buffers[n] = _unknown(fakes[n])
         with torch.no_grad():
-            model._init_weights(module)
+            owners[path]._init_weights(module)
         for n in computed:
             real = module._buffers[n]
             assert real is not None
@@ -247,12 +298,48 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return values
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _unknown(like: torch.Tensor) -> torch.Tensor:
+    """A real tensor of the same shape and dtype, with NaN where the dtype has it."""
+    return torch.full(like.shape, float("nan") if like.is_floating_point() else 0, dtype=like.dtype)
+
+
+def _require_values(config: PretrainedConfig, gm: fx.GraphModule, constants: Mapping[str, torch.Tensor]) -> None:
+    """Raise PopcompileError for a tensor that the graph reads whose values neither checkpoint nor config give."""
+    stored = {name for name, _ in gm.named_parameters()} | set(gm.state_dict())
+    for name in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n.users}:
+        value = constants.get(name)
+        unknown = name not in stored if value is None else bool(value.isnan().any())
+        if unknown:
+            raise PopcompileError(
+                f"{config.model_type}: computes with {name}, which no checkpoint holds and transformers does not"
+                " compute from the config again; popcompile does not support such models"
+            )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch.export's and transformers' warnings, which name nothing that a user could change."""
-    with warnings.catch_warnings(action="ignore"), errors_only("transformers", "torch.export", "torch.onnx"):
-        yield
+def _reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
+    """Turn whatever is raised into a PopcompileError of one line, and keep what is printed beside it to ourselves.
+
+    transformers, torch.export and a model's own code raise anything, and torch.export prints the graph.
+    """
+    disabled = logging.root.manager.disable
+    silence = io.StringIO()
+    try:
+        logging.disable(logging.CRITICAL)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+        ):
+            yield
+    except (PopcompileError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args == (_IMPLEMENTATION,):
+            problem, error = (
+                _NOT_TRACED,
+                TypeError("its attention does not go through AttentionInterface"),
+            )
+        raise PopcompileError(f"{config.model_type}: {problem}: {one_line(error)}") from error
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,65 @@
+"""Which ways to tell a token's position are compiled, decided from the config.
+
+Positions are learned embeddings or RoPE, whose tables are computed from the config when a model is converted. So what
+the tables hold may depend on the position and, with longrope, on which of two lengths the prompt has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from popcompile.errors import PopcompileError
+
+ROPE_TYPES = ("default", "linear", "llama3", "longrope", "proportional", "yarn")
+"""transformers' names of the kinds of RoPE that are compiled. Of the others, dynamic computes other frequencies for
+every length."""
+
+
+def require_positions(config: PretrainedConfig) -> None:
+    """Raise PopcompileError for a config whose positions are not compiled, naming them."""
+    for kind in _rope_types(config):
+        if kind not in ROPE_TYPES:
+            raise PopcompileError(
+                f"{config.model_type}: its RoPE has the type {str(kind)[:40]!r}; popcompile supports"
+                f" {', '.join(ROPE_TYPES)}"
+            )
+    if _has_alibi(config):
+        raise PopcompileError(
+            f"{config.model_type}: its positions are ALiBi's biases of attention; popcompile supports RoPE and learned"
+            " positions"
+        )
+    context_length(config)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The most tokens of a sequence. Raises PopcompileError where the config does not say."""
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        given = "no max_position_embeddings" if length is None else f"max_position_embeddings {str(length)[:40]!r}"
+        raise PopcompileError(
+            f"{config.model_type}: its config has {given}; give it the number of tokens that the model was made for"
+        )
+    return length
+
+
+def _rope_types(config: PretrainedConfig) -> Iterator[Any]:
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, name, None)
+        if isinstance(parameters, dict):
+            for nested in (parameters, *parameters.values()):  # one for all layers, or one for each type of layer
+                if isinstance(nested, dict) and (kind := nested.get("rope_type", nested.get("type"))) is not None:
+                    yield kind
+
+
+def _has_alibi(config: PretrainedConfig) -> bool:
+    attention = getattr(config, "attn_config", None)  # MPT's
+    return bool(
+        getattr(config, "alibi", False) or getattr(attention, "alibi", False) or config.model_type in _ALIBI_ALWAYS
+    )
+
+
+_ALIBI_ALWAYS = frozenset({"bloom"})
+"""Model types that have ALiBi without a field that says so."""
