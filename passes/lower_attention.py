@@ -22,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import emit, find, inputs_of, replace, shape_of, value_of
+from .graph import emit, emit_sizes, find, inputs_of, replace, shape_of, value_of
 from .lower_rotary_embedding import emit_rotary
 from .onnx_ops import CONTRIB, emit_onnx_multi
 
@@ -148,7 +148,19 @@ class _Lowering:
             x, weight, eps = node.args
             assert isinstance(x, fx.Node)
             return emit(self.graph, ops.rms_norm, self._tokens_first(x), weight, eps, like=node)
+        if node.target == ops.pad_heads:
+            x, size = node.args
+            assert isinstance(x, fx.Node)
+            return emit(self.graph, ops.pad_heads, self._heads_last(x), size, like=node)
         return emit(self.graph, aten.transpose.int, node, 1, 2, like=node)
+
+    def _heads_last(self, node: fx.Node) -> fx.Node:
+        """_tokens_first, of rotated heads too."""
+        if node.target != ops.rotary_embedding:
+            return self._tokens_first(node)
+        _, heads, _, size = shape_of(node)
+        flat = self._flat_heads(node)
+        return emit(self.graph, aten.view.default, flat, [*emit_sizes(self.graph, flat)[:2], heads, size], like=node)
 
     def _replace_output(self, node: fx.Node, out: fx.Node, queries: Any, heads: int, head_size: int) -> None:
         """Let the users of attention's [B, H, S, D] read [B, S, H x D]."""
@@ -158,7 +170,12 @@ class _Lowering:
             for user in list(transposed.users):
                 if len(shape_of(user)) == 3 and user.target in (aten.reshape.default, aten.view.default):
                     replace(user, out)
-            if not transposed.users:
+            if transposed.users:
+                replace(
+                    transposed,
+                    emit(self.graph, aten.view.default, out, [self.batch, queries, heads, head_size], like=transposed),
+                )
+            else:
                 self.graph.erase_node(transposed)
         if node.users:
             heads_last = emit(self.graph, aten.view.default, out, [self.batch, queries, heads, head_size], like=node)

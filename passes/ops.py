@@ -201,6 +201,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: fl
     return scores @ value
 
 
+def _padded_shape(x: Tensor, size: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], size))
+
+
+@operator("pad_heads(Tensor x, int size) -> Tensor", _padded_shape)
+def pad_heads(x: Tensor, size: int) -> Tensor:
+    """x [..., D] with zeros behind, [..., size]; a size that is larger than D."""
+    return torch.cat((x, x.new_zeros((*x.shape[:-1], size - x.shape[-1]))), dim=-1)
+
+
 # --- fused element-wise patterns -------------------------------------------------------------------------------
 
 
