@@ -21,7 +21,8 @@ from popcompile.checkpoint import Checkpoint
 from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import genai_config
-from popcompile.export.onnx_graph import input_names, output_names, to_onnx
+from popcompile.export.io_names import input_names, output_names
+from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
 from popcompile.layer_table import full_prefill_one_logit, layer_table
@@ -29,6 +30,7 @@ from popcompile.package import (
     FORMAT_VERSION,
     LAYOUTS,
     MANIFEST,
+    PASSES,
     REPORT,
     Layout,
     Manifest,
@@ -249,7 +251,7 @@ class _Compilation:
     """Runs passes over a program, writes the graph after every pass to passes/, and collects the report."""
 
     def __init__(self, program: Program, folder: Path, progress: Progress) -> None:
-        self._program, self._texts, self._progress = program, folder / "passes", progress
+        self._program, self._texts, self._progress = program, folder / PASSES, progress
         self._records: list[PassRecord] = []
         self._texts.mkdir()
         traced = print_graph(program.graphs["model"], "model")

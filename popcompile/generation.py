@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from popcompile.errors import PopcompileError
-from popcompile.loading import quiet, reading
+from popcompile.package_configs import read_config, read_generation_config
 from popcompile.runtime import KVCache, Runtime, Stage
 
 PREFILLS = ("auto", "pop", "full")
@@ -138,14 +138,8 @@ class PopForCausalLM(_GenerationMixin):
         self.runtime = runtime
         self.manifest = runtime.manifest
         self.prefill = prefill
-        folder = str(runtime.folder)
-        with quiet(), reading(folder, "config.json does not load"):
-            self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with quiet(), reading(folder, "generation_config.json does not load"):
-            if (runtime.folder / "generation_config.json").is_file():
-                self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-            else:
-                self.generation_config = GenerationConfig.from_model_config(self.config)
+        self.config = read_config(runtime.folder, runtime.manifest)
+        self.generation_config = read_generation_config(runtime.folder, runtime.manifest, self.config)
         self.device = torch.device("cpu")  # where tokens and logits are, on any provider
         self.dtype = runtime.dtype
 
