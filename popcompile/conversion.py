@@ -25,6 +25,7 @@ from popcompile.export.io_names import input_names, output_names
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
+from popcompile.integrity import CODE_FIELDS
 from popcompile.layer_table import full_prefill_one_logit, layer_table
 from popcompile.package import (
     FORMAT_VERSION,
@@ -55,7 +56,7 @@ from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
-from popcompile.staging import require_disk_space, require_writable, staged
+from popcompile.staging import require_apart, require_disk_space, require_writable, staged
 from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
@@ -120,6 +121,9 @@ def convert(
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
     chosen = precision(dtype, provider, block_size)
     require_writable(out, force)
+    if force:
+        inputs = {"MODEL": model, "--adapter": adapter, "--calibration": None if calibration == SELF else calibration}
+        require_apart(out, inputs)
     started = time.perf_counter()
     report_progress = progress or (lambda *_: None)
     source = open_source(
@@ -308,6 +312,7 @@ def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, layout: L
     source.config.save_pretrained(folder)
     source.generation_config.save_pretrained(folder)
     source.save_tokenizer(folder)
+    _leave_out_code(folder)
     _write_json(
         folder / "genai_config.json",
         genai_config(
@@ -320,6 +325,19 @@ def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, layout: L
             provider=provider,
         ),
     )
+
+
+def _leave_out_code(folder: Path) -> None:
+    """Of a model or tokenizer that is code of its checkpoint: transformers copies it and names it in the configs.
+
+    The graphs are the model, and a package that asked to run code would be refused.
+    """
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_bytes())
+        if set(config) & set(CODE_FIELDS):
+            _write_json(path, {field: value for field, value in config.items() if field not in CODE_FIELDS})
 
 
 def _write_json(path: Path, content: Any) -> None:

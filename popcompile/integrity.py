@@ -40,7 +40,7 @@ _IGNORED = frozenset({"README.md", "LICENSE", "LICENSE.txt", "Thumbs.db", "deskt
 _LIMITS = {".onnx": 32 << 20, "tokenizer.json": 256 << 20, ".json": 16 << 20, "": 256 << 20}
 _TOTAL_LIMIT = 1 << 30
 #: fields with which a config of transformers names code beside it
-_CODE_FIELDS = ("auto_map", "custom_pipelines")
+CODE_FIELDS = ("auto_map", "custom_pipelines")
 _AGAIN = "convert the model again"
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
 
@@ -148,7 +148,7 @@ def _require_no_code(folder: Path, name: str, content: bytes) -> None:
         raise PopcompileError(f"{folder}: {name} is not JSON; {_AGAIN}") from error
     if not isinstance(config, dict):
         raise PopcompileError(f"{folder}: {name} is not a JSON object; {_AGAIN}")
-    if fields := [field for field in _CODE_FIELDS if config.get(field)]:
+    if fields := [field for field in CODE_FIELDS if config.get(field)]:
         raise PopcompileError(
             f"{folder}: {name} asks to run code ({fields[0]}), which no package needs; do not use it, {_AGAIN}"
         )
