@@ -25,6 +25,7 @@ from popcompile.export.io_names import input_names, output_names
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
+from popcompile.graph_check import read_graphs
 from popcompile.integrity import CODE_FIELDS
 from popcompile.layer_table import full_prefill_one_logit, layer_table
 from popcompile.package import (
@@ -201,9 +202,20 @@ def convert(
         )
         manifest = replace(manifest, files=describe_files(folder, files.weights, hashes))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _require_readable(folder, manifest)
         report_progress("flush", 0, 1)
     report_progress("done", 1, 1)
     return manifest
+
+
+def _require_readable(folder: Path, manifest: Manifest) -> None:
+    """What every use of the package checks: the operators that are exported, and those that are known there, are two
+    lists.
+    """
+    try:
+        read_graphs(folder, manifest)
+    except PopcompileError as error:
+        raise RuntimeError(f"exported what graph_operators.py does not know: {error}") from error
 
 
 def _described(source: Source, adapter: Adapter | None) -> dict[str, str]:

@@ -42,6 +42,10 @@ _INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 _LARGEST, _ENDS = 1 << 31, (1 << 62, (1 << 63) - 1)
 
 
+#: of operators whose inputs are looked at
+_INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop": 2, "Range": 3}
+
+
 class _Fault(Exception):
     """What is wrong with a graph."""
 
@@ -111,7 +115,7 @@ class _Checker:
         self._nodes += len(graph.node)
         if self._nodes > _NODES:
             raise _Fault(f"has more than {_NODES} nodes")
-        types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
+        types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
         for node in graph.node:
             made |= dict.fromkeys(filter(None, node.output), node)
         for node in graph.node:
@@ -134,6 +138,8 @@ class _Checker:
         self._check_meaning(node, made, types)
 
     def _check_meaning(self, node: NodeProto, made: Mapping[str, Any], types: Mapping[str, int]) -> None:
+        if len(node.input) < _INPUTS.get(node.op_type, 0) or not node.output:
+            raise _Fault(f"has a {node.op_type} without its inputs or outputs")
         if node.op_type == "GroupQueryAttention":
             self._check_attention(node)
         elif node.op_type == "MatMulNBits":

@@ -60,7 +60,7 @@ _EXPERTS: dict[str, Attribute] = {
 }
 _PLAIN = (
     "Abs Add And Ceil Clip Cos Div Equal Erf Exp Expand Floor Greater GreaterOrEqual Identity Less LessOrEqual Log"
-    " MatMul Max Min Mul Neg Not Or Pow Range Reciprocal Relu Round Sigmoid Sign Sin Slice Softplus Sqrt Squeeze Sub"
+    " IsInf IsNaN MatMul Max Min Mul Neg Not Or Pow Range Reciprocal Relu Round Sigmoid Sign Sin Slice Softplus Sqrt Squeeze Sub"
     " Tanh Unsqueeze Where"
 )
 
@@ -72,9 +72,12 @@ STANDARD: dict[str, dict[str, Attribute]] = {
     "CumSum": {"exclusive": _FLAG, "reverse": _FLAG},
     "Gather": _AXIS_ONLY,
     "GatherElements": _AXIS_ONLY,
+    "GatherND": {"batch_dims": _FLAG},
     "Gelu": {"approximate": Words(("none", "tanh"))},
+    "Gemm": {"alpha": Floats(), "beta": Floats(), "transA": _FLAG, "transB": _FLAG},
     "If": {"then_branch": Subgraph(), "else_branch": Subgraph()},
     "LayerNormalization": _NORM,
+    "LogSoftmax": _AXIS_ONLY,
     "Loop": {"body": Subgraph()},
     "Mod": {"fmod": _FLAG},
     "QuantizeLinear": {"axis": _AXIS, "saturate": _FLAG},
