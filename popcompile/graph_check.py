@@ -1,10 +1,10 @@
 """Check a package's graphs before ONNX Runtime sees them, which ends the process on some that nobody has exported.
 
-    operators     those of graph_operators.py, with their attributes in range
-    heads         every attention has the manifest's key/value heads, and a multiple of them
-    weights       of the sizes that dims say, inside the package's weights file and no other
-    divisors      integers are divided by what cannot be zero, and Loop and Range go no further than tokens do
-    I/O           names and shapes are the manifest's
+operators     those of graph_operators.py, with their attributes in range
+heads         every attention has the manifest's key/value heads, and a multiple of them
+weights       of the sizes that dims say, inside the package's weights file and no other
+divisors      integers are divided by what cannot be zero, and Loop and Range go no further than tokens do
+I/O           names and shapes are the manifest's
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from popcompile.errors import PopcompileError
-from popcompile.graph_operators import OPERATORS, Attribute, Floats, Ints, Subgraph, Words
+from popcompile.graph_operators import OPERATORS, Attribute, Floats, Subgraph, Words
 from popcompile.integrity import check_files, read_file
 from popcompile.package import Manifest
 
@@ -151,7 +151,7 @@ class _Checker:
             if not node.input[0] or not _counts_tokens(node.input[0], made):
                 raise _Fault("has a Loop that may not end")
         elif node.op_type == "Range":
-            start, limit, delta = (_constant(made.get(name)) for name in node.input)
+            start, delta = (_constant(made.get(name)) for name in node.input[0:3:2])
             whole = types.get(node.output[0]) not in _FLOATS
             if whole and not ((start or 0) >= 0 and delta == 1 and _counts_tokens(node.input[1], made)):
                 raise _Fault("has a Range that may not end")
@@ -190,9 +190,8 @@ class _Checker:
                 raise _Fault(f"has {name!r} with other values than its shape says")
         elif len(getattr(tensor, field)) != count:
             raise _Fault(f"has {name!r} with other values than its shape says")
-        elif field == "int32_data" and tensor.data_type != TensorProto.INT32:
-            if not all(0 <= value < 1 << 8 * itemsize for value in tensor.int32_data):
-                raise _Fault(f"has {name!r} with values out of range")
+        elif itemsize < 4 and not all(0 <= value < 1 << 8 * itemsize for value in tensor.int32_data):
+            raise _Fault(f"has {name!r} with values out of range")
         if tensor.data_type in _INTEGERS and not tensor.external_data:
             for value in onnx.numpy_helper.to_array(tensor).reshape(-1).tolist():
                 if abs(value) > _LARGEST and value not in _ENDS:
@@ -279,7 +278,7 @@ def _counts_tokens(name: str, made: Mapping[str, Any], depth: int = 16) -> bool:
 
 
 def _counts_difference(node: NodeProto, counts: Sequence[bool], made: Mapping[str, Any], depth: int) -> bool:
-    """Of a Sub. What it takes away is a number of tokens as well; (begin + size) - begin is size, wherever it begins."""
+    """Of a Sub. What it takes away is a number of tokens as well; (begin + size) - begin is size wherever it begins."""
     ahead = made.get(node.input[0])
     if isinstance(ahead, NodeProto) and ahead.op_type == "Add" and ahead.input[0] == node.input[1]:
         return _counts_tokens(ahead.input[1], made, depth - 1)

@@ -60,8 +60,8 @@ _EXPERTS: dict[str, Attribute] = {
 }
 _PLAIN = (
     "Abs Add And Ceil Clip Cos Div Equal Erf Exp Expand Floor Greater GreaterOrEqual Identity Less LessOrEqual Log"
-    " IsInf IsNaN MatMul Max Min Mul Neg Not Or Pow Range Reciprocal Relu Round Sigmoid Sign Sin Slice Softplus Sqrt Squeeze Sub"
-    " Tanh Unsqueeze Where"
+    " IsInf IsNaN MatMul Max Min Mul Neg Not Or Pow Range Reciprocal Relu Round Sigmoid Sign Sin Slice Softplus"
+    " Sqrt Squeeze Sub Tanh Unsqueeze Where"
 )
 
 #: of the standard domain

@@ -15,9 +15,9 @@ from tabulate import tabulate
 from popcompile.compatibility import runtimes
 from popcompile.errors import PopcompileError
 from popcompile.evaluation_report import evaluation_words
-from popcompile.measurements import Measurements, read_measurements
 from popcompile.graph_check import check_package
 from popcompile.integrity import read_file
+from popcompile.measurements import Measurements, read_measurements
 from popcompile.package import PASSES, REPORT, Manifest, read_manifest
 from popcompile.report_words import (
     Table,

@@ -289,7 +289,7 @@ def test_what_is_read_is_not_replaced(
 ) -> None:
     arguments = place(package, model)
     line = cli.refuses("convert", *arguments, "--force", "--kv-projection", "layer")
-    assert words in line and "is in it" in line or "--force would remove" in line
+    assert (words in line and "is in it" in line) or "--force would remove" in line
 
 
 def test_relative_paths_are_seen_through(
