@@ -25,18 +25,8 @@ from popcompile.integrity import MANIFEST, check_files, describe_files, file_sha
 from popcompile.manifest_values import wrong_value
 from popcompile.regular_file import read_regular
 
-__all__ = [
-    "FORMAT_VERSION",
-    "LAYOUTS",
-    "MANIFEST",
-    "PASSES",
-    "REPORT",
-    "Layout",
-    "Manifest",
-    "check_files",
-    "describe_files",
-]
-__all__ += ["file_sha256", "read_manifest"]
+__all__ = ["FORMAT_VERSION", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest", "read_manifest"]
+__all__ += ["check_files", "describe_files", "file_sha256"]
 
 REPORT = "report.json"
 #: folder of the graph after every pass, as text

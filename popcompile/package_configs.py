@@ -1,7 +1,7 @@
 """transformers' configs of a package, made of the bytes that its manifest means. No code of the package is run.
 
-transformers' own `from_pretrained` looks for further files in a folder, and asks on the terminal whether it may run code
-that a config names; `from_dict` does neither.
+transformers' own `from_pretrained` looks for further files in a folder, and asks on the terminal whether it may run
+code that a config names; `from_dict` does neither.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def read_config(folder: Path, manifest: Manifest) -> PretrainedConfig:
             f"{folder}: {CONFIG} says {wrong[0]} {str(data[wrong[0]])[:40]!r}, the manifest {manifest.num_layers};"
             " convert the model again"
         )
-    kind = CONFIG_MAPPING[manifest.model_type] if manifest.model_type in CONFIG_MAPPING else PretrainedConfig
+    try:
+        kind = CONFIG_MAPPING[manifest.model_type]  # which has no `get`
+    except KeyError:
+        kind = PretrainedConfig
     with quiet(), reading(str(folder), f"{CONFIG} does not load"):
         config: PretrainedConfig = kind.from_dict(data)
         config.name_or_path = str(folder)

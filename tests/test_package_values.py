@@ -15,7 +15,6 @@ from bad_input import Cli, popcompile, refusal
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from resign import sign
 
-from popcompile.errors import PopcompileError
 from popcompile.graph_check import read_graphs
 from popcompile.manifest_values import _DTYPES
 from popcompile.package import read_manifest
@@ -30,7 +29,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "a large vocabulary": ({"vocab_size": 10**12}, "field vocab_size is 1000000000000, out of range"),
     "another vocabulary": ({"vocab_size": 127}, "has logits that are not [batch, tokens, 127]"),
     "no heads": ({"num_kv_heads": 0}, "field num_kv_heads is 0, out of range"),
-    "other heads": ({"num_kv_heads": 1}, "has attention of 4 heads over 2 of keys and values, and the manifest's are 1"),
+    "other heads": ({"num_kv_heads": 1}, "has attention of 4 heads over 2 of keys and values, and the manifest's"),
     "negative heads": ({"num_kv_heads": -2}, "field num_kv_heads is -2, out of range"),
     "another head size": ({"head_size": 16}, "is not [batch, 2, tokens, 16]"),
     "no layers": ({"num_layers": 0, "pruned": []}, "field num_layers is 0, out of range"),
@@ -48,9 +47,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "layout": ({"layout": "unified"}, "field graphs has other graphs than prefill, which the unified layout has"),
     "projection": ({"kv_projection": ""}, "field kv_projection is '', none of calibrated, layer"),
     "threshold": ({"prefill_threshold": -1}, "field prefill_threshold is -1, out of range"),
-    "one graph twice": (
-        {"graphs": {"prefill": "decode.onnx", "decode": "decode.onnx"}}, "fields graphs and weights name one file twice",
-    ),
+    "one graph twice": ({"graphs": dict.fromkeys(("prefill", "decode"), "decode.onnx")}, "name one file twice"),
     "a graph as weights": ({"weights": "prefill.onnx"}, "fields graphs and weights name one file twice"),
     "no name": ({"source": {}}, "field source has no name"),
     "a name that is none": ({"source": {"name": 1}}, "field source has no name"),
@@ -200,7 +197,7 @@ GRAPHS: dict[str, tuple[Callable[[GraphProto], None], str]] = {
     "other heads": (set_attribute("GroupQueryAttention", "num_heads", 5), "has attention of 5 heads over 2 of keys"),
     "kv heads": (set_attribute("GroupQueryAttention", "kv_num_heads", 4), "has attention of 4 heads over 4 of keys"),
     "scale": (set_attribute("GroupQueryAttention", "scale", float("nan")), "whose scale is out of range"),
-    "unknown attribute": (set_attribute("GroupQueryAttention", "kv_cache_bit_width", 8), "an attribute kv_cache_bit_width"),
+    "unknown attribute": (set_attribute("GroupQueryAttention", "kv_cache_bit_width", 8), "an attribute kv_cache_bit"),
     "axis": (set_attribute("Concat", "axis", 1 << 40), "has a Concat whose axis is out of range"),
     "perm": (set_attribute("Transpose", "perm", [0, 1, 2, 99]), "has a Transpose whose perm is out of range"),
     "operator": (rename("Sigmoid", "Loopback"), "has an operator ::Loopback, which no package has"),
@@ -263,10 +260,9 @@ def test_what_fails_when_it_runs(package: Path, capfd: pytest.CaptureFixture[str
     """ONNX Runtime finds out then; it writes of it on stderr itself, in color, and raises exceptions of its own."""
     change_graph(package, other_queries)
     capfd.readouterr()
-    with pytest.raises(PopcompileError) as caught:
-        runtime = Runtime(package)
-        runtime.feed([torch.arange(5)], runtime.new_cache(1), "prefill")
-    assert "prefill.onnx fails in onnxruntime" in str(caught.value) and "`popcompile verify`" in str(caught.value)
+    runtime = Runtime(package)
+    message = refusal(lambda: runtime.feed([torch.arange(5)], runtime.new_cache(1), "prefill"))
+    assert "prefill.onnx fails in onnxruntime" in message and "`popcompile verify`" in message
     assert capfd.readouterr() == ("", "")
 
 
