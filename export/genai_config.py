@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from .onnx_graph import input_names, output_names
+from .io_names import input_names, output_names
 from .providers import PROVIDERS
 
 #: model types that are types of decoders in genai 0.18 as well. All take these graphs, so any other is a "llama"; phi3

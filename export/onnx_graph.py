@@ -33,21 +33,12 @@ from popcompile.passes.ops import REFERENCE
 
 from .branches import choose_by_tokens
 from .cached_attention import attend_to_prompts
+from .io_names import input_names, output_names
 from .providers import PROVIDERS
 from .shapes import settle_shapes
 from .widen_products import widen_products
 
 OPSET = 21
-
-
-def input_names(num_layers: int) -> list[str]:
-    """Names of the graph's inputs, those of onnxruntime-genai and optimum."""
-    cache = [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
-    return ["input_ids", "attention_mask", *cache]
-
-
-def output_names(num_layers: int) -> list[str]:
-    return ["logits", *(f"present.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value"))]
 
 
 def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str, ir.Model]:

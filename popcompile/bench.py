@@ -28,7 +28,8 @@ from popcompile.bench_subjects import Subject, find_peers, package_subject, requ
 from popcompile.conversion import Progress
 from popcompile.errors import PopcompileError
 from popcompile.gpu import gpu_name
-from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+from popcompile.graph_check import check_package
+from popcompile.package import Manifest, read_manifest
 from popcompile.runtime import find_provider
 from popcompile.variants import Variants
 
@@ -75,8 +76,7 @@ def bench(
     find_provider(provider)
     require_runtime(runtime)
     peers = find_peers(folder, [Path(path) for path in against], runtime)
-    check_files(folder, manifest)
-    check_external_data(folder, manifest)
+    check_package(folder, manifest)
     pop = package_subject("pop", folder, runtime)
     for subject in (pop, *peers):
         _require_room(subject, lengths, decode_tokens)

@@ -7,15 +7,19 @@ runner, so that a worker's memory is the subject's.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
+from popcompile.loading import one_line
 
-_ERRORS = 3  # ONNX Runtime's log severity
+_SILENT = 4  # ONNX Runtime's log severity: its errors are raised as well
 
 
 class Runner(Protocol):
@@ -95,6 +99,19 @@ class PackageRunner:
         del self._cache, self._logits
 
 
+@contextlib.contextmanager
+def _worded(graph: str, what: str) -> Iterator[None]:
+    """ONNX Runtime's exceptions, which have nothing else in common, as one line that names the graph."""
+    try:
+        yield
+    except Exception as error:
+        import onnxruntime as ort
+
+        raise PopcompileError(
+            f"{graph}: {what} onnxruntime {ort.__version__}: {one_line(error)}; leave it out, or build it again"
+        ) from error
+
+
 class OnnxRunner:
     """A single graph through ONNX Runtime itself. The cache stays in OrtValues, where the provider wants it.
 
@@ -110,9 +127,10 @@ class OnnxRunner:
         chosen = PROVIDERS[provider]
         self._device = chosen.device
         options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS
+        options.log_severity_level = _SILENT
         options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(decoder["graph"], options, providers=[chosen.name], enable_fallback=0)
+        with _worded(decoder["graph"], "does not load in"):
+            self._session = ort.InferenceSession(decoder["graph"], options, providers=[chosen.name], enable_fallback=0)
 
     def encode(self, ids: list[list[int]]) -> Any:
         return np.array(ids, dtype=self._decoder["ids_dtype"])
@@ -176,7 +194,8 @@ class OnnxRunner:
                     binding.bind_ortvalue_output(present, value)
                 else:
                     binding.bind_output(present, self._device)
-        self._session.run_with_iobinding(binding)
+        with _worded(decoder["graph"], "fails in"):
+            self._session.run_with_iobinding(binding)
         logits, *self._cache = binding.get_outputs()
         self._logits = np.from_dlpack(logits)
         self._fed = total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM, load
+from popcompile.integrity import read_file, require_only_listed
 from popcompile.loading import quiet
+from popcompile.package import PASSES, REPORT, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,31 @@ class _Stream(TextStreamer):
         self._out.flush()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The package's tokenizer. Raises PopcompileError where it has none."""
-    with quiet():
+def load_tokenizer(folder: Path, manifest: Manifest | None = None) -> PreTrainedTokenizerBase:
+    """The package's tokenizer, made of the files that its manifest means.
+
+    manifest: of the model that it is for, where that is loaded already. Raises PopcompileError where the package has
+    none, or is another one by now.
+    """
+    there = read_manifest(folder)
+    if manifest is not None and there != manifest:
+        raise PopcompileError(f"{folder}: was replaced while it was loaded; load it again")
+    require_only_listed(folder, there.files)
+    others = {*there.graphs.values(), there.weights, REPORT}
+    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary, quiet():
+        for name in there.files:
+            if name not in others and not name.startswith(f"{PASSES}/"):
+                path = Path(temporary, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(read_file(folder, there, name))
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
         except Exception as error:
             raise PopcompileError(
                 f"{folder}: the package has no usable tokenizer; convert a model that comes with one"
             ) from error
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], raw: bool) -> torch.Tensor:
@@ -132,7 +151,7 @@ def answer(folder: Path, options: Namespace) -> None:
     if not prompt.strip():
         raise PopcompileError("the prompt is empty; give some text")
     model = load(folder, provider=options.provider, prefill=options.prefill)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, model.manifest)
     input_ids = encode(tokenizer, [{"role": "user", "content": prompt}], options.raw)
     _, timing, _ = generate(model, tokenizer, input_ids, prefill=options.prefill, **_sampling(options))
     print(timing, file=sys.stderr)
@@ -141,7 +160,7 @@ def answer(folder: Path, options: Namespace) -> None:
 def chat(folder: Path, options: Namespace) -> None:
     """`popcompile run --chat`: a message a line; every turn prefills only what is new. Raises PopcompileError."""
     model = load(folder, provider=options.provider, prefill=options.prefill)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, model.manifest)
     messages: list[dict[str, str]] = []
     cache, known = None, torch.zeros((1, 0), dtype=torch.int64)
     while True:

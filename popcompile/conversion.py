@@ -21,14 +21,18 @@ from popcompile.checkpoint import Checkpoint
 from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import genai_config
-from popcompile.export.onnx_graph import input_names, output_names, to_onnx
+from popcompile.export.io_names import input_names, output_names
+from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
+from popcompile.graph_check import read_graphs
+from popcompile.integrity import CODE_FIELDS
 from popcompile.layer_table import full_prefill_one_logit, layer_table
 from popcompile.package import (
     FORMAT_VERSION,
     LAYOUTS,
     MANIFEST,
+    PASSES,
     REPORT,
     Layout,
     Manifest,
@@ -52,7 +56,7 @@ from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.refinement import STEPS
 from popcompile.selection import Request, parse_request
 from popcompile.source import Source, open_source
-from popcompile.staging import require_disk_space, require_writable, staged
+from popcompile.staging import require_apart, require_disk_space, require_writable, staged
 from popcompile.tensor_names import settle_ties
 from popcompile.texts import read_texts
 from popcompile.tracing import trace
@@ -118,6 +122,9 @@ def convert(
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
     chosen = precision(dtype, provider, block_size)
     require_writable(out, force)
+    if force:
+        inputs = {"MODEL": model, "--adapter": adapter, "--calibration": None if calibration == SELF else calibration}
+        require_apart(out, inputs)
     started = time.perf_counter()
     report_progress = progress or (lambda *_: None)
     source = open_source(
@@ -197,9 +204,20 @@ def convert(
         )
         manifest = replace(manifest, files=describe_files(folder, files.weights, hashes))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _require_readable(folder, manifest)
         report_progress("flush", 0, 1)
     report_progress("done", 1, 1)
     return manifest
+
+
+def _require_readable(folder: Path, manifest: Manifest) -> None:
+    """What every use of the package checks: the operators that are exported, and those that are known there, are two
+    lists.
+    """
+    try:
+        read_graphs(folder, manifest)
+    except PopcompileError as error:
+        raise RuntimeError(f"exported what graph_operators.py does not know: {error}") from error
 
 
 def _described(source: Source, adapter: Adapter | None) -> dict[str, str]:
@@ -260,7 +278,7 @@ class _Compilation:
     """Runs passes over a program, writes the graph after every pass to passes/, and collects the report."""
 
     def __init__(self, program: Program, folder: Path, progress: Progress) -> None:
-        self._program, self._texts, self._progress = program, folder / "passes", progress
+        self._program, self._texts, self._progress = program, folder / PASSES, progress
         self._records: list[PassRecord] = []
         self._texts.mkdir()
         traced = print_graph(program.graphs["model"], "model")
@@ -317,6 +335,7 @@ def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, layout: L
     source.config.save_pretrained(folder)
     source.generation_config.save_pretrained(folder)
     source.save_tokenizer(folder)
+    _leave_out_code(folder)
     _write_json(
         folder / "genai_config.json",
         genai_config(
@@ -329,6 +348,19 @@ def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, layout: L
             provider=provider,
         ),
     )
+
+
+def _leave_out_code(folder: Path) -> None:
+    """Of a model or tokenizer that is code of its checkpoint: transformers copies it and names it in the configs.
+
+    The graphs are the model, and a package that asked to run code would be refused.
+    """
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_bytes())
+        if set(config) & set(CODE_FIELDS):
+            _write_json(path, {field: value for field, value in config.items() if field not in CODE_FIELDS})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -103,7 +103,7 @@ def _number(value: float) -> str:
 def require_saveable(folder: Path) -> None:
     """Check, before any work, that `save_in_report` can write. Raises PopcompileError."""
     read_manifest(folder)
-    require_writable(folder.resolve(), force=True)
+    require_writable(folder.resolve(), force=True, copied=True)
 
 
 def save_in_report(folder: Path, manifest: Manifest, key: str, content: Any) -> None:
@@ -116,7 +116,7 @@ def save_in_report(folder: Path, manifest: Manifest, key: str, content: Any) -> 
     if read_manifest(folder) != manifest:
         raise PopcompileError(f"{folder}: the package was replaced meanwhile, nothing was saved; evaluate it again")
     place = folder.resolve()
-    with staged(place, force=True) as copy:
+    with staged(place, force=True, copied=True) as copy:
         shutil.copytree(place, copy, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
         report = read_json(str(folder), copy / REPORT) | {key: content}
         path = _rewrite(copy / REPORT, json.dumps(report, indent=2) + "\n")

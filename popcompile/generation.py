@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from popcompile.errors import PopcompileError
@@ -29,7 +29,7 @@ from popcompile.generation_arguments import (
     unknown_arguments,
 )
 from popcompile.generation_cache import PopCache, PopOutput, generated
-from popcompile.loading import quiet, reading
+from popcompile.package_configs import read_config, read_generation_config
 from popcompile.runtime import Runtime, Stage
 from popcompile.upstream import CACHE, OTHER_CACHE, register_for_pipelines
 
@@ -94,14 +94,8 @@ class PopForCausalLM(_GenerationMixin):
         self.runtime = runtime
         self.manifest = runtime.manifest
         self.prefill = prefill
-        folder = str(runtime.folder)
-        with quiet(), reading(folder, "config.json does not load"):
-            self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with quiet(), reading(folder, "generation_config.json does not load"):
-            if (runtime.folder / "generation_config.json").is_file():
-                self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-            else:
-                self.generation_config = GenerationConfig.from_model_config(self.config)
+        self.config = read_config(runtime.folder, runtime.manifest)
+        self.generation_config = read_generation_config(runtime.folder, runtime.manifest, self.config)
         self.device = torch.device("cpu")  # where tokens and logits are, on any provider
         self.dtype = runtime.dtype
 

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
 from popcompile.compatibility import runtimes
 from popcompile.errors import PopcompileError
 from popcompile.evaluation_report import evaluation_words
+from popcompile.graph_check import check_package
+from popcompile.integrity import read_file
 from popcompile.measurements import Measurements, read_measurements
-from popcompile.package import REPORT, Manifest, check_external_data, check_files, read_manifest
+from popcompile.package import PASSES, REPORT, Manifest, read_manifest
 from popcompile.report_words import (
     Table,
     chosen_by,
@@ -54,7 +56,7 @@ def inspect_text(folder: Path) -> str:
 
 def inspect_pass(folder: Path, name: str) -> str:
     """The graphs that a pass changed, before and after, as readable code. Raises PopcompileError."""
-    _, report = read_package(folder)
+    manifest, report = read_package(folder)
     with readable_report(folder):
         names = [str(record["name"]) for record in report["passes"]]
     matches = [i for i, known in enumerate(names) if known.lower() == name.lower()]
@@ -62,11 +64,11 @@ def inspect_pass(folder: Path, name: str) -> str:
         raise PopcompileError(f"--pass {name}: no such pass; the passes are {', '.join(dict.fromkeys(names))}")
     parts = []
     for index in matches:
-        changed = sorted((folder / "passes").glob(f"{index:02d}-{names[index]}.*.txt"))
-        for path in changed:
-            stage = path.name.split(".")[-2]
-            before = _text_before(folder, index, stage)
-            parts += [f"# {stage} before {names[index]}", before, f"# {stage} after {names[index]}", _read_text(path)]
+        changed = [graph for graph in _pass_graphs(manifest) if (graph.index, graph.name) == (index, names[index])]
+        for graph in changed:
+            before, after = _text_before(folder, manifest, graph), _read_text(folder, manifest, graph.file)
+            stage = graph.stage
+            parts += [f"# {stage} before {names[index]}", before, f"# {stage} after {names[index]}", after]
         if not changed:
             parts.append(f"# {names[index]} (pass {index}) changed nothing in this model\n")
     return "\n".join(parts)
@@ -75,12 +77,13 @@ def inspect_pass(folder: Path, name: str) -> str:
 def read_package(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     """Manifest and report of a package whose files are the ones it was made with. Raises PopcompileError."""
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    check_external_data(folder, manifest)
+    check_package(folder, manifest)
     try:
-        report = json.loads((folder / REPORT).read_bytes())
+        report = json.loads(read_file(folder, manifest, REPORT))
     except (OSError, ValueError, RecursionError) as error:
         raise PopcompileError(f"{folder}: {REPORT} cannot be read ({error}); convert the model again") from error
+    if not isinstance(report, dict):
+        raise PopcompileError(f"{folder}: {REPORT} is not a report of this popcompile; convert the model again")
     return manifest, report
 
 
@@ -96,21 +99,35 @@ def readable_report(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_text(path: Path) -> str:
+class _PassGraph(NamedTuple):
+    """A file with the graph of a stage after the pass `index`, called `name`."""
+
+    index: int
+    name: str
+    stage: str
+    file: str
+
+
+def _pass_graphs(manifest: Manifest) -> list[_PassGraph]:
+    found = (re.fullmatch(rf"{PASSES}/(\d{{1,9}})-(\w+)\.(\w+)\.txt", name) for name in sorted(manifest.files))
+    return [_PassGraph(int(match[1]), match[2], match[3], match[0]) for match in found if match]
+
+
+def _read_text(folder: Path, manifest: Manifest, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PopcompileError(f"{path} cannot be read ({error}); convert the model again") from error
+        return read_file(folder, manifest, name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PopcompileError(f"{folder}: {name} cannot be read ({error}); convert the model again") from error
 
 
-def _text_before(folder: Path, index: int, stage: str) -> str:
-    """The stage's graph as the last pass before `index` left it; before the split, the one traced graph."""
-    best, found = -1, folder / "passes" / "traced.model.txt"
-    for path in (folder / "passes").glob("*.txt"):
-        match = re.fullmatch(r"(\d+)-\w+\.(\w+)\.txt", path.name)
-        if match and best < int(match[1]) < index and match[2] in (stage, "model"):
-            best, found = int(match[1]), path
-    return _read_text(found)
+def _text_before(folder: Path, manifest: Manifest, graph: _PassGraph) -> str:
+    """The stage's graph as the last pass before left it; before the split, the one traced graph."""
+    earlier = [g for g in _pass_graphs(manifest) if g.index < graph.index and g.stage in (graph.stage, "model")]
+    traced = f"{PASSES}/traced.model.txt"
+    name = max(earlier).file if earlier else traced
+    if name not in manifest.files:
+        raise PopcompileError(f"{folder}: its manifest lists no {name}; convert the model again")
+    return _read_text(folder, manifest, name)
 
 
 def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Measurements) -> str:

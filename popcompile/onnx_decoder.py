@@ -20,6 +20,7 @@ import onnx
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import read_json
+from popcompile.regular_file import read_regular
 
 GENAI_CONFIG = "genai_config.json"
 _CONFIG = "config.json"
@@ -38,6 +39,7 @@ _DTYPES = {
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.INT32: "int32",
 }
+_LARGEST = 2 << 30  # bytes of an ONNX file, by protobuf
 LOOKED_FOR = (
     "looked for input_ids, past_key_values.N.key and .value, logits, present.N.key and .value, or what a"
     f" {GENAI_CONFIG} beside the graph calls them"
@@ -77,7 +79,9 @@ def read_decoder(path: Path) -> OnnxDecoder:
     Raises PopcompileError for a graph that is no such decoder.
     """
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = onnx.load_from_string(read_regular(path, _LARGEST)).graph
+    except OSError as error:
+        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); give another") from error
     except Exception as error:
         raise PopcompileError(f"{path}: not a readable ONNX file; give another, or build it again") from error
     facts = _Facts(path)
@@ -159,7 +163,7 @@ class _Facts:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -205,7 +209,7 @@ def _layers(pattern: str, names: Mapping[str, Any]) -> list[int]:
 
 def _dimensions(value: Any) -> list[int]:
     """0 for those that are not fixed."""
-    return [d.dim_value for d in value.type.tensor_type.shape.dim] or [0]
+    return [d.dim_value if 0 < d.dim_value < 1 << 31 else 0 for d in value.type.tensor_type.shape.dim] or [0]
 
 
 def _dtype(path: Path, value: Any) -> str:
@@ -234,7 +238,7 @@ def _windows(graph: onnx.GraphProto) -> dict[str, int]:
     for node in filter(_is_attention, graph.node):
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         if attributes.get("sliding_window_cache"):
-            found |= dict.fromkeys(node.input[3:5], attributes["local_window_size"])
+            found |= dict.fromkeys(node.input[3:5], attributes.get("local_window_size", 0))
     return found
 
 

@@ -4,12 +4,11 @@
     popcompile.json  report.json  genai_config.json  config.json  generation_config.json  tokenizer files  passes/
 
 popcompile.json, the manifest, names every other file with its size and SHA-256, and carries a checksum of itself.
-What finds which damage:
+Hashes are no seal: who changes a file can write a manifest that fits. So what is read is checked in what it says, too:
 
-    every use       `read_manifest`, `check_files`: the manifest, a missing file, a changed byte in any file but the
-                    weights; of the weights the size and 64 samples, which tells two models apart
-                    `check_external_data`: graphs that read files outside the package
-    verify          also every byte of the weights: `check_files(full=True)`
+    read_manifest   the manifest: types and values of its fields
+    check_files     the files are those of the manifest, all of them and no others (integrity.py)
+    check_graphs    what the graphs compute and where they read (graph_check.py)
 """
 
 from __future__ import annotations
@@ -17,15 +16,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args, get_origin, get_type_hints
 
 from popcompile.errors import PopcompileError
+from popcompile.integrity import MANIFEST, check_files, describe_files, file_sha256
+from popcompile.manifest_values import wrong_value
+from popcompile.regular_file import read_regular
 
-MANIFEST = "popcompile.json"
+__all__ = ["FORMAT_VERSION", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest", "read_manifest"]
+__all__ += ["check_files", "describe_files", "file_sha256"]
+
 REPORT = "report.json"
+#: folder of the graph after every pass, as text
+PASSES = "passes"
 FORMAT_VERSION = 2
 
 
@@ -45,6 +50,9 @@ LAYOUTS = {
 }
 
 _CHECKSUM = "manifest_sha256"
+#: bytes; one of a thousand layers and as many files has a tenth of it
+_MANIFEST_LIMIT = 4 << 20
+_NAME_LIMIT = 200  # characters of a file's name
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_bytes()
+        text = read_regular(path, _MANIFEST_LIMIT)
     except (FileNotFoundError, NotADirectoryError):
         if folder.is_dir():
             raise PopcompileError(
@@ -117,6 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise PopcompileError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from error
+    except ValueError as error:  # NUL or a lone surrogate in the path
+        raise PopcompileError(f"{str(folder)!r}: no such package folder; no path is called so") from error
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -140,9 +150,11 @@ def read_manifest(folder: Path) -> Manifest:
     if checksum != _checksum(data):
         raise PopcompileError(f"{path}: was changed after the package was made; convert the model again")
     manifest = Manifest(**data)
-    used = (*manifest.graphs.values(), manifest.weights)
+    used = (*manifest.graphs.values(), manifest.weights, REPORT, "config.json")
     for name in (*manifest.files, *used):
         _require_inside(folder, name)
+    if problem := wrong_value(manifest):
+        raise PopcompileError(f"{path}: {problem}; convert the model again")
     if unlisted := sorted(set(used) - set(manifest.files)):
         raise PopcompileError(f"{path}: does not list {unlisted[0]} among its files; convert the model again")
     return manifest
@@ -177,93 +189,5 @@ def _require_inside(folder: Path, name: str) -> None:
     path = PureWindowsPath(name)  # takes both kinds of slashes
     if path.anchor or ".." in path.parts or not path.parts:
         raise PopcompileError(f"{folder}: the manifest names {name!r}, which is outside the package; do not use it")
-
-
-def check_files(folder: Path, manifest: Manifest, *, full: bool = False) -> None:
-    """Check that every file of the package is there and is the one that the manifest means.
-
-    All are hashed, but of the weights only samples are; `full` hashes the weights too.
-    Raises PopcompileError naming the first file that differs.
-    """
-    for name, expected in manifest.files.items():
-        path = folder / name
-        sampled = not full and name == manifest.weights and "sample_sha256" in expected
-        try:
-            same = path.stat().st_size == expected.get("size") and (
-                sample_sha256(path) == expected["sample_sha256"]
-                if sampled
-                else file_sha256(path) == expected.get("sha256")
-            )
-        except (FileNotFoundError, NotADirectoryError):
-            raise PopcompileError(f"{folder}: {name} is missing; convert the model again") from None
-        except OSError as error:
-            raise PopcompileError(
-                f"{folder}: {name} cannot be read ({error.strerror}); make it readable for this user"
-            ) from error
-        if not same:
-            raise PopcompileError(
-                f"{folder}: {name} is not the file that this package was made with (changed, damaged, or of another"
-                " package); convert the model again"
-            )
-
-
-def check_external_data(folder: Path, manifest: Manifest) -> None:
-    """Check that the graphs read external data from the package's own weights file only. Raises PopcompileError."""
-    import onnx
-
-    for name in manifest.graphs.values():
-        try:
-            model = onnx.load(folder / name, load_external_data=False)
-        except Exception as error:
-            raise PopcompileError(f"{folder}: {name} is not a readable ONNX file; convert the model again") from error
-        for tensor in _tensors(model):
-            if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
-                continue
-            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-            if locations != [manifest.weights]:
-                raise PopcompileError(
-                    f"{folder}: {name} reads {tensor.name} from {', '.join(locations) or 'nowhere'} and not from the"
-                    f" package's {manifest.weights}; do not use it, convert the model again"
-                )
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every TensorProto in an ONNX model, wherever it is: initializers, attributes, subgraphs, functions."""
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is None:
-            continue
-        for item in value if isinstance(value, Sequence) else [value]:
-            if descriptor.message_type.name == "TensorProto":
-                yield item
-            else:
-                yield from _tensors(item)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sample_sha256(path: Path, samples: int = 64, length: int = 65536) -> str:
-    """SHA-256 over evenly spaced pieces of a file: tells two models' weights apart without reading gigabytes."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for i in range(samples):
-            file.seek(max(size - length, 0) * i // max(samples - 1, 1))
-            digest.update(file.read(length))
-    return digest.hexdigest()
-
-
-def describe_files(folder: Path, weights: str, known: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """{name: {"size", "sha256"}} of the files in `folder`; `known` has hashes that are computed already.
-
-    weights: the data file, of which samples are hashed as well.
-    """
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": (known or {}).get(name) or file_sha256(path)}
-        if name == weights:
-            files[name]["sample_sha256"] = sample_sha256(path)
-    return files
+    if not name.isprintable() or len(name) > _NAME_LIMIT or str(PurePosixPath(name)) != name or name == MANIFEST:
+        raise PopcompileError(f"{folder}: the manifest names {name[:80]!r}, which no package has; do not use it")

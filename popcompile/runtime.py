@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import onnx
@@ -32,8 +32,10 @@ from torch import Tensor
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS, Provider
 from popcompile.gpu import has_gpu
+from popcompile.graph_check import read_graphs
+from popcompile.integrity import check_small_files, open_weights
 from popcompile.loading import one_line
-from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+from popcompile.package import Manifest, read_manifest
 
 Stage = Literal["prefill", "decode"]
 
@@ -44,7 +46,8 @@ _CACHE_STEP = 256
 _DTYPES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 _TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
-_SILENT, _ERRORS = 4, 3  # ONNX Runtime's log severities
+_SILENT = 4  # ONNX Runtime's log severity: its errors are raised as well, and reported once
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 # --- the cache -------------------------------------------------------------------------------------------------
@@ -142,8 +145,9 @@ class SharedWeights:
     back by the system when memory is short. On another device each tensor is copied there once.
     """
 
-    def __init__(self, path: Path, device: str) -> None:
-        self._file = np.memmap(path, dtype=np.uint8, mode="r")
+    def __init__(self, file: Path | BinaryIO, device: str) -> None:
+        """file: where it is, or the open one, which stays the same whatever takes its place in the folder."""
+        self._file = np.memmap(file, dtype=np.uint8, mode="r")
         self._device = device
         self._values: dict[tuple[int, int, tuple[int, ...]], ort.OrtValue] = {}
 
@@ -248,9 +252,12 @@ class Runtime:
         self._threads = threads
         self.manifest: Manifest = read_manifest(self.folder)
         self.provider = find_provider(provider)
-        check_files(self.folder, self.manifest)
-        check_external_data(self.folder, self.manifest)
-        self._weights = SharedWeights(self.folder / self.manifest.weights, self.provider.device)
+        check_small_files(self.folder, self.manifest)
+        with open_weights(self.folder, self.manifest) as file:
+            self._weights = SharedWeights(file, self.provider.device)
+            self._weights_file = os.fstat(file.fileno())
+        #: until they are opened
+        self._graphs = read_graphs(self.folder, self.manifest)
         self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
         self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -283,7 +290,7 @@ class Runtime:
             )
         options = ort.SessionOptions()
         accelerated = self.provider.device != "cpu"
-        options.log_severity_level = _SILENT if accelerated else _ERRORS
+        options.log_severity_level = _SILENT
         options.intra_op_num_threads = self._threads or 0
         options.enable_mem_pattern = False  # of use where shapes come again, and every token has longer ones
         if self._low_memory or not (stage == self.main or self.manifest.quantized):
@@ -291,24 +298,38 @@ class Runtime:
         if self._low_memory or stage != self.main:
             # its threads, waiting actively for more, would take the cores from the main session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        file = self.folder / self.manifest.graphs[stage]
+        # ONNX Runtime asks that the weights be there, and reads those that it converts when it opens a graph
+        options.add_session_config_entry(_WEIGHTS_FOLDER, os.path.realpath(self.folder))
+        content, graph = self._graphs[stage]
         try:
-            graph = onnx.load(file, load_external_data=False).graph
             self._require_kernels(graph)
             self._weights.add_to(options, graph)
-            session = ort.InferenceSession(file, options, providers=[self.provider.name], enable_fallback=0)
+            self._require_same_weights()
+            session = ort.InferenceSession(content, options, providers=[self.provider.name], enable_fallback=0)
         except PopcompileError:
             raise
         except Exception as error:
+            self._require_same_weights()
             if accelerated:
                 raise PopcompileError(_unusable(self.provider, one_line(error))) from error
             raise PopcompileError(
-                f"{self.folder}: {file.name} does not load in onnxruntime {ort.__version__}: {one_line(error)};"
-                " upgrade it, or convert the model again"
+                f"{self.folder}: {self.manifest.graphs[stage]} does not load in onnxruntime {ort.__version__}:"
+                f" {one_line(error)}; upgrade it, or convert the model again"
             ) from error
+        self._require_same_weights()
+        del self._graphs[stage]
         if session.get_providers()[0] != self.provider.name:
             raise PopcompileError(_unusable(self.provider, "it fell back to the CPU"))
         return session
+
+    def _require_same_weights(self) -> None:
+        """The graph that opens now belongs to the weights that were mapped at first."""
+        try:
+            there = os.stat(self.folder / self.manifest.weights)
+        except OSError:
+            there = None
+        if there is None or not os.path.samestat(there, self._weights_file):
+            raise PopcompileError(f"{self.folder}: was replaced or removed after it was loaded; load it again")
 
     def _require_kernels(self, graph: onnx.GraphProto) -> None:
         types = {i.name: i.type.tensor_type.elem_type for i in graph.input}
@@ -393,7 +414,15 @@ class Runtime:
         return logits if every_token else logits[:, -1:]
 
     def _run(self, stage: Stage, binding: ort.IOBinding) -> None:
-        self.open(stage).run_with_iobinding(binding)
+        try:
+            self.open(stage).run_with_iobinding(binding)
+        except PopcompileError:
+            raise
+        except Exception as error:  # ONNX Runtime's own exceptions have nothing else in common
+            raise PopcompileError(
+                f"{self.folder}: {self.manifest.graphs[stage]} fails in onnxruntime {ort.__version__}:"
+                f" {one_line(error)}; `popcompile verify` checks the package, or convert the model again"
+            ) from error
 
 
 def _mask(lengths: Sequence[int]) -> np.ndarray[Any, Any]:

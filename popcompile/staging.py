@@ -1,32 +1,38 @@
 """How a package appears on disk: whole or not at all, in place of an older one only on request.
 
 It is written into a hidden folder beside OUT, flushed, and renamed. What a killed process leaves behind is removed by
-the next conversion to the same place.
+the next conversion to the same place. A package that is replaced is removed: so it must hold nothing else, no file that
+its manifest does not list and nothing that the conversion reads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from popcompile.errors import PopcompileError
-from popcompile.package import MANIFEST
+from popcompile.integrity import MANIFEST, unlisted_files
+from popcompile.regular_file import read_regular
 
 
-def require_writable(out: Path, force: bool) -> None:
-    """Check, before any work, that a package can be put at `out`. Raises PopcompileError."""
+def require_writable(out: Path, force: bool, *, copied: bool = False) -> None:
+    """Check, before any work, that a package can be put at `out`. Raises PopcompileError.
+
+    copied: what is there will be in the new one too.
+    """
     place = _absolute(out)
     parent = place.parent
     try:
         if not parent.is_dir():
             raise PopcompileError(f"{out}: there is no folder {parent}; create it first")
-        _require_replaceable(out, place, force)
+        _require_replaceable(out, place, force, copied)
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PopcompileError(f"{out}: no permission to write in {parent}; choose another place")
         probe = parent / f".{place.name}.probe-{os.getpid()}"
@@ -36,7 +42,7 @@ def require_writable(out: Path, force: bool) -> None:
         raise PopcompileError(f"{out}: cannot write in {parent} ({error.strerror}); choose another place") from error
 
 
-def _require_replaceable(out: Path, place: Path, force: bool) -> None:
+def _require_replaceable(out: Path, place: Path, force: bool, copied: bool) -> None:
     if not (place.is_symlink() or place.exists()):
         return
     if not force:
@@ -47,6 +53,43 @@ def _require_replaceable(out: Path, place: Path, force: bool) -> None:
         raise PopcompileError(f"{out} is a mount point, which no folder can replace; give a folder in it")
     if any(place.iterdir()) and not (place / MANIFEST).is_file():
         raise PopcompileError(f"{out} is no package, and --force replaces packages only; give another folder")
+    if any(place.iterdir()) and not copied:
+        _require_only_a_package(out, place)
+
+
+def require_apart(out: Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Check that `out`, which may be replaced, holds none of the files and folders that are read.
+
+    inputs: by how the user calls them. What is no path that exists, as a hub id, is none. Raises PopcompileError.
+    """
+    place = Path(os.path.realpath(out))
+    for name, given in inputs.items():
+        if given is None or not os.path.exists(given):
+            continue
+        path = Path(given)
+        for read in (path, *(path.iterdir() if path.is_dir() else ())):  # files of a folder may be links
+            if Path(os.path.realpath(read)).is_relative_to(place):
+                raise PopcompileError(
+                    f"{out}: {name} {given} is in it, and replacing it would remove that; give another folder"
+                )
+
+
+def _require_only_a_package(out: Path, place: Path) -> None:
+    """Raises PopcompileError where the folder has anything else than the files of the package that it is."""
+    try:
+        files = json.loads(read_regular(place / MANIFEST, 64 << 20))["files"]
+        listed = set(files) if isinstance(files, dict) else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        listed = None
+    if listed is None:
+        raise PopcompileError(
+            f"{out}: its {MANIFEST} does not say which files are the package's; remove the folder, or give another"
+        )
+    for name in unlisted_files(place, listed):
+        if Path(name).name not in _OF_DESKTOPS:
+            raise PopcompileError(
+                f"{out}: --force would remove {name}, which is not the package's; move it away, or give another folder"
+            )
 
 
 def _absolute(out: Path) -> Path:
@@ -64,6 +107,8 @@ def require_disk_space(path: Path, size: int) -> None:
         )
 
 
+#: written by themselves wherever a folder is looked at
+_OF_DESKTOPS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _FULL = {
     errno.ENOSPC: "the disk is full; free some space and convert again",
     errno.EDQUOT: "the disk quota is used up; free some space and convert again",
@@ -82,10 +127,11 @@ _WRITE_ERRORS = _FULL | {
 
 
 @contextmanager
-def staged(out: Path, force: bool = False) -> Iterator[Path]:
+def staged(out: Path, force: bool = False, *, copied: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place, flushed and at once, when the block ends well.
 
     A process that is killed leaves `out` as it was, and a hidden folder that the next conversion removes.
+    copied: the block puts into the new folder what the old one has.
     Raises PopcompileError where the disk is full or not writable, or, without `force`, `out` exists by then.
     """
     place = _absolute(out)
@@ -96,6 +142,8 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
+        if force and not copied and place.is_dir() and any(place.iterdir()):
+            _require_only_a_package(out, place)  # a conversion takes long enough to put something there
         _put_in_place(temporary, place, force)
         _flush(place.parent)
     except Exception as error:

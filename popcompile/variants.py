@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from transformers import AutoConfig
+from onnx import GraphProto
 
 from popcompile.errors import PopcompileError
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import Placement, point_to_file
-from popcompile.loading import quiet, reading
+from popcompile.graph_check import read_graphs
+from popcompile.integrity import check_small_files, open_weights
+from popcompile.loading import reading
 from popcompile.package import LAYOUTS, MANIFEST, describe_files, read_manifest
+from popcompile.package_configs import read_config
 from popcompile.passes import Pass, PassManager, Program, canonicalization, pruning
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import clone_module, find
@@ -43,10 +45,13 @@ class Variants:
         self.manifest = read_manifest(package)
         manifest = self.manifest
         self._precision = precision(manifest.dtype, manifest.provider, manifest.block_size)
-        with quiet(), reading(str(package), "config.json does not load"):
-            config = AutoConfig.from_pretrained(self.package, local_files_only=True)
-        self._program = trace(config, self._precision.dtype)
-        PassManager(canonicalization()).run(self._program)
+        check_small_files(self.package, manifest)
+        config = read_config(self.package, manifest)
+        with reading(str(package), "its model cannot be compiled again from config.json"):
+            self._program = trace(config, self._precision.dtype)
+            PassManager(canonicalization()).run(self._program)
+        with open_weights(self.package, manifest) as file:
+            self._weights = np.memmap(file, np.uint8, "r")
         model = self._program.graphs["model"]
         #: place of each parameter in the packed one: queries, keys, values
         self._parts = {
@@ -56,8 +61,8 @@ class Variants:
             for parameter in projection.all_input_nodes[1:]
         }
         self._placements: dict[str, Placement] = {}
-        for graph in manifest.graphs.values():
-            self._placements |= _placements(self.package / graph)
+        for _, graph in read_graphs(self.package, manifest).values():
+            self._placements |= _placements(graph)
 
     def prune(self, out: Path, layers: Iterable[int]) -> Path:
         """The package with `layers` pruned in prefill, their K/V made with the layers' own weights; written to `out`.
@@ -103,7 +108,8 @@ class Variants:
             point_to_file(model, out / manifest.weights, self._placements)
             ir.save(model, out / manifest.graphs[stage])
         known = {name: str(file["sha256"]) for name, file in manifest.files.items() if name not in changed}
-        manifest = replace(manifest, files=describe_files(out, manifest.weights, known))
+        same = {name: manifest.files[name] for name in known}
+        manifest = replace(manifest, files=describe_files(out, manifest.weights, known) | same)
         (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return out
 
@@ -124,8 +130,7 @@ class Variants:
             dtype, shape = value.dtype.numpy(), list(value.shape.numpy())
             features = -1 if self._precision.quantization is None else 0  # the dimension of output features
             shape[features] = -1
-            count = place.length // dtype.itemsize
-            data = np.memmap(self.package / self.manifest.weights, dtype, "r", place.offset, (count,)).reshape(shape)
+            data = self._weights[place.offset : place.offset + place.length].view(dtype).reshape(shape)
             total = data.shape[features]
             part = np.split(data, [total - 2 * kv_size, total - kv_size], axis=features)[self._parts[source]]
             value.const_value = ir.tensor(np.ascontiguousarray(part), name=name)
@@ -147,8 +152,7 @@ def with_full_model(package: Path) -> Iterator[Path]:
         yield Variants(package).complete(Path(temporary) / "package")
 
 
-def _placements(graph: Path) -> dict[str, Placement]:
+def _placements(graph: GraphProto) -> dict[str, Placement]:
     """Where the package keeps the weights of the unchanged model, by initializer."""
-    tensors = onnx.load(graph, load_external_data=False).graph.initializer
-    entries = {t.name: {e.key: e.value for e in t.external_data} for t in tensors if t.external_data}
+    entries = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data}
     return {name: Placement(int(e["offset"]), int(e["length"])) for name, e in entries.items()}

@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 
 from popcompile.errors import PopcompileError
-from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+from popcompile.graph_check import read_graphs
+from popcompile.integrity import check_files
+from popcompile.package import Manifest, read_manifest
 from popcompile.runtime import Runtime, Stage
 
 #: largest difference of two logits or cache entries, relative to the largest value, that rounding explains
@@ -35,7 +36,6 @@ def verify(folder: Path, *, provider: str = "cpu") -> list[dict[str, Any]]:
     check_files(folder, manifest, full=True)
     size = sum(f["size"] for f in manifest.files.values()) / 1e6
     checks = [{"check": "files", "detail": f"{len(manifest.files)} files, {size:.0f} MB, SHA-256 as in the manifest"}]
-    check_external_data(folder, manifest)
     checks.append({"check": "graphs", "detail": _check_graphs(folder, manifest)})
     difference = _self_check(folder, manifest, provider)
     detail = f"prefill equals decode on the boundary token, largest relative difference {difference:.1e} ({provider})"
@@ -44,20 +44,8 @@ def verify(folder: Path, *, provider: str = "cpu") -> list[dict[str, Any]]:
 
 
 def _check_graphs(folder: Path, manifest: Manifest) -> str:
-    """Inputs and outputs are those that the manifest names, in shapes that its sizes give."""
-    cache = (manifest.num_kv_heads, manifest.head_size)
-    for stage, file in manifest.graphs.items():
-        graph = onnx.load(folder / file, load_external_data=False).graph
-        names = [[v.name for v in values] for values in (graph.input, graph.output)]
-        if names != [manifest.inputs, manifest.outputs]:
-            raise PopcompileError(f"{folder}: {file} has other inputs or outputs than the manifest; convert again")
-        for value in (*graph.input[2:], *graph.output[1:]):
-            dims = value.type.tensor_type.shape.dim
-            if (dims[1].dim_value, dims[3].dim_value) != cache:
-                raise PopcompileError(f"{folder}: {file}: {value.name} is not [batch, {cache[0]}, tokens, {cache[1]}]")
-        tokens = graph.output[0].type.tensor_type.shape.dim[1]
-        if (tokens.dim_value == 1) != (stage == "prefill"):
-            raise PopcompileError(f"{folder}: {file}: logits of one token are for prefill, of all for decode")
+    """Operators, places of the weights, inputs and outputs: see graph_check.py."""
+    read_graphs(folder, manifest)
     return f"{', '.join(manifest.graphs.values())}: {manifest.num_layers} layers, inputs and outputs as in the manifest"
 
 
@@ -67,6 +55,8 @@ def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:
     Nothing is packed: packed kernels for quantized weights round otherwise for one token than for several.
     """
     runtime = Runtime(folder, provider=provider, low_memory=True)
+    if runtime.manifest != manifest:
+        raise PopcompileError(f"{folder}: was replaced while it was checked; verify it again")
     allowed = TOLERANCE[manifest.dtype]
     for seed in range(_TRIES if manifest.quantized else 1):
         worst = _difference(folder, runtime, provider, seed)

@@ -163,7 +163,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package, made as a user does; nothing else is printed or left."""
+    """A package, made as a user does; nothing else is printed or left. Taken from the environment while developing."""
+    if ready := os.environ.get("POPCOMPILE_TEST_TINY"):
+        return Path(ready)
     parent = tmp_path_factory.mktemp("packages")
     done = popcompile("convert", tiny_checkpoint, parent / "out", "--prune", "1")
     assert (done.returncode, done.stderr) == (0, "")

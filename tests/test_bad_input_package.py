@@ -103,8 +103,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "edited": (lambda p: edit_manifest(p, pruned=[0]), "was changed after the package was made; convert the model"),
     "name outside": (lambda p: name_outside(p, "../x"), "names '../x', which is outside the package; do not use it"),
     "absolute name": (lambda p: name_outside(p, "/etc/passwd"), "names '/etc/passwd', which is outside the package"),
-    "data outside": (lambda p: point_outside(p, "../x.data"), "from ../x.data and not from the package's"),
-    "data elsewhere": (lambda p: point_outside(p, "/etc/passwd"), "from /etc/passwd and not from the package's"),
+    "data outside": (lambda p: point_outside(p, "../x.data"), "from '../x.data' and not from the package's"),
+    "data elsewhere": (lambda p: point_outside(p, "/etc/passwd"), "from '/etc/passwd' and not from the package's"),
     "no graph": (lambda p: ((p / "decode.onnx").write_bytes(b"\xff"), sign(p)), "decode.onnx is not a readable ONNX"),
 }  # fmt: skip
 REPORTS = {"not JSON": "{", "a list": "[]", "empty": "{}", "odd": '{"passes": [{"name": 1}], "layers": 1, "flops": {}}'}

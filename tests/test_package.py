@@ -13,15 +13,10 @@ from bad_input import names, refusal
 from onnx import TensorProto, helper
 
 from popcompile.errors import PopcompileError
-from popcompile.package import (
-    LAYOUTS,
-    MANIFEST,
-    Manifest,
-    check_external_data,
-    check_files,
-    describe_files,
-    read_manifest,
-)
+from popcompile.export.io_names import input_names, output_names
+from popcompile.graph_check import read_graphs
+from popcompile.integrity import check_files, describe_files
+from popcompile.package import LAYOUTS, MANIFEST, Manifest, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 
@@ -36,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("prefill.onnx", "decode.onnx"):
         save_graph(out / name, initializers=[external("w", WEIGHTS)])
     (out / "report.json").write_text("{}")
+    (out / "config.json").write_text("{}")
     sign(out)
     return out
 
@@ -48,7 +44,7 @@ def sign(folder: Path, **changes: Any) -> None:
         head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32",
         block_size=0, provider="cpu", layout="split",
         prefill_threshold=16, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
-        inputs=["input_ids"], outputs=["logits"], versions={}, files=describe_files(folder, WEIGHTS),
+        inputs=input_names(2), outputs=output_names(2), versions={}, files=describe_files(folder, WEIGHTS),
     )  # fmt: skip
     (folder / MANIFEST).write_text(replace(manifest, **changes).to_json())
 
@@ -57,6 +53,7 @@ def external(name: str, *locations: str) -> TensorProto:
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     for location in locations:
         tensor.external_data.add(key="location", value=location)
+    tensor.external_data.add(key="offset", value="0")
     tensor.external_data.add(key="length", value="16")
     return tensor
 
@@ -67,9 +64,17 @@ def save_graph(
     initializers: list[TensorProto] | None = None,
     functions: list[onnx.FunctionProto] | None = None,
 ) -> None:
+    def values(names: list[str], first: list[Any]) -> list[onnx.ValueInfoProto]:
+        cache = (TensorProto.FLOAT, ["batch", 1, "tokens", 8])
+        return [helper.make_tensor_value_info(n, *s) for n, s in zip(names, first + [cache] * 4, strict=True)]
+
+    tokens = (TensorProto.INT64, ["batch", "tokens"])
+    logits = (TensorProto.FLOAT, ["batch", 1 if path.name == "prefill.onnx" else "tokens", 16])
     inline = helper.make_tensor("inline", TensorProto.FLOAT, [1], [1.0])
-    graph = helper.make_graph(nodes or [], "g", [], [], [inline, *(initializers or [])])
-    path.write_bytes(helper.make_model(graph, functions=functions or []).SerializeToString())
+    inputs, outputs = values(input_names(2), [tokens, tokens]), values(output_names(2), [logits])
+    graph = helper.make_graph(nodes or [], "g", inputs, outputs, [inline, *(initializers or [])])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    path.write_bytes(helper.make_model(graph, functions=functions or [], opset_imports=opsets).SerializeToString())
 
 
 def test_a_whole_package(folder: Path) -> None:
@@ -77,7 +82,7 @@ def test_a_whole_package(folder: Path) -> None:
     assert manifest.pruned == [1] and set(manifest.files) == set(names(folder)) - {MANIFEST}
     check_files(folder, manifest)
     check_files(folder, manifest, full=True)
-    check_external_data(folder, manifest)
+    assert list(read_graphs(folder, manifest)) == ["prefill", "decode"]
 
 
 def test_every_changed_bit_of_the_manifest_is_seen(folder: Path) -> None:
@@ -208,31 +213,35 @@ OUTSIDE = [
 ]
 
 
-@pytest.mark.parametrize("where", ["initializer", "constant", "subgraph", "function"])
 @pytest.mark.parametrize("locations", OUTSIDE)
-def test_external_data_outside(locations: tuple[str, ...], where: str, folder: Path) -> None:
-    tensor = external("bad", *locations)
-    constant = helper.make_node("Constant", [], ["c"], value=tensor)
-    branch = helper.make_graph([constant], "b", [], [])
-    path = folder / "decode.onnx"
-    if where == "initializer":
-        save_graph(path, initializers=[tensor])
-    elif where == "constant":
-        save_graph(path, nodes=[constant])
-    elif where == "subgraph":
-        save_graph(path, nodes=[helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)])
-    else:
-        imports = [helper.make_opsetid("", 21)]
-        save_graph(path, functions=[helper.make_function("own", "F", [], ["c"], [constant], imports)])
+def test_external_data_outside(locations: tuple[str, ...], folder: Path) -> None:
+    save_graph(folder / "decode.onnx", initializers=[external("bad", *locations)])
     sign(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest, full=True)  # the hashes fit
-    message = refusal(lambda: check_external_data(folder, manifest))
-    assert "decode.onnx reads bad from" in message and "do not use it" in message
+    message = refusal(lambda: read_graphs(folder, manifest))
+    assert "decode.onnx: reads bad from" in message and "do not use it" in message
+
+
+def test_external_data_elsewhere_in_a_graph(folder: Path) -> None:
+    """Where no weight of a package is: in an attribute, a branch, a function."""
+    constant = helper.make_node("Constant", [], ["c"], value=external("bad", "../x"))
+    branch = helper.make_graph([constant], "b", [], [])
+    both = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
+    function = helper.make_function("own", "F", [], ["c"], [constant], [helper.make_opsetid("", 21)])
+    for contents, words in (
+        ({"nodes": [constant]}, "has an operator ::Constant"),
+        ({"nodes": [both]}, "has an operator ::Constant"),
+        ({"functions": [function]}, "has functions or training graphs"),
+    ):
+        save_graph(folder / "decode.onnx", **contents)  # type: ignore[arg-type]
+        sign(folder)
+        assert words in refusal(lambda: read_graphs(folder, read_manifest(folder)))
 
 
 def test_a_graph_that_is_no_onnx(folder: Path) -> None:
     (folder / "prefill.onnx").write_bytes(b"\xff" * 100)
+    sign(folder)
     assert "prefill.onnx is not a readable ONNX file; convert" in refusal(
-        lambda: check_external_data(folder, read_manifest(folder))
+        lambda: read_graphs(folder, read_manifest(folder))
     )

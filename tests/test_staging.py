@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -19,9 +20,14 @@ from popcompile.staging import require_disk_space, require_writable, staged
 
 
 def write(folder: Path, text: str) -> None:
+    """What is a package to this module."""
     (folder / "passes").mkdir()
     (folder / "passes" / "00.txt").write_text(text)
-    (folder / MANIFEST).write_text(text)
+    (folder / MANIFEST).write_text(json.dumps({"files": {"passes/00.txt": {}, "stale.txt": {}}, "text": text}))
+
+
+def text_of(package: Path) -> str:
+    return str(json.loads((package / MANIFEST).read_text())["text"])
 
 
 def test_a_package_appears_at_the_end(tmp_path: Path) -> None:
@@ -56,7 +62,7 @@ def test_a_failure_leaves_the_old_package(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         convert()
-    assert names(tmp_path) == ["out"] and (tmp_path / "out" / MANIFEST).read_text() == "old"
+    assert names(tmp_path) == ["out"] and text_of(tmp_path / "out") == "old"
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "a system without renameat2"])
@@ -64,6 +70,7 @@ def test_force_replaces_everything(exchange: bool, tmp_path: Path, monkeypatch: 
     if not exchange:
         monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     (tmp_path / "out").mkdir()
+    write(tmp_path / "out", "old")
     (tmp_path / "out" / "stale.txt").touch()
     with staged(tmp_path / "out", force=True) as folder:
         write(folder, "new")
@@ -88,7 +95,7 @@ def test_a_failed_replacement_puts_the_old_package_back(tmp_path: Path, monkeypa
     temporary = tmp_path / "was removed meanwhile"
     with pytest.raises(FileNotFoundError):
         staging._put_in_place(temporary, tmp_path / "out", force=True)
-    assert names(tmp_path) == ["out"] and (tmp_path / "out" / MANIFEST).read_text() == "old"
+    assert names(tmp_path) == ["out"] and text_of(tmp_path / "out") == "old"
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
             write(tmp_path / "out", "theirs")
 
     assert "something appeared there meanwhile; give another folder, or --force" in refusal(convert)
-    assert names(tmp_path) == ["out"] and (tmp_path / "out" / MANIFEST).read_text() == "theirs"
+    assert names(tmp_path) == ["out"] and text_of(tmp_path / "out") == "theirs"
 
 
 def test_what_killed_conversions_left_is_removed(tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_a_package_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
     write(tmp_path / f".out.replaced-{process.pid}", "old")
     with pytest.raises(RuntimeError), staged(tmp_path / "out", force=True):
         raise RuntimeError
-    assert names(tmp_path) == ["out"] and (tmp_path / "out" / MANIFEST).read_text() == "old"
+    assert names(tmp_path) == ["out"] and text_of(tmp_path / "out") == "old"
 
 
 DISK = {

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--genai-include", type=Path, metavar="DIR", help="folder with ort_genai.h")
     options = parser.parse_args()
     package = options.package.resolve()
-    tokenizer = AutoTokenizer.from_pretrained(package)
+    tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False, local_files_only=True)
     prompts = {text: tokenizer(text)["input_ids"] for text in PROMPTS}
     expected = {text: _ours(package, ids) for text, ids in prompts.items()}
     rows = []

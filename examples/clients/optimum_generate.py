@@ -10,8 +10,8 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
 package, prompt, new_tokens = sys.argv[1], sys.argv[2], int((sys.argv[3:] or ["32"])[0])
-model = ORTModelForCausalLM.from_pretrained(package)
-tokenizer = AutoTokenizer.from_pretrained(package)
+model = ORTModelForCausalLM.from_pretrained(package, trust_remote_code=False, local_files_only=True)
+tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False, local_files_only=True)
 options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
 inputs = tokenizer(prompt, return_tensors="pt")

@@ -43,7 +43,7 @@ class Model:
 
     def __init__(self, package: str, provider: str, threads: int) -> None:
         self._model = popcompile.load(package, provider=provider, threads=threads)
-        self._tokenizer = AutoTokenizer.from_pretrained(package)
+        self._tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False, local_files_only=True)
         self._name = f"{serve.get_replica_context().replica_tag}, process {os.getpid()}"
 
     def generate(self, prompt: str, max_new_tokens: int) -> Iterator[str]:

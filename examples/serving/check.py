@@ -104,7 +104,7 @@ def _wait_for_replicas(count: int) -> float:
 
 
 def _expected(package: Path, question: str, new_tokens: int) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(package)
+    tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False, local_files_only=True)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
