@@ -14,6 +14,7 @@ LINE = 20_000
 #: what a command that succeeds may say on stderr
 _SAID = re.compile(
     r"(> )*(\d+ prompt tokens, (pop|full) prefill: time to first token \d+ ms(, [\d.]+ tokens/s)? \(\d+ new tokens\))?"
+    r"|popcompile: no pruning meets the budget .*"
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 

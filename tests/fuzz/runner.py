@@ -5,6 +5,7 @@ Nothing is computed before forking: libraries that have started threads cannot b
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -48,6 +49,7 @@ class Outcome:
     outcome: str
     wrong: list[str]
     seconds: float
+    cpu: float
     growth: int
     case: dict[str, Any]
     stderr: str
@@ -72,6 +74,8 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # so that a child's first collection does not copy every page
 
 
 def apart(call: Callable[[], None]) -> None:
@@ -155,7 +159,9 @@ def _ended(one: _Running, status: int, usage: Any, place: Path, keep: bool) -> O
     if (one.log / "harness").exists():
         wrong.append((one.log / "harness").read_text())
     stderr = (one.log / "stderr").read_text(errors="replace") if (one.log / "stderr").exists() else ""
-    outcome = Outcome(one.kind, one.seed, word, wrong, one.seconds, ended.growth, _read(one.log / "case.json") or {}, stderr)
+    case = _read(one.log / "case.json") or {}
+    cpu = usage.ru_utime + usage.ru_stime
+    outcome = Outcome(one.kind, one.seed, word, wrong, one.seconds, cpu, ended.growth, case, stderr)
     if not keep:
         shutil.rmtree(one.root, ignore_errors=True)
         shutil.rmtree(one.log, ignore_errors=True)
