@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fuzz.runner import Outcome
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 
@@ -18,11 +24,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the first case (default 0)")
     parser.add_argument("--count", type=int, default=200, help="of cases (default 200)")
-    parser.add_argument("--kind", action="append", help="package, graph, config, checkpoint, adapter, gguf or place; all by default")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cases at a time (default: cores)")
+    parser.add_argument(
+        "--kind", action="append", help="package, graph, config, checkpoint, adapter, gguf or place; all by default"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cases at a time (default: cores)"
+    )
     parser.add_argument("--bases", type=Path, help="a folder for the undamaged inputs, made if it is not there")
     parser.add_argument("--package", type=Path, help="a package of tests/bad_input.py's model, to save its conversion")
     parser.add_argument("--packages", default="split,unified,int4", help="which packages are made (default: all three)")
+    parser.add_argument("--quick", action="store_true", help="pass over cases whose command traces a model")
     parser.add_argument("--keep", type=Path, help="a folder to keep every case in; with it each command is printed")
     parser.add_argument("--json", type=Path, help="write outcomes into a file")
     parser.add_argument("--only", help="cases as KIND:SEED,KIND:SEED in place of --seed and --count")
@@ -49,22 +60,24 @@ def _run(options: argparse.Namespace, temporary: Path) -> int:
     place.mkdir(parents=True, exist_ok=True)
     ready = time.monotonic()
     kinds = options.kind or list(KINDS)
-    cases = [(kinds[seed % len(kinds)], seed) for seed in range(options.seed, options.seed + options.count)]
+    cases: Iterator[tuple[str, int]] = ((kinds[seed % len(kinds)], seed) for seed in itertools.count(options.seed))
+    count = options.count
     if options.only:
-        cases = [(k, int(s)) for k, s in (one.split(":") for one in options.only.split(","))]
+        named = [(kind, int(seed)) for kind, seed in (one.split(":") for one in options.only.split(","))]
+        cases, count = iter(named), len(named)
     outcomes, violations = [], 0
-    for outcome in run(cases, bases, place, options.jobs, keep=options.keep is not None):
+    for outcome in run(cases, count, bases, place, options.jobs, keep=options.keep is not None, quick=options.quick):
         outcomes.append(outcome)
         if options.keep:
-            print(f"{outcome.kind} {outcome.seed}: {outcome.outcome}, {outcome.seconds:.1f} s: {json.dumps(outcome.case)}")
+            print(
+                f"{outcome.kind} {outcome.seed}: {outcome.outcome}, {outcome.seconds:.1f} s: {json.dumps(outcome.case)}"
+            )
         if outcome.wrong:
             violations += 1
-            print(f"\nVIOLATION --only {outcome.kind}:{outcome.seed}  {'; '.join(outcome.wrong)}")
-            print(f"  damage:  {outcome.case.get('words', '')}")
-            print(f"  command: popcompile {' '.join(ascii(p) if not p.isascii() or len(p) > 99 else p for p in outcome.case.get('command', []))}"[:300])
-            print(f"  {outcome.outcome} after {outcome.seconds:.1f} s, {outcome.growth / 1e6:.0f} MB more; stderr: {ascii(outcome.stderr[:600])}", flush=True)
+            print(_told(outcome), flush=True)
     seconds = time.monotonic() - ready
-    print(f"\nseeds {options.seed} to {options.seed + options.count - 1}" if not options.only else "\ncases named")
+    if not options.only:
+        print(f"\nseeds {options.seed} to {max(o.seed for o in outcomes)}")
     for kind in KINDS:
         of_kind = [o for o in outcomes if o.kind == kind]
         if of_kind:
@@ -76,6 +89,18 @@ def _run(options: argparse.Namespace, temporary: Path) -> int:
     if options.json:
         options.json.write_text(json.dumps([vars(o) for o in outcomes]))
     return 1 if violations else 0
+
+
+def _told(outcome: Outcome) -> str:
+    """A violation: how to run it again, the damage, and what was said."""
+    words = " ".join(part if part.isascii() and part.isprintable() else ascii(part) for part in outcome.case["command"])
+    return (
+        f"\nVIOLATION --only {outcome.kind}:{outcome.seed}  {'; '.join(outcome.wrong)}\n"
+        f"  damage:  {outcome.case['words']}\n"
+        f"  command: popcompile {words[:300]}\n"
+        f"  {outcome.outcome} after {outcome.seconds:.1f} s, {outcome.growth / 1e6:.0f} MB more;"
+        f" stderr: {outcome.stderr[:600]!a}"
+    )
 
 
 if __name__ == "__main__":

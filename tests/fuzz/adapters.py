@@ -39,7 +39,8 @@ FIELDS: dict[str, list[Any]] = {
     "base_model_name_or_path": ["../outside", "/dev/zero", "nobody/nothing", 1], "revision": ["x", 1],
     "auto_mapping": [{"base_model_class": "X", "parent_library": "trap"}, "x"], "inference_mode": [False],
     "task_type": ["X", "SEQ_CLS", 1], "alora_invocation_tokens": [[1]], "arrow_config": [{"x": 1}],
-    "lora_dropout": [2.0, -1.0, "x"], "peft_version": ["99.0", 1], "ensure_weight_tying": [True], "lora_ga_config": [{}],
+    "lora_dropout": [2.0, -1.0, "x"], "peft_version": ["99.0", 1], "ensure_weight_tying": [True],
+                     "lora_ga_config": [{}],
 }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """What is damaged: a tiny model in every form, made by the product's own commands, and its right answers.
 
-    model/  sharded/        a checkpoint in one file, and in shards
-    split/ unified/ int4/   packages of it
-    adapter/  gguf/         a LoRA for it, and the same weights as llama.cpp names them
-    logits.npz              of a prompt, by base: what package_logits and transformers_logits give
+model/  sharded/        a checkpoint in one file, and in shards
+split/ unified/ int4/   packages of it
+adapter/  gguf/         a LoRA for it, and the same weights as llama.cpp names them
+logits.npz              of a prompt, by base: what package_logits and transformers_logits give
 """
 
 from __future__ import annotations
@@ -56,8 +56,13 @@ def transformers_logits(folder: Path, adapter: Path | None = None, **options: An
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
-        output_loading_info=True, **options,
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(f"transformers lacks {sorted(info['missing_keys'])[:1]} {sorted(info['mismatched_keys'])[:1]}")

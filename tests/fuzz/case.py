@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from random import Random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 #: what exit 0 may mean; exit 2 with one line is always allowed
@@ -40,6 +40,11 @@ class Case:
     stdout: str = "file"
     stderr: str = "file"
     unprivileged: bool = False
+
+    @property
+    def traces(self) -> bool:
+        """Whether the command traces a model, if it gets there: seconds, where others take a tenth."""
+        return self.command[0] == "analyze" or (self.command[0] == "convert" and "99" not in self.command)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,7 +26,8 @@ COMMANDS: dict[tuple[str, ...], int] = {
 #: fields that decide what is computed, or how large it is, and values of the right type for some
 FIELDS: dict[str, list[Any]] = {
     "architectures": [["GPT2LMHeadModel"], ["LlamaForSequenceClassification"], "LlamaForCausalLM", []],
-    "model_type": ["gpt2", "qwen2", "mistral", "gemma", "gemma3_text", "phi3", "bert", "t5", "whisper", "mamba", "llava",
+    "model_type": ["gpt2", "qwen2", "mistral", "gemma", "gemma3_text", "phi3", "bert", "t5", "whisper", "mamba",
+                   "llava",
                    "LLAMA", "qwen3_moe", "gpt_oss", "falcon", "bloom", "cohere", "olmo2", "deepseek_v3"],
     "num_hidden_layers": [0, 1, 3, 10**9, HUGE],
     "hidden_size": [0, 1, 31, 33, 64, 10**9, HUGE],
@@ -43,7 +44,8 @@ FIELDS: dict[str, list[Any]] = {
                         {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, {"rope_theta": "x"},
                         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                          "original_max_position_embeddings": 16, "rope_theta": 1e4},
-                        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}],
+                        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                                                                   "rope_theta": 1e4}],
     "rope_scaling": [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 0.0}, {"factor": 2.0},
                      {"rope_type": "linear", "factor": "2"}, {"type": "su"}, "linear", [2.0]],
     "hidden_act": ["gelu", "relu", "swish", "nothing", "", "gelu_new", "softmax"],
@@ -51,7 +53,8 @@ FIELDS: dict[str, list[Any]] = {
     "mlp_bias": [True],
     "tie_word_embeddings": [True, "true", 1],
     "sliding_window": [0, 4, -1, HUGE],
-    "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"] * 3, ["x", "y"], "full_attention"],
+    "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention"] * 3, ["x", "y"],
+                    "full_attention"],
     "dtype": ["float16", "bfloat16", "float64", "int8", "x", "float8_e4m3fn"],
     "torch_dtype": ["float16", "x", 3],
     "pad_token_id": [-1, 5, HUGE],
@@ -63,8 +66,10 @@ FIELDS: dict[str, list[Any]] = {
     "attention_dropout": [0.5, 2.0], "use_cache": [False], "is_decoder": [True], "is_encoder_decoder": [True],
     "output_attentions": [True], "output_hidden_states": [True], "return_dict": [False], "num_labels": [0, -1, 10**7],
     "id2label": [{"0": "a"}, {"x": "a"}, []], "label2id": [{"a": 0}], "transformers_version": ["99.0", 5],
-    "torchscript": [True], "pruned_heads": [{"0": [1]}], "chunk_size_feed_forward": [3], "attn_implementation": ["eager", "x"],
-    "_attn_implementation": ["flash_attention_2", "x"], "_name_or_path": ["../outside"], "base_model_tp_plan": [{"x": "y"}],
+    "torchscript": [True], "pruned_heads": [{"0": [1]}], "chunk_size_feed_forward": [3],
+                    "attn_implementation": ["eager", "x"],
+    "_attn_implementation": ["flash_attention_2", "x"], "_name_or_path": ["../outside"],
+                             "base_model_tp_plan": [{"x": "y"}],
 }  # fmt: skip
 
 
@@ -144,7 +149,8 @@ def damage_safetensors(content: bytes, rng: Random) -> tuple[bytes, str]:
         entry[key] = rng.choice({
             "dtype": ["F16", "BF16", "F64", "I8", "I64", "F8_E4M3", "F8_E5M2", "BOOL", "U16", "F4", "C64", "x", ""],
             "shape": [[], [0], [*entry["shape"], 1], entry["shape"][::-1], [2**32, 2**32], [2**63], [-1], [HUGE, 0]],
-            "data_offsets": [[0, 0], [begin, end + 4], [end, begin], [0, end - begin], [2**63, 2**64 - 1], [begin], [-4, 0]],
+            "data_offsets": [[0, 0], [begin, end + 4], [end, begin], [0, end - begin], [2**63, 2**64 - 1], [begin],
+                             [-4, 0]],
         }[key])  # fmt: skip
         return joined(header, data), f"{name}: {key} = {short(entry[key])}"
     if how == 2:
@@ -184,7 +190,8 @@ def _index(rng: Random, workspace: Workspace, model: Path, base: str) -> Case:
     document = json.loads(path.read_bytes())
     tensor = rng.choice(sorted(document["weight_map"]))
     if rng.random() < 0.5:
-        file = rng.choice(["../outside/secret", "/dev/zero", "", ".", "..", "config.json", "a" * 5000, "a\x00b", "x/../y",
+        file = rng.choice(["../outside/secret", "/dev/zero", "", ".", "..", "config.json", "a" * 5000, "a\x00b",
+                           "x/../y",
                            "\ud800", "model-00001-of-00009.safetensors", "\x1b[2J.safetensors"])  # fmt: skip
         document["weight_map"][tensor] = file
         words = f"{tensor} is in {short(file)}"
@@ -203,9 +210,12 @@ def _other(rng: Random, workspace: Workspace, model: Path, base: str) -> Case:
         path.write_bytes(content)
     else:
         focus = {
-            "generation_config.json": [(f,) for f in ("eos_token_id", "max_length", "temperature", "cache_implementation",
-                                                      "num_beams", "do_sample", "transformers_version", "bos_token_id")],
-            "tokenizer_config.json": [(f,) for f in ("tokenizer_class", "model_max_length", "eos_token", "chat_template",
+            "generation_config.json": [(f,) for f in ("eos_token_id", "max_length", "temperature",
+                                       "cache_implementation",
+                                                      "num_beams", "do_sample", "transformers_version",
+                                                      "bos_token_id")],
+            "tokenizer_config.json": [(f,) for f in ("tokenizer_class", "model_max_length", "eos_token",
+                                      "chat_template",
                                                      "added_tokens_decoder", "extra_special_tokens", "backend")],
             "tokenizer.json": [("model",), ("model", "type"), ("model", "vocab"), ("added_tokens",), ("pre_tokenizer",),
                                ("normalizer",), ("post_processor",), ("decoder",), ("truncation",), ("version",)],
@@ -228,7 +238,9 @@ def _tensors(rng: Random, workspace: Workspace, model: Path, base: str) -> Case:
     if how == 0:
         words = "is gone"
     elif how == 1:
-        other = rng.choice(["model.norm.bias", "x", f"language_model.{name}", f"_orig_mod.{name}", name.upper(), name + "_scale"])
+        other = rng.choice(
+            ["model.norm.bias", "x", f"language_model.{name}", f"_orig_mod.{name}", name.upper(), name + "_scale"]
+        )
         tensors[other] = tensor
         words = f"is called {other}"
     elif how == 2:
@@ -262,7 +274,9 @@ def _foreign(rng: Random, workspace: Workspace, model: Path, base: str) -> Case:
     if rng.random() < 0.5:
         changes |= {"model_type": "unheard", "architectures": ["Model"], "tokenizer_class": "Tokenizer"}
     if rng.random() < 0.3:
-        changes["auto_map"] = {k: (f"{workspace.outside}--{v}" if isinstance(v, str) else v) for k, v in AUTO_MAP.items()}
+        changes["auto_map"] = {
+            k: (f"{workspace.outside}--{v}" if isinstance(v, str) else v) for k, v in AUTO_MAP.items()
+        }
         workspace.trap(workspace.outside / "trap.py")
     (model / name).write_bytes(dumps(json.loads((model / name).read_bytes()) | changes))
     return case(f"{name}: {', '.join(changes)} and a trap.py", command(rng), base)

@@ -47,7 +47,9 @@ class Gguf:
         data = b""
         for name, dimensions, kind, offset, content in self.tensors:
             head += _string(name) + struct.pack("<I", len(dimensions))
-            head += b"".join(struct.pack("<Q", d % 2**64) for d in dimensions) + struct.pack("<IQ", kind, offset % 2**64)
+            head += b"".join(struct.pack("<Q", d % 2**64) for d in dimensions) + struct.pack(
+                "<IQ", kind, offset % 2**64
+            )
             data += content + bytes(-len(content) % ALIGNMENT)
         return head + bytes(-len(head) % ALIGNMENT) + data
 
@@ -163,23 +165,29 @@ def _metadata(rng: Random, file: Gguf) -> str:
         return f"{name} has type {other_kind}"
     if how == "add":
         added: list[tuple[bytes, int, Any]] = [
-            (b"general.alignment", 4, rng.choice([0, 1, 3, 64, 2**31])), (b"split.count", 2, 3), (b"split.count", 5, -1),
+            (b"general.alignment", 4, rng.choice([0, 1, 3, 64, 2**31])), (b"split.count", 2, 3), (b"split.count", 5,
+            -1),
             (b"llama.rope.scaling.type", STRING, b"linear"), (b"llama.rope.scaling.factor", 6, 4.0), (b"x.y", 4, 1),
             (b"llama.rope.dimension_count", 4, rng.choice([0, 2, 7, 2**31])), (b"llama.expert_count", 4, 4),
-            (b"llama.attention.key_length", 4, rng.choice([0, 3, 64, 2**31])), (b"llama.attention.sliding_window", 4, 4),
+            (b"llama.attention.key_length", 4, rng.choice([0, 3, 64, 2**31])), (b"llama.attention.sliding_window", 4,
+            4),
             (b"tokenizer.ggml.pre", STRING, b"nothing"), (b"tokenizer.ggml.add_bos_token", 7, True),
             (b"tokenizer.chat_template", STRING, b"{{ 1/0 }}"), (b"tokenizer.chat_template", STRING, b"{% bad"),
-            (b"tokenizer.ggml.scores", ARRAY, (6, [0.0])), (b"llama.logit_scale", 6, 3.0), (b"llama.attention.scale", 6, 9.0),
+            (b"tokenizer.ggml.scores", ARRAY, (6, [0.0])), (b"llama.logit_scale", 6, 3.0), (b"llama.attention.scale",
+            6, 9.0),
             (b"general.architecture", STRING, rng.choice([b"llama", b"qwen2", b"clip", b""])),
             (b"adapter.type", STRING, b"lora"), (b"general.type", STRING, b"adapter"), (b"llama.pooling_type", 4, 1),
-            (b"llama.attention.causal", 7, False), (b"llama.use_parallel_residual", 7, True), (b"tokenizer.huggingface.json", STRING, b"{"),
+            (b"llama.attention.causal", 7, False), (b"llama.use_parallel_residual", 7, True),
+            (b"tokenizer.huggingface.json", STRING, b"{"),
         ]  # fmt: skip
         pair = rng.choice(added)
         file.metadata.append(pair)
         return f"{pair[0].decode()} = {short(pair[2])} is added"
     other_value: Any
     if kind == STRING:
-        other_value = rng.choice([b"", b"\xff", b"x", b"a" * 5000, b"\x00", b"qwen2", b"llama4", b"gpt2", b"\x1b[2J", b"bert"])
+        other_value = rng.choice(
+            [b"", b"\xff", b"x", b"a" * 5000, b"\x00", b"qwen2", b"llama4", b"gpt2", b"\x1b[2J", b"bert"]
+        )
     elif kind == ARRAY:
         element, values = value
         other_value = copy.deepcopy(rng.choice([
@@ -205,7 +213,10 @@ def _metadata(rng: Random, file: Gguf) -> str:
 def _table(rng: Random, file: Gguf) -> str:
     index = rng.randrange(len(file.tensors))
     name, dimensions, kind, offset, data = file.tensors[index]
-    label, how = name.decode(), rng.choice(["name", "dims", "dims", "type", "offset", "drop", "twice", "add", "data", "version"])
+    label, how = (
+        name.decode(),
+        rng.choice(["name", "dims", "dims", "type", "offset", "drop", "twice", "add", "data", "version"]),
+    )
     if how == "drop":
         del file.tensors[index]
         return f"{label} is gone from the table"
@@ -216,16 +227,29 @@ def _table(rng: Random, file: Gguf) -> str:
         file.version = rng.choice([0, 1, 2, 4, 2**31, 0x03000000])
         return f"version {file.version}"
     if how == "add":
-        added = rng.choice(["rope_freqs.weight", "x", "blk.7.attn_q.weight", "blk.0.attn_q.bias", "output.weight", "blk.0.attn_sinks.weight"])
+        added = rng.choice(
+            [
+                "rope_freqs.weight",
+                "x",
+                "blk.7.attn_q.weight",
+                "blk.0.attn_q.bias",
+                "output.weight",
+                "blk.0.attn_sinks.weight",
+            ]
+        )
         size = {"rope_freqs.weight": [2], "output.weight": dimensions}.get(added, [4])
         end = max(o + len(d) for *_, o, d in file.tensors)
-        file.tensors.append((added.encode(), size, 0, -(-end // 32) * 32, struct.pack("<f", 2.0) * (size[0] * (size[1:] or [1])[0])))
+        file.tensors.append(
+            (added.encode(), size, 0, -(-end // 32) * 32, struct.pack("<f", 2.0) * (size[0] * (size[1:] or [1])[0]))
+        )
         return f"a tensor {added}"
     if how == "name":
-        name = rng.choice([b"", b"x", b"\xff", b"a" * 200, name.upper(), name + b"x", b"blk.99.attn_q.weight", b"blk..attn_q.weight",
+        name = rng.choice([b"", b"x", b"\xff", b"a" * 200, name.upper(), name + b"x", b"blk.99.attn_q.weight",
+                           b"blk..attn_q.weight",
                            b"\x1b[2J", b"blk.-1.attn_q.weight", b"blk.99999999999999999999.attn_q.weight"])  # fmt: skip
     elif how == "dims":
-        dimensions = rng.choice([[], [0], [*dimensions, 1], dimensions[::-1], [2**32, 2**32], [2**63], [dimensions[0] * 2],
+        dimensions = rng.choice([[], [0], [*dimensions, 1], dimensions[::-1], [2**32, 2**32], [2**63],
+                                 [dimensions[0] * 2],
                                  [1] * 9, [2**40], [dimensions[0] - 1, *dimensions[1:]]])  # fmt: skip
     elif how == "type":
         kind = rng.choice([1, 2, 3, 8, 10, 14, 24, 27, 30, 31, 36, 99, 2**31, 39, 12])

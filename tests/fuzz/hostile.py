@@ -27,7 +27,9 @@ def near(value: Any, rng: Random) -> Any:
     if isinstance(value, str):
         return rng.choice([value + "x", value.upper(), value[:-1], [value], {"x": value}, value + "\x00", 1])
     if isinstance(value, list):
-        return rng.choice([value * 2, value[:-1], [*value, None], {str(i): v for i, v in enumerate(value)}, value[::-1]])
+        return rng.choice(
+            [value * 2, value[:-1], [*value, None], {str(i): v for i, v in enumerate(value)}, value[::-1]]
+        )
     if isinstance(value, dict):
         return rng.choice([list(value), list(value.values()), {**value, "x": 1}, {}, str(value)])
     return rng.choice([0, "", []])
@@ -36,7 +38,9 @@ def near(value: Any, rng: Random) -> Any:
 def paths(document: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value in a JSON document."""
     found = [prefix]
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in items:
         found += paths(value, (*prefix, key))
     return found
@@ -122,7 +126,10 @@ def damage_text(content: bytes, rng: Random) -> tuple[bytes, str]:
         lambda: (b"[" * deep, f"{deep} brackets"),
         lambda: (b'{"a":' * deep + b"1" + b"}" * deep, f"{deep} objects in each other"),
         lambda: (content.replace(b"{", b'{"a": ' + b"9" * 6000 + b",", 1), "a number of 6000 digits"),
-        lambda: (content[:cut] + bytes(rng.randrange(256) for _ in range(8)) + content[cut:], f"8 bytes put in at {cut}"),
+        lambda: (
+            content[:cut] + bytes(rng.randrange(256) for _ in range(8)) + content[cut:],
+            f"8 bytes put in at {cut}",
+        ),
         lambda: (content[:cut] + b"\x00" + content[cut:], f"a NUL at {cut}"),
         lambda: (content * 2, "twice"),
         lambda: (b"\n" * 1000 + content.replace(b"\n", b"\r\n"), "empty lines before it, CRLF"),

@@ -11,6 +11,7 @@ from typing import Any
 SECONDS = 20.0
 GROWTH = 2 << 30
 LINE = 20_000
+PASSED_OVER = "passed over"
 #: what a command that succeeds may say on stderr
 _SAID = re.compile(
     r"(> )*(\d+ prompt tokens, (pop|full) prefill: time to first token \d+ ms(, [\d.]+ tokens/s)? \(\d+ new tokens\))?"
@@ -31,10 +32,12 @@ class Ended:
 
 def judge(ended: Ended, log: Path, root: Path) -> tuple[str, list[str]]:
     """The outcome in a word, and what is wrong about it."""
-    case = _read(log / "case.json")
+    case = read(log / "case.json")
     if case is None:
         return "no case", ["the harness could not make the case"]
-    result: dict[str, Any] = _read(log / "result.json") or {}
+    if (log / "passed_over").exists():
+        return PASSED_OVER, []
+    result: dict[str, Any] = read(log / "result.json") or {}
     command_ended = (log / "ended").exists()
     stderr = (log / "stderr").read_text(encoding="utf-8", errors="replace") if (log / "stderr").exists() else ""
     stdout = (log / "stdout").read_text(encoding="utf-8", errors="replace") if (log / "stdout").exists() else ""
@@ -103,10 +106,12 @@ def _may_change(name: str, case: dict[str, Any], status: int | None) -> bool:
 
 
 def _key(path: str) -> str:
-    return path.encode("utf-8", "surrogateescape" if "\ud800" not in path else "replace").decode("ascii", "backslashreplace")
+    return path.encode("utf-8", "surrogateescape" if "\ud800" not in path else "replace").decode(
+        "ascii", "backslashreplace"
+    )
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -11,7 +11,6 @@ from typing import Any
 
 from fuzz.case import AUTO_MAP, Case, Workspace
 from fuzz.hostile import VALUES, damage, damage_bytes, damage_text, dumps, flip, short
-
 from popcompile.package import MANIFEST, _checksum, describe_files
 
 PACKAGE = "pkg"
@@ -70,7 +69,8 @@ def sign(package: Path, manifest: dict[str, Any] | None = None, *, describe: boo
 def make(rng: Random, workspace: Workspace) -> Case:
     package, base = copy_base(rng, workspace)
     choices: dict[Callable[..., Case], int] = {
-        _manifest: 6, _files_table: 3, _manifest_text: 1, _json: 7, _text: 2, _weights: 2, _unlisted: 2, _listed_part: 1,
+        _manifest: 6, _files_table: 3, _manifest_text: 1, _json: 7, _text: 2, _weights: 2, _unlisted: 2,
+        _listed_part: 1,
         _foreign: 2,
     }  # fmt: skip
     return rng.choices(list(choices), list(choices.values()))[0](rng, workspace, package, base)
@@ -99,7 +99,8 @@ def _files_table(rng: Random, workspace: Workspace, package: Path, base: str) ->
         data["files"][name] = value
         words = f"files.{name} = {short(value)}"
     elif how == 2:
-        odd = rng.choice(["", ".", "..", "../outside/secret", "/dev/zero", "/etc/passwd", "a\x00b", "\x1b[2J", "a" * 5000,
+        odd = rng.choice(["", ".", "..", "../outside/secret", "/dev/zero", "/etc/passwd", "a\x00b", "\x1b[2J",
+                          "a" * 5000,
                           "C:\\x", "\ud800", MANIFEST, "passes", "x/../../y", "/".join("a" * 300)])  # fmt: skip
         data["files"][odd] = data["files"][name]
         words = f"files has {short(odd)} as well"
@@ -205,7 +206,9 @@ def _foreign(rng: Random, workspace: Workspace, package: Path, base: str) -> Cas
         (package / "custom_generate").mkdir()
         workspace.trap(package / "custom_generate" / "generate.py")
     if rng.random() < 0.3:
-        changes["auto_map"] = {k: (f"{workspace.outside}--{v}" if isinstance(v, str) else v) for k, v in AUTO_MAP.items()}
+        changes["auto_map"] = {
+            k: (f"{workspace.outside}--{v}" if isinstance(v, str) else v) for k, v in AUTO_MAP.items()
+        }
         workspace.trap(workspace.outside / "trap.py")
     (package / name).write_bytes(dumps(content | changes))
     sign(package)

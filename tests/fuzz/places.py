@@ -12,7 +12,6 @@ from random import Random
 from fuzz import adapters, checkpoints, ggufs, packages
 from fuzz.case import Case, Workspace
 from fuzz.packages import PACKAGE
-
 from popcompile.package import MANIFEST
 
 TEXT = "the cat sat w1 w2 w3 w4 " * 40
@@ -30,7 +29,8 @@ def spoil(rng: Random, workspace: Workspace, path: Path) -> tuple[str, str, bool
     its folder, or "other"), and whether only a user without privileges notices.
     """
     content = path.read_bytes()
-    how = rng.choice(["fifo", "zero", "zero", "left", "left", "inside", "folder", "dangling", "loop", "empty", "sparse", "socket",
+    how = rng.choice(["fifo", "zero", "zero", "left", "left", "inside", "folder", "dangling", "loop", "empty",
+                      "sparse", "socket",
                       "unreadable", "proc", "gone"])  # fmt: skip
     if how == "unreadable":
         path.chmod(0)
@@ -119,8 +119,10 @@ def _odd(rng: Random, workspace: Workspace) -> str:
     (workspace.root / "empty").mkdir()
     os.mkfifo(workspace.root / "fifo")
     (workspace.root / "loop").symlink_to("loop")
-    return rng.choice(["", " ", ".", "..", "/", "file", "file/x", "empty", "fifo", "loop", "/dev/zero", "/dev/null", "/proc/self",
-                       "nowhere", "a" * 300, "a" * 5000, "a/" * 3000, "a\x00b", "\udcff", "\ud800", "é" * 100, "~", "~nobody",
+    return rng.choice(["", " ", ".", "..", "/", "file", "file/x", "empty", "fifo", "loop", "/dev/zero", "/dev/null",
+                       "/proc/self",
+                       "nowhere", "a" * 300, "a" * 5000, "a/" * 3000, "a\x00b", "\udcff", "\ud800", "é" * 100, "~",
+                       "~nobody",
                        "\x1b[2J", "a\nb", "-", "//", "empty/../nowhere", "outside"])  # fmt: skip
 
 
@@ -150,7 +152,8 @@ def _out(rng: Random, workspace: Workspace) -> Case:
     if how < 3:
         odd = _odd(rng, workspace)
         case = Case(f"OUT is {ascii(odd)[:70]}", ["convert", "model", odd, *options, *force], "any")
-        case.out = [odd] if odd in ("nowhere", "empty", "é" * 100, "~", "~nobody", "\x1b[2J", "a\nb", "-", "empty/../nowhere",
+        case.out = [odd] if odd in ("nowhere", "empty", "é" * 100, "~", "~nobody", "\x1b[2J", "a\nb", "-",
+        "empty/../nowhere",
                                     "a" * 300, " ", "\udcff", "\ud800") else []  # fmt: skip
         case.out = ["nowhere"] if odd == "empty/../nowhere" else case.out
         if odd in (".", "..", "/", "file", "file/x", "fifo", "loop", "outside") or not case.out:
@@ -200,7 +203,8 @@ def _file(rng: Random, workspace: Workspace) -> Case:
     else:
         option, parts = rng.choice([
             ("--text", ["analyze", "model", *checkpoints.ANALYZE]),
-            ("--calibration", ["convert", "model", "out", "--calibration-texts", "2", "--prune", "1", "--refinement-steps", "0"]),
+            ("--calibration", ["convert", "model", "out", "--calibration-texts", "2", "--prune", "1",
+            "--refinement-steps", "0"]),
             ("--plot", ["analyze", "model", *checkpoints.ANALYZE]),
         ])  # fmt: skip
     out = ["out"] if parts[0] == "convert" else [odd] if option in ("--html", "--plot") else []

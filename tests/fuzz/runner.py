@@ -5,6 +5,8 @@ Nothing is computed before forking: libraries that have started threads cannot b
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -13,14 +15,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fuzz import adapters, checkpoints, ggufs, graphs, packages, places
 from fuzz.case import Maker, Workspace
-from fuzz.judge import SECONDS, Ended, _read, judge
+from fuzz.judge import PASSED_OVER, SECONDS, Ended, judge, read
 from fuzz.worker import work
 
 KINDS: dict[str, Maker] = {
@@ -37,9 +39,13 @@ _USED = [
     "popcompile.cli", "popcompile.conversion", "popcompile.chat", "popcompile.inspection", "popcompile.verify",
     "popcompile.html_report", "popcompile.evaluation", "popcompile.evaluation_report", "popcompile.adapter",
     "popcompile.gguf_source", "popcompile.analysis", "popcompile.plots", "peft", "gguf", "accelerate",
-    "transformers.models.llama.modeling_llama", "transformers.integrations.ggml", "transformers.modeling_gguf_pytorch_utils",
+    "transformers.models.llama.modeling_llama", "transformers.integrations.ggml",
+    "transformers.modeling_gguf_pytorch_utils",
     "torch.export", "torch._dynamo", "torch.onnx._internal.exporter._core", "bad_input", "fuzz.bases",
 ]  # fmt: skip
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -95,28 +101,33 @@ def apart(call: Callable[[], None]) -> None:
         raise ChildProcessError("could not make the undamaged inputs")
 
 
-def run(cases: Iterable[tuple[str, int]], bases: Path, place: Path, jobs: int, keep: bool = False) -> Iterator[Outcome]:
-    """Run (kind, seed) cases, `jobs` at a time; outcomes come as they end."""
-    waiting = iter(cases)
+def run(
+    cases: Iterator[tuple[str, int]], count: int, bases: Path, place: Path, jobs: int, *, keep: bool, quick: bool
+) -> Iterator[Outcome]:
+    """Run the first `count` (kind, seed) cases, `jobs` at a time; outcomes come as they end.
+
+    quick: pass over those that trace a model, and take others.
+    """
     running: list[_Running] = []
-    more = True
-    while more or running:
-        while more and len(running) < jobs:
-            following = next(waiting, None)
-            more = following is not None
-            if following:
-                running.append(_start(*following, bases, place))
+    while count or running:
+        while len(running) < min(jobs, count + len(running)):
+            count -= 1
+            running.append(_start(*next(cases), bases, place, quick))
         for one in list(running):
             pid, status, usage = os.wait4(one.pid, os.WNOHANG)
-            if pid:
-                running.remove(one)
-                yield _ended(one, status, usage, place, keep)
-            else:
+            if not pid:
                 _watch(one)
+                continue
+            running.remove(one)
+            outcome = _ended(one, status, usage, keep)
+            if outcome.outcome == PASSED_OVER:
+                count += 1
+            else:
+                yield outcome
         time.sleep(0.005)
 
 
-def _start(kind: str, seed: int, bases: Path, place: Path) -> _Running:
+def _start(kind: str, seed: int, bases: Path, place: Path, quick: bool) -> _Running:
     root, log = place / f"{kind}-{seed}", place / f"{kind}-{seed}.log"
     for folder in (root, log):
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +136,8 @@ def _start(kind: str, seed: int, bases: Path, place: Path) -> _Running:
     if pid == 0:
         try:
             os.setsid()
-            work(KINDS[kind], f"{kind} {seed}", Workspace(root, bases), log)
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            work(KINDS[kind], f"{kind} {seed}", Workspace(root, bases), log, quick)
         except BaseException:
             (log / "harness").write_text(traceback.format_exc())
         finally:
@@ -147,19 +159,17 @@ def _watch(one: _Running) -> None:
         os.killpg(one.pid, signal.SIGKILL)
 
 
-def _ended(one: _Running, status: int, usage: Any, place: Path, keep: bool) -> Outcome:
-    try:
+def _ended(one: _Running, status: int, usage: Any, keep: bool) -> Outcome:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(one.pid, signal.SIGKILL)  # what it started
-    except (ProcessLookupError, PermissionError):
-        pass
     name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else ""
-    peak = (_read(one.log / "result.json") or {}).get("peak") or usage.ru_maxrss * 1024
+    peak = (read(one.log / "result.json") or {}).get("peak") or usage.ru_maxrss * 1024
     ended = Ended(name, one.seconds, peak - _resident(), one.stopped and not (one.log / "ended").exists())
     word, wrong = judge(ended, one.log, one.root)
     if (one.log / "harness").exists():
         wrong.append((one.log / "harness").read_text())
     stderr = (one.log / "stderr").read_text(errors="replace") if (one.log / "stderr").exists() else ""
-    case = _read(one.log / "case.json") or {}
+    case = read(one.log / "case.json") or {"words": "", "command": []}
     cpu = usage.ru_utime + usage.ru_stime
     outcome = Outcome(one.kind, one.seed, word, wrong, one.seconds, cpu, ended.growth, case, stderr)
     if not keep:

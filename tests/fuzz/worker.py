@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+
 from fuzz.case import Case, Maker, Workspace
 
 #: address space beyond what the process has: a guard for the machine, far over what is allowed
@@ -22,14 +23,20 @@ LARGEST_FILE = 4 << 30
 NOBODY = 65534
 
 
-def work(maker: Maker, name: str, workspace: Workspace, log: Path) -> None:
-    """Run one case; leaves case.json, stdout, stderr and result.json in `log`, or as much of them as it got to."""
+def work(maker: Maker, name: str, workspace: Workspace, log: Path, quick: bool) -> None:
+    """Run one case; leaves case.json, stdout, stderr and result.json in `log`, or as much of them as it got to.
+
+    quick: pass over a case that traces a model.
+    """
     os.environ |= {"HOME": str(workspace.root / "home"), "TMPDIR": str(workspace.root / "tmp")}
     for folder in ("home", "tmp", "outside"):
         (workspace.root / folder).mkdir()
     (workspace.outside / "secret").write_text("secret")
     case = maker(Random(name), workspace)
     (log / "case.json").write_text(json.dumps(case.to_json()))
+    if quick and case.traces:
+        (log / "passed_over").touch()
+        return
     if case.unprivileged and os.geteuid() == 0:
         _give_away(workspace.root, log)
     os.chdir(workspace.root)
@@ -54,7 +61,9 @@ def work(maker: Maker, name: str, workspace: Workspace, log: Path) -> None:
             result["wrong"] = check(case, workspace)
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            result["wrong"] = f"the check fails: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            result["wrong"] = (
+                f"the check fails: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            )
     (log / "result.json").write_text(json.dumps(result))
 
 
@@ -101,7 +110,9 @@ def _redirect(case: Case, log: Path) -> None:
     """The three streams, as files or devices, or closed."""
     sys.stdout.flush()
     sys.stderr.flush()
-    (log / "stdin").write_text(case.stdin, encoding="utf-8", errors="surrogateescape" if "\ud800" not in case.stdin else "replace")
+    (log / "stdin").write_text(
+        case.stdin, encoding="utf-8", errors="surrogateescape" if "\ud800" not in case.stdin else "replace"
+    )
     places = {0: case.stdin, 1: case.stdout, 2: case.stderr}
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         (log / name).touch()
@@ -115,7 +126,9 @@ def _redirect(case: Case, log: Path) -> None:
             os.dup2(opened, descriptor)
             os.close(opened)
         mode, errors = ("w", "backslashreplace" if descriptor == 2 else "strict") if descriptor else ("r", "strict")
-        stream = open(descriptor, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1 if descriptor == 2 else -1)
+        stream = open(  # noqa: SIM115
+            descriptor, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1 if descriptor == 2 else -1
+        )
         setattr(sys, name, stream)
 
 
@@ -168,7 +181,7 @@ def check(case: Case, workspace: Workspace) -> str:
     expected = None
     if case.expect in ("same", "logits") and case.base is not None:
         with np.load(workspace.bases / "logits.npz") as answers:
-            expected = answers[case.base] if case.base in answers else None
+            expected = answers.get(case.base)
     elif case.expect in ("transformers", "peft"):
         options = {"gguf_file": case.gguf} if case.gguf else {}
         adapter = workspace.root / case.adapter if case.adapter else None
