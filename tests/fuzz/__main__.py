@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--bases", type=Path, help="a folder for the undamaged inputs, made if it is not there")
     parser.add_argument("--package", type=Path, help="a package of tests/bad_input.py's model, to save its conversion")
     parser.add_argument("--packages", default="split,unified,int4", help="which packages are made (default: all three)")
-    parser.add_argument("--quick", action="store_true", help="pass over cases whose command traces a model")
+    parser.add_argument("--quick", action="store_true", help="few cases whose command traces a model")
     parser.add_argument("--keep", type=Path, help="a folder to keep every case in; with it each command is printed")
     parser.add_argument("--json", type=Path, help="write outcomes into a file")
     parser.add_argument("--only", help="cases as KIND:SEED,KIND:SEED in place of --seed and --count")

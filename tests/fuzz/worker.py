@@ -26,7 +26,7 @@ NOBODY = 65534
 def work(maker: Maker, name: str, workspace: Workspace, log: Path, quick: bool) -> None:
     """Run one case; leaves case.json, stdout, stderr and result.json in `log`, or as much of them as it got to.
 
-    quick: pass over a case that traces a model.
+    quick: pass over the case where its command traces a model; the runner lets one in eight through.
     """
     os.environ |= {"HOME": str(workspace.root / "home"), "TMPDIR": str(workspace.root / "tmp")}
     for folder in ("home", "tmp", "outside"):
