@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -78,7 +79,8 @@ def _run(command: list[str]) -> int:
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError, AttributeError):  # stderr may be full, or closed
+            traceback.print_exc()
         status = 1
     try:
         if sys.stdout is not None:
