@@ -8,14 +8,19 @@ logits.npz              of a prompt, by base: what package_logits and transforme
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bad_input import save_model
+
+from fuzz.packages import COMMANDS, QUESTIONS
 
 PROMPT = [3, 4, 5, 60, 21, 4, 9]
 PACKAGES: dict[str, dict[str, Any]] = {"split": {}, "unified": {"layout": "unified"}, "int4": {"dtype": "int4"}}
@@ -35,8 +40,29 @@ def make_bases(folder: Path, packages: list[str], ready: Path | None = None) -> 
         else:
             convert(model, folder / name, prune=1, kv_projection="layer", **PACKAGES[name])
     logits = {name: package_logits(folder / name) for name in packages}
+    (folder / "answers.json").write_text(json.dumps({name: _answers(folder / name) for name in packages}))
     logits["gguf"] = logits["model"] = transformers_logits(model)
     np.savez(folder / "logits.npz", **logits)
+
+
+def key(command: list[str]) -> str:
+    """A command on a package, without its name."""
+    return " ".join([command[0], *command[2:]])
+
+
+def _answers(package: Path) -> dict[str, str]:
+    """stdout of every `run` that cases take."""
+    from popcompile.cli import main
+
+    found = {}
+    for _, *options in (command for command in COMMANDS if command[0] == "run"):
+        command = ["run", str(package), *options[1:]]
+        before, sys.stdin = sys.stdin, io.StringIO(QUESTIONS)
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            assert main(command) == 0, command
+        sys.stdin = before
+        found[key(command)] = said.getvalue()
+    return found
 
 
 def package_logits(folder: Path) -> np.ndarray:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
 
 #: what exit 0 may mean; exit 2 with one line is always allowed
 EXPECTATIONS = {
@@ -44,10 +43,7 @@ class Case:
     @property
     def traces(self) -> bool:
         """Whether the command traces a model, if it gets there: seconds, where others take a tenth."""
-        return self.command[0] == "analyze" or (self.command[0] == "convert" and "99" not in self.command)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return self.command[0] in ("analyze", "convert") and self.expect != "refused"
 
 
 @dataclass

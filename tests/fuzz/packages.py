@@ -25,8 +25,12 @@ COMMANDS: dict[tuple[str, ...], int] = {
     ("run", PACKAGE, "--prompt", "the cat", "--max-new-tokens", "4"): 3,
     ("run", PACKAGE, "--prompt", "the cat", "--max-new-tokens", "4", "--prefill", "full"): 1,
     ("run", PACKAGE, "--chat", "--max-new-tokens", "3"): 1,
+    ("evaluate", PACKAGE, "--text", "text.txt", "--prompts", "1", "--prompt-tokens", "8", "--continuation-tokens", "2",
+     "--greedy-prompts", "0", "--json"): 1,
     ("load", PACKAGE): 4,
-}
+}  # fmt: skip
+QUESTIONS = "the cat\ny\n"
+TEXT = "the cat sat w1 w2 w3 w4 " * 40
 
 
 def command(rng: Random, *kinds: str) -> list[str]:
@@ -37,7 +41,7 @@ def command(rng: Random, *kinds: str) -> list[str]:
 
 def case(words: str, parts: list[str], expect: str, base: str, **options: Any) -> Case:
     """A case on a package; --chat reads a question and a yes, --html writes a page."""
-    stdin = "the cat\ny\n" if "--chat" in parts else "y\n"
+    stdin = QUESTIONS if "--chat" in parts else "y\n"
     out = ["report.html"] if "--html" in parts else []
     return Case(words, parts, expect, package=PACKAGE, base=base, out=out, stdin=stdin, **options)
 
@@ -47,6 +51,7 @@ def copy_base(rng: Random, workspace: Workspace) -> tuple[Path, str]:
     known = [base for base in ("split", "unified", "int4") if (workspace.bases / base).is_dir()]
     base = rng.choices(known, [6, 2, 2][: len(known)])[0]
     shutil.copytree(workspace.bases / base, workspace.root / PACKAGE)
+    (workspace.root / "text.txt").write_text(TEXT)
     return workspace.root / PACKAGE, base
 
 
@@ -135,7 +140,8 @@ def _json(rng: Random, workspace: Workspace, package: Path, base: str) -> Case:
     path.write_bytes(dumps(damaged))
     sign(package)
     kinds = ("inspect",) if name == "report.json" else ("run", "load") if rng.random() < 0.8 else ()
-    return case(f"{name}, signed: {words}", command(rng, *kinds), "logits", base)
+    expect = "same" if name in ("report.json", "genai_config.json") else "logits"
+    return case(f"{name}, signed: {words}", command(rng, *kinds), expect, base)
 
 
 def _text(rng: Random, workspace: Workspace, package: Path, base: str) -> Case:

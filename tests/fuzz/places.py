@@ -11,10 +11,8 @@ from random import Random
 
 from fuzz import adapters, checkpoints, ggufs, packages
 from fuzz.case import Case, Workspace
-from fuzz.packages import PACKAGE
+from fuzz.packages import PACKAGE, QUESTIONS, TEXT
 from popcompile.package import MANIFEST
-
-TEXT = "the cat sat w1 w2 w3 w4 " * 40
 
 
 def make(rng: Random, workspace: Workspace) -> Case:
@@ -133,7 +131,7 @@ def _whole(rng: Random, workspace: Workspace) -> Case:
     if kind == "package":
         parts = packages.command(rng)
         parts[1] = odd
-        return Case(f"PACKAGE is {ascii(odd)[:70]}", parts, "refused", stdin="the cat\n")
+        return Case(f"PACKAGE is {ascii(odd)[:70]}", parts, "refused", stdin=QUESTIONS)
     shutil.copytree(workspace.bases / "model", workspace.root / "model")
     if kind == "model":
         return Case(f"MODEL is {ascii(odd)[:70]}", ["convert", odd, "out"], "refused")

@@ -10,6 +10,7 @@ import resource
 import stat
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fuzz.case import Case, Maker, Workspace
+from fuzz.packages import QUESTIONS
 
 #: address space beyond what the process has: a guard for the machine, far over what is allowed
 GUARD = 12 << 30
@@ -34,7 +36,7 @@ def work(maker: Maker, name: str, workspace: Workspace, log: Path, quick: bool) 
         (workspace.root / folder).mkdir()
     (workspace.outside / "secret").write_text("secret")
     case = maker(Random(name), workspace)
-    (log / "case.json").write_text(json.dumps(case.to_json()))
+    (log / "case.json").write_text(json.dumps(asdict(case)))
     if quick and case.traces:
         (log / "passed_over").touch()
         return
@@ -59,13 +61,17 @@ def work(maker: Maker, name: str, workspace: Workspace, log: Path, quick: bool) 
     result["changed"] = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     if result["status"] == 0 and case.expect != "refused":
         try:
-            result["wrong"] = check(case, workspace)
+            result["wrong"] = check(case, workspace, log)
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             result["wrong"] = (
                 f"the check fails: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             )
     (log / "result.json").write_text(json.dumps(result))
+
+
+def _streams_are_files(case: Case) -> bool:
+    return case.stdout == "file" and case.stdin in ("y\n", QUESTIONS)
 
 
 def _run(command: list[str]) -> int:
@@ -169,9 +175,15 @@ def peak() -> int:
 # --- right output ------------------------------------------------------------------------------------------------
 
 
-def check(case: Case, workspace: Workspace) -> str:
+def check(case: Case, workspace: Workspace, log: Path) -> str:
     """What is wrong about a success, or ""."""
-    from fuzz.bases import package_logits, transformers_logits
+    from fuzz.bases import key, package_logits, transformers_logits
+
+    if case.command[0] == "run" and case.expect == "same" and _streams_are_files(case):
+        answers = json.loads((workspace.bases / "answers.json").read_text())[case.base]
+        said = (log / "stdout").read_text()
+        if said != answers.get(key(case.command), said):
+            return f"answers {said!r}, not {answers[key(case.command)]!r}"
 
     if case.command[0] in ("inspect", "evaluate") or (case.command[0] == "run" and case.expect == "any"):
         return ""  # run opens one of the graphs
