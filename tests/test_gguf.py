@@ -204,6 +204,19 @@ def test_gemma3_scales_layers_of_full_attention_alone(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("architecture", "layers", "period"), [("gemma2", 46, 2), ("gemma3", 62, 6)])
+def test_what_llama_cpp_knows_of_gemma(architecture: str, layers: int, period: int, tmp_path: Path) -> None:
+    """The largest Gemma is told by its layers: attention is scaled by width / heads. Windows repeat by default."""
+    pattern = {f"{architecture}.attention.sliding_window_pattern": None}
+    for count, scale in {layers: 64 // 4, layers - 1: 32}.items():
+        model = model_of(architecture, num_hidden_layers=count, layer_types=None)
+        config = open_source(str(save_gguf(tmp_path / f"{count}.gguf", architecture, model, pattern))).config
+        assert config.query_pre_attn_scalar == scale
+        assert [kind == "full_attention" for kind in config.layer_types] == [
+            (layer + 1) % period == 0 for layer in range(count)
+        ]
+
+
 # --- what is not known is refused by name --------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -237,6 +250,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "eps": ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "layer_norm_rms_epsilon is nan"),
     "base": ({"llama.rope.freq_base": math.inf}, "llama.rope.freq_base is inf"),
     "text": ({"llama.context_length": "long"}, "llama.context_length is 'long'"),
+    "long": ({"llama.context_length": 2**30}, "llama.context_length is 1073741824"),
     "missing": ({"llama.context_length": None}, "the metadata lack llama.context_length"),
     "vocabulary": ({"llama.vocab_size": 47}, "vocab_size is 47, token_embd.weight has 48 rows"),
     "tokens": ({"tokenizer.ggml.tokens": ["x"] * 49}, "tokenizer.ggml.tokens is no list of at most 48 tokens"),
@@ -435,12 +449,12 @@ def outcome_of(path: Path, out: Path) -> str:
 
 
 def test_mutated_files(pristine: Path, tmp_path: Path) -> None:
-    """Each of 120 damaged files is a model that can be read whole, or is refused in one line."""
+    """Each of 100 damaged files is a model that can be read whole, or is refused in one line."""
     random = np.random.default_rng(0)
     whole, path, refused = pristine.read_bytes(), tmp_path / "x.gguf", 0
     size = GgufSource("x", pristine)._header.size
     extremes = [b"\0", b"\xff", b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 2**32), struct.pack("<f", math.nan), b"\t"]
-    for _ in range(120):
+    for _ in range(100):
         content = bytearray(whole)
         for _ in range(random.integers(1, 4)):
             at = int(random.integers(4, size))
@@ -452,12 +466,10 @@ def test_mutated_files(pristine: Path, tmp_path: Path) -> None:
         line = outcome_of(path, tmp_path / "out")
         assert line == " ".join(line.split()) and (not line or line.isprintable()), line
         refused += bool(line)
-    assert refused > 60
+    assert refused > 50
 
 
-@pytest.mark.parametrize(
-    "value", [0, 1, 2**31 - 1, 2**32 - 1, -1, 0.0, math.nan, 1e38, True, "", "\x1b[0m", [], [1, 2]]
-)
+@pytest.mark.parametrize("value", [0, 2**32 - 1, -1, math.nan, True, "\x1b[0m", [1, 2]])
 def test_every_key_with_a_wrong_value(value: Any, llama: PreTrainedModel, pristine: Path, tmp_path: Path) -> None:
     """Each key of the file with a value of another size or type, one at a time."""
     keys = [key for key in GgufSource("x", pristine)._header.metadata if not key.startswith("general.")]
