@@ -204,7 +204,8 @@ TOKENIZER_SILENT = frozenset(
     "tokenizer." + key
     for key in (
         "chat_templates", "huggingface.json", "ggml.added_tokens", "ggml.token_type_count", "ggml.eot_token_id",
-        "ggml.eom_token_id", "ggml.seperator_token_id", "ggml.mask_token_id", "ggml.cls_token_id",
+        "ggml.eog_token_ids", "ggml.eos_token_ids", "ggml.eom_token_id",
+        "ggml.seperator_token_id", "ggml.mask_token_id", "ggml.cls_token_id",
         "ggml.prefix_token_id", "ggml.suffix_token_id", "ggml.middle_token_id", "ggml.fim_pre_token_id",
         "ggml.fim_suf_token_id", "ggml.fim_mid_token_id", "ggml.fim_pad_token_id", "ggml.fim_rep_token_id",
         "ggml.fim_sep_token_id",

@@ -32,6 +32,8 @@ from popcompile.loading import reading
 
 INSTEAD = "give the model's safetensors checkpoint"
 LARGEST = 2**31 - 1
+LONGEST = 2**24
+"""Tokens of context: a package holds a table of positions."""
 LLAMA3 = [(8.0, 8192), (32.0, 8192), (16.0, 8192)]
 """(factor, original_max_position_embeddings) of published models; low_freq_factor 1, high_freq_factor 4."""
 
@@ -265,7 +267,8 @@ class _Reader:
         value = self._take(key)
         if value is None:
             return None
-        if type(value) not in (int, float) or not (0 if zero else 1e-30) <= value <= LARGEST:  # NaN fails here
+        largest = LONGEST if key == "context_length" else LARGEST
+        if type(value) not in (int, float) or not (0 if zero else 1e-30) <= value <= largest:  # NaN fails here
             raise PopcompileError(f"{self._model}: {self._prefix}{key} is {_shown(value)}; download the file again")
         integer = "rope." not in key and "epsilon" not in key and "softcapping" not in key
         if (integer or key.endswith(("_count", "_length"))) and type(value) is not int:

@@ -27,7 +27,7 @@ from popcompile.errors import PopcompileError
 from popcompile.gguf_architectures import OWN_SPLITS, Architecture
 from popcompile.gguf_config import INSTEAD, architecture_of, gguf_config
 from popcompile.gguf_header import GgufHeader, read_header
-from popcompile.loading import quiet, reading
+from popcompile.loading import one_line, quiet, reading
 from popcompile.source import Source, TensorInfo, no_tensor, write_tokenizer
 
 
@@ -120,8 +120,14 @@ def alone(model: str, path: Path) -> Iterator[Path]:
 
     transformers looks for a gguf_file in the working folder first, and for configs, tokenizers and adapters beside it.
     """
-    with tempfile.TemporaryDirectory(prefix="popcompile-") as temporary:
-        link = Path(temporary) / f"{Path(temporary).name}.gguf"
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="popcompile-")
+    except OSError as error:
+        raise PopcompileError(
+            f"{model}: no temporary folder can be made ({one_line(error)}); set TMPDIR to a writable folder"
+        ) from error
+    with temporary as folder:
+        link = Path(folder) / f"{Path(folder).name}.gguf"
         try:
             link.symlink_to(path.resolve())
         except OSError:  # Windows without the privilege
@@ -129,7 +135,7 @@ def alone(model: str, path: Path) -> Iterator[Path]:
                 os.link(path.resolve(), link)
             except OSError as error:
                 raise PopcompileError(
-                    f"{model}: no link to it can be made in {temporary}; set TMPDIR to a folder on the same disk"
+                    f"{model}: no link to it can be made in {folder}; set TMPDIR to a folder on the same disk"
                 ) from error
         yield link
 
