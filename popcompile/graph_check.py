@@ -18,7 +18,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from popcompile.errors import PopcompileError
-from popcompile.graph_operators import OPERATORS, Attribute, Floats, Subgraph, Words
+from popcompile.graph_operators import OPERATORS, Attribute, Floats, Scalar, Subgraph, Words
 from popcompile.integrity import check_files, read_file
 from popcompile.package import Manifest
 
@@ -26,7 +26,7 @@ _OPSETS = {"": range(21, 25), "com.microsoft": range(1, 2)}
 _NODES = 200_000
 _DEPTH = 4
 #: TensorProto type -> its bytes, and the field that holds values which are not raw
-_TYPES = {
+_TYPES: dict[int, tuple[int, str]] = {
     TensorProto.FLOAT: (4, "float_data"),
     TensorProto.FLOAT16: (2, "int32_data"),
     TensorProto.BFLOAT16: (2, "int32_data"),
@@ -38,12 +38,17 @@ _TYPES = {
 }
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)
-#: inline integers are sizes and indices, or "to the end" of a Slice
-_LARGEST, _ENDS = 1 << 31, (1 << 62, (1 << 63) - 1)
+#: inline integers are sizes and indices, no larger than this or than a dimension of the weights, or "to the end" of a
+#: Slice; a tensor may be made that large
+_LARGEST, _ENDS = 1 << 18, (1 << 62, (1 << 63) - 1)
 
 
 #: of operators whose inputs are looked at
 _INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop": 2, "Range": 3}
+
+
+#: blocks of a Loop, at most, where they are not counted by tokens
+_STEPS = 1 << 16
 
 
 class _Fault(Exception):
@@ -97,6 +102,7 @@ class _Checker:
         self._manifest = manifest
         self._weights = int(manifest.files[manifest.weights]["size"])
         self._nodes = 0
+        self._largest = _LARGEST
         self._dims: dict[str, Sequence[int]] = {}
 
     def check(self, graph: GraphProto, outer: Mapping[str, Any], depth: int) -> None:
@@ -106,7 +112,7 @@ class _Checker:
         if graph.sparse_initializer or graph.quantization_annotation:
             raise _Fault("has sparse or annotated tensors, which no package has")
         made = dict(outer)
-        for tensor in graph.initializer:
+        for tensor in sorted(graph.initializer, key=lambda t: not t.external_data):  # their sizes first
             self._check_tensor(tensor)
             made[tensor.name] = tensor
             self._dims[tensor.name] = tensor.dims
@@ -194,7 +200,7 @@ class _Checker:
             raise _Fault(f"has {name!r} with values out of range")
         if tensor.data_type in _INTEGERS and not tensor.external_data:
             for value in onnx.numpy_helper.to_array(tensor).reshape(-1).tolist():
-                if abs(value) > _LARGEST and value not in _ENDS:
+                if abs(value) > self._largest and value not in _ENDS:
                     raise _Fault(f"has {name!r} with values out of range")
 
     def _check_place(self, tensor: TensorProto, size: int, itemsize: int) -> None:
@@ -212,12 +218,17 @@ class _Checker:
             raise _Fault(f"has {tensor.name!r} at no place of the weights file")
         if int(length) != size or int(offset) + size > self._weights or int(offset) % itemsize:
             raise _Fault(f"has {tensor.name!r} outside of the weights file")
+        self._largest = max(self._largest, *tensor.dims, 0) if size else self._largest
 
 
 def _fits(attribute: AttributeProto, expected: Attribute) -> bool:
     """Whether an attribute is of the expected kind and in its range."""
     if isinstance(expected, Subgraph):
         return bool(attribute.type == AttributeProto.GRAPH)
+    if isinstance(expected, Scalar):
+        tensor = attribute.t
+        plain = tensor.data_type in _TYPES and not tensor.external_data and tensor.data_location == 0
+        return attribute.type == AttributeProto.TENSOR and plain and list(tensor.dims) == [1]
     if isinstance(expected, Words):
         return attribute.type == AttributeProto.STRING and attribute.s in [word.encode() for word in expected.choices]
     if isinstance(expected, Floats):
@@ -232,11 +243,11 @@ def _fits(attribute: AttributeProto, expected: Attribute) -> bool:
 
 
 def _constant(maker: Any) -> int | None:
-    """The least value of an inline tensor of integers."""
-    if isinstance(maker, TensorProto) and maker.data_type in _INTEGERS and not maker.external_data:
-        values = onnx.numpy_helper.to_array(maker).reshape(-1).tolist()
-        return min(values, default=None)
-    return None
+    """The number in an inline tensor of one integer."""
+    if not isinstance(maker, TensorProto) or maker.data_type not in _INTEGERS or maker.external_data:
+        return None
+    values = onnx.numpy_helper.to_array(maker).reshape(-1).tolist()
+    return int(values[0]) if len(values) == 1 else None
 
 
 def _is_positive(name: str, made: Mapping[str, Any], depth: int = 16) -> bool:
@@ -260,7 +271,7 @@ def _counts_tokens(name: str, made: Mapping[str, Any], depth: int = 16) -> bool:
     """Whether a value is certain to be no larger than a number of tokens, rows or slots."""
     maker = made.get(name)
     if (number := _constant(maker)) is not None:
-        return math.prod(maker.dims) == 1 and number <= 1 << 20
+        return number <= _STEPS
     if not isinstance(maker, NodeProto) or not depth:
         return False
     if maker.op_type == "Shape":

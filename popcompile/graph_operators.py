@@ -36,7 +36,12 @@ class Subgraph:
     """A graph whose nodes are checked as well."""
 
 
-Attribute: TypeAlias = Ints | Floats | Words | Subgraph
+@dataclass(frozen=True)
+class Scalar:
+    """A tensor of one number."""
+
+
+Attribute: TypeAlias = Ints | Floats | Words | Subgraph | Scalar
 
 _FLAG = Ints(0, 1)
 _AXIS = Ints(-4, 3)  # of tensors of at most four dimensions
@@ -69,6 +74,7 @@ STANDARD: dict[str, dict[str, Attribute]] = {
     **{name: {} for name in _PLAIN.split()},
     "Cast": {"to": _TYPE, "saturate": _FLAG},
     "Concat": _AXIS_ONLY,
+    "ConstantOfShape": {"value": Scalar()},
     "CumSum": {"exclusive": _FLAG, "reverse": _FLAG},
     "Gather": _AXIS_ONLY,
     "GatherElements": _AXIS_ONLY,

@@ -22,8 +22,9 @@ import hashlib
 import json
 import os
 from collections.abc import Container, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from popcompile.errors import PopcompileError
 from popcompile.regular_file import open_regular
@@ -85,7 +86,7 @@ def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
     return content
 
 
-def open_weights(folder: Path, manifest: Manifest, *, full: bool = False) -> BinaryIO:
+def open_weights(folder: Path, manifest: Manifest, *, full: bool = False) -> BufferedReader:
     """The package's data file, checked: samples of it or, if `full`, every byte. Raises PopcompileError."""
     name, entry = manifest.weights, manifest.files[manifest.weights]
     try:
@@ -105,7 +106,7 @@ def open_weights(folder: Path, manifest: Manifest, *, full: bool = False) -> Bin
     return file
 
 
-def _open(folder: Path, name: str, entry: dict[str, Any]) -> BinaryIO:
+def _open(folder: Path, name: str, entry: dict[str, Any]) -> BufferedReader:
     """The file `name`, of the size that the manifest gives. Raises OSError, PopcompileError."""
     real = os.path.realpath(folder / name)
     if not Path(real).is_relative_to(os.path.realpath(folder)):
@@ -196,7 +197,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sample_sha256(file: BinaryIO) -> str:
+def _sample_sha256(file: BufferedReader) -> str:
     """SHA-256 over evenly spaced pieces of a file: tells two models' weights apart without reading gigabytes."""
     size = os.fstat(file.fileno()).st_size
     digest = hashlib.sha256(str(size).encode())

@@ -158,7 +158,7 @@ def divisor(graph: GraphProto) -> str:
 
 
 def endless(graph: GraphProto) -> None:
-    graph.initializer.append(numpy_helper.from_array(np.array(1 << 31), "forever"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1 << 17), "forever"))
     next(n for n in nodes_of(graph) if n.op_type == "Loop").input[0] = "forever"
 
 
