@@ -94,7 +94,7 @@ class _Lowering:
         return self.last_positions[positions]
 
     def lower(self, node: fx.Node) -> None:
-        query, key_cache, value_cache, positions, scale, window, softcap = node.args
+        query, key_cache, value_cache, positions, scale, window, softcap, *sinks = node.args
         assert isinstance(query, fx.Node) and isinstance(key_cache, fx.Node) and isinstance(value_cache, fx.Node)
         assert isinstance(positions, fx.Node) and isinstance(window, int)
         heads, kv_heads, head_size = shape_of(query)[1], shape_of(key_cache)[1], shape_of(query)[3]
@@ -111,13 +111,16 @@ class _Lowering:
             attributes["do_rotary"] = 1
             tables = [query.args[2], query.args[3]]
             query, key = query.args[0], key.args[0]
+        others: list[Any] = []
+        if sinks:  # behind tables, positions of the tokens and a bias
+            others = [*[None] * (4 - len(tables)), *sinks]
         present = [self.batch, kv_heads, self.total, head_size]
         with self.graph.inserting_before(node):
             flat = [self._flat_heads(t) for t in (query, key, value)]
             fused = emit_onnx_multi(
                 self.graph,
                 f"{CONTRIB}::GroupQueryAttention",
-                [*flat, past_key, past_value, seqlens, self.total_scalar, *tables],
+                [*flat, past_key, past_value, seqlens, self.total_scalar, *tables, *others],
                 attributes,
                 shapes=[[self.batch, queries, heads * head_size], present, present],
                 dtypes=[dtype] * 3,
