@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,8 +36,9 @@ _IGNORED = {
 """Fields that name another model or code, which is never loaded; the tensors of modules_to_save are there under plain
 names.
 """
-_RANKS = re.compile(r"(^r|_r|rank|block_size|num_vectors|vector_length|n_frequency)$")
+_RANKS = re.compile(r"(^r|_r|rank|rank_pattern|block_size|num_vectors|vector_length|n_frequency)$")
 """Fields by which PEFT sizes tensors, before it finds that the stored ones are smaller."""
+_MOST_BYTES = 2**36
 _BY_HAND = "merge it with PEFT (merge_and_unload, save_pretrained) and convert the result"
 
 
@@ -64,17 +65,19 @@ class Adapter:
             if not (folder / _WEIGHTS).is_file():
                 pickled = ", only pickled weights, which popcompile never loads" if any(folder.glob("*.bin")) else ""
                 raise PopcompileError(f"{shown}: no {_WEIGHTS}{pickled}; save the adapter as safetensors")
-            weights = (folder / _WEIGHTS).read_bytes()
-        except OSError as error:
-            raise PopcompileError(f"{shown}: cannot be read: {one_line(error)}") from error
-        try:
-            self._tensors = {k.removeprefix(_PREFIX): t for k, t in load(weights).items()}
+            if (folder / _WEIGHTS).stat().st_size > _MOST_BYTES:
+                raise PopcompileError(f"{shown}: {_WEIGHTS} has more than {_MOST_BYTES:,} bytes; download it again")
+            self._tensors = {k.removeprefix(_PREFIX): t for k, t in load_file(folder / _WEIGHTS).items()}
+            with (folder / _WEIGHTS).open("rb") as stream:
+                self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except (SafetensorError, KeyError) as error:
             raise PopcompileError(f"{shown}: {_WEIGHTS} is corrupt ({one_line(error)}); download it again") from error
-        self.sha256 = hashlib.sha256(weights).hexdigest()
-        self._config = _peft_config(
-            shown, content, max((max(t.shape, default=1) for t in self._tensors.values()), default=1)
-        )
+        except OSError as error:
+            raise PopcompileError(f"{shown}: cannot be read: {one_line(error)}") from error
+        if not self._tensors:
+            raise PopcompileError(f"{shown}: {_WEIGHTS} has no tensors; download it again")
+        largest = max(max(tensor.shape, default=1) for tensor in self._tensors.values())
+        self._config = _peft_config(shown, content, largest)
 
     def fit(self, model: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find the layers that the adapter changes in a model with these parameters, by transformers' names.

@@ -32,8 +32,8 @@ _OTHER_FORMATS = ["*/*.safetensors", "*/*.model"]
 
 def local_path(name: str) -> Path | None:
     """The path that the user named, None where there is nothing. Raises PermissionError where nobody may look."""
-    path = Path(os.path.expanduser(name))
     try:
+        path = Path(os.path.expanduser(name))
         return path if name.strip() and path.stat() else None
     except PermissionError:
         raise

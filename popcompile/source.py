@@ -299,16 +299,21 @@ def write_tokenizer(
         )
         folder.mkdir(parents=True, exist_ok=True)
         written = tokenizer.save_pretrained(folder)
-        _for_older_transformers(folder / "tokenizer_config.json", tokenizer)
+        _for_other_readers(folder / "tokenizer_config.json", tokenizer, trust_remote_code)
     return sorted({Path(path).relative_to(folder).as_posix() for path in written if Path(path).is_file()})
 
 
-def _for_older_transformers(path: Path, tokenizer: Any) -> None:
-    """Name the class as transformers 4 does, and the inputs, which it would not find: optimum needs it."""
+def _for_other_readers(path: Path, tokenizer: Any, trust_remote_code: bool) -> None:
+    """Name the class as transformers 4 does, and the inputs, which it would not find: optimum needs it.
+
+    Without the code that was not run: readers would ask for it.
+    """
     config = json.loads(path.read_bytes())
     if config.get("tokenizer_class") == "TokenizersBackend":
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not trust_remote_code:
+        config.pop("auto_map", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plain(config: PretrainedConfig) -> None:
