@@ -34,6 +34,7 @@ from popcompile.export.providers import PROVIDERS, Provider
 from popcompile.gpu import has_gpu
 from popcompile.loading import one_line
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+from popcompile.paths import require_utf8
 
 Stage = Literal["prefill", "decode"]
 
@@ -246,6 +247,7 @@ class Runtime:
         self.main = main
         self._low_memory = low_memory
         self._threads = threads
+        require_utf8(self.folder)
         self.manifest: Manifest = read_manifest(self.folder)
         self.provider = find_provider(provider)
         check_files(self.folder, self.manifest)

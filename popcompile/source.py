@@ -31,6 +31,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from popcompile.decoders import SUPPORTED, require_decoder
 from popcompile.errors import PopcompileError
 from popcompile.loading import one_line, quiet, read_json, reading
+from popcompile.paths import require_utf8
 
 TOKENIZER_FILES = [
     *("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json"),
@@ -103,6 +104,7 @@ class FolderSource(Source):
     """A folder, the user's or a snapshot in the hub's cache: config.json, safetensors, tokenizer files."""
 
     def __init__(self, name: str, kind: str, folder: Path, trust_remote_code: bool, random_weights: bool) -> None:
+        require_utf8(folder)
         self._folder = folder
         self._trust_remote_code = trust_remote_code
         config, raw = _folder_config(name, folder, trust_remote_code)
@@ -289,6 +291,7 @@ def snapshot(name: str, wanted: list[str]) -> Path:
         return _from_hub(name, wanted=wanted)
     if not path.is_dir():
         raise PopcompileError(f"{name}: is a file; give the folder that holds it")
+    require_utf8(path)
     return path
 
 

@@ -45,8 +45,16 @@ def _require_replaceable(out: Path, place: Path, force: bool) -> None:
         raise PopcompileError(f"{out} is no folder, and --force replaces packages only; give another folder")
     if place.is_mount():
         raise PopcompileError(f"{out} is a mount point, which no folder can replace; give a folder in it")
+    if _holds_current_folder(place):
+        raise PopcompileError(f"{out} is or holds the folder that you are in; run the command from elsewhere")
     if any(place.iterdir()) and not (place / MANIFEST).is_file():
         raise PopcompileError(f"{out} is no package, and --force replaces packages only; give another folder")
+
+
+def _holds_current_folder(place: Path) -> bool:
+    """A folder that is replaced is removed, and shells and this process would be left in one that is nowhere."""
+    here = Path.cwd().resolve()
+    return place.resolve() in (here, *here.parents)
 
 
 def _absolute(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -36,7 +37,7 @@ def read_texts(path: Path) -> list[str]:
     except IsADirectoryError:
         raise PopcompileError(f"{path}: is a folder; give a UTF-8 .txt or .jsonl file in it") from None
     except OSError as error:
-        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from error
+        raise cannot_read(path, error) from error
     except UnicodeDecodeError as error:
         raise PopcompileError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
@@ -48,6 +49,12 @@ def read_texts(path: Path) -> list[str]:
     # not splitlines: U+2028 and its like may stand in a JSON string as they are
     lines = enumerate(text.split("\n"), 1)
     return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def cannot_read(path: Path, error: OSError) -> PopcompileError:
+    """Of a file with text."""
+    fix = "make it readable for this user" if error.errno in (errno.EACCES, errno.EPERM) else "give another file"
+    return PopcompileError(f"{path}: cannot be read ({error.strerror}); {fix}")
 
 
 def _document(line: str, place: str) -> str:
