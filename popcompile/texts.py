@@ -62,14 +62,14 @@ def _document(line: str, place: str) -> str:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); mend or remove the line") from error
+        raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); fix or remove the line") from error
     text = _text_of(content)
     if not isinstance(text, str) or not text.strip():
         raise PopcompileError(f'{place}: has no text; give {{"text": ...}}, {{"prompt": ...}} or a JSON string')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise PopcompileError(f"{place}: holds a lone surrogate ({error.reason}); mend or remove the line") from error
+        raise PopcompileError(f"{place}: holds a lone surrogate ({error.reason}); fix or remove the line") from error
     return text
 
 
