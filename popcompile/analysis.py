@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.adapter import Adapter
+from popcompile.arguments import SEED
 from popcompile.checkpoint import Checkpoint
 from popcompile.errors import PopcompileError
 from popcompile.execution import Reader, fast_products, held_in_memory, materialise
@@ -27,6 +28,7 @@ from popcompile.passes.insert_virtual_gates import Per
 from popcompile.self_sampling import random_starts, sample
 from popcompile.source import Source, open_source
 from popcompile.tensor_names import settle_ties
+from popcompile.texts import read_texts, windows
 from popcompile.tracing import trace
 
 #: texts and tokens of each by default: a few minutes on two cores for a model of 135 M parameters
@@ -108,6 +110,8 @@ def analyze(
         raise PopcompileError(f"--texts {texts}: give at least 1")
     if tokens < 2:
         raise PopcompileError(f"--tokens {tokens}: give at least 2, a context token and the boundary token")
+    SEED.require("--seed", seed)
+    documents = read_texts(text) if text is not None else None
     source = open_source(str(model), gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     merged = Adapter(str(adapter)) if adapter is not None else None
     if tokens > source.config.max_position_embeddings:
@@ -115,7 +119,9 @@ def analyze(
             f"--tokens {tokens}: {source.name} has {source.config.max_position_embeddings} positions; give fewer"
         )
     tokenizer = source_tokenizer(source, trust_remote_code)
-    chosen = _tokens_of(text, tokenizer, texts, tokens, seed, source.name) if text else None
+    chosen = None
+    if text is not None and documents is not None:
+        chosen = _tokens_of(text, documents, tokenizer, texts, tokens, seed, source.name)
     report("trace", 0, 1)
     settle_ties(source)
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
@@ -164,11 +170,14 @@ def source_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrai
 
 
 def _tokens_of(
-    path: Path, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, model: str
+    path: Path,
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    length: int,
+    seed: int,
+    model: str,
 ) -> Tensor:
-    from popcompile.texts import read_texts, windows
-
-    documents = read_texts(path)
     if tokenizer is None:
         raise PopcompileError(f"{model}: has no tokenizer, which --text {path} needs; leave out --text")
     return torch.stack(windows(tokenizer, documents, count, length, seed, str(path)))

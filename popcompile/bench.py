@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from popcompile.arguments import SEED
 from popcompile.bench_process import WorkerProcess
 from popcompile.bench_subjects import Subject, find_peers, package_subject, require_runtime
 from popcompile.conversion import Progress
@@ -70,11 +71,12 @@ def bench(
     """
     started, folder = time.perf_counter(), Path(folder)
     report = progress or (lambda step, done, total: None)
-    manifest = read_manifest(folder)
-    _require_numbers(lengths, batch, decode_tokens, repeats, seed)
+    _require_numbers(lengths, batch, decode_tokens, repeats)
+    SEED.require("--seed", seed)
     threads = _threads(threads)
-    find_provider(provider)
     require_runtime(runtime)
+    find_provider(provider)
+    manifest = read_manifest(folder)
     peers = find_peers(folder, [Path(path) for path in against], runtime)
     check_package(folder, manifest)
     pop = package_subject("pop", folder, runtime)
@@ -234,7 +236,7 @@ def _other_first_tokens(workers: list[_Measured], manifest: Manifest) -> list[st
 # --- what is asked for, and where ------------------------------------------------------------------------------
 
 
-def _require_numbers(lengths: Sequence[int], batch: int, decode_tokens: int, repeats: int, seed: int) -> None:
+def _require_numbers(lengths: Sequence[int], batch: int, decode_tokens: int, repeats: int) -> None:
     if not lengths or len(set(lengths)) < len(lengths):
         raise PopcompileError(f"--lengths {','.join(map(str, lengths))}: give each length once, and at least one")
     least = {
@@ -242,7 +244,6 @@ def _require_numbers(lengths: Sequence[int], batch: int, decode_tokens: int, rep
         "batch": (batch, 1),
         "decode-tokens": (decode_tokens, 1),
         "repeats": (repeats, 1),
-        "seed": (seed, 0),
     }
     for name, (value, minimum) in least.items():
         if value < minimum:

@@ -12,6 +12,7 @@ from popcompile.errors import PopcompileError
 from popcompile.loading import read_json
 from popcompile.onnx_decoder import GENAI_CONFIG, LOOKED_FOR, OnnxDecoder, read_decoder
 from popcompile.package import MANIFEST, read_manifest
+from popcompile.paths import require_utf8
 
 #: what a package runs in, and its subject's kind
 RUNTIMES = {"popcompile": "package", "onnxruntime-genai": "genai"}
@@ -54,6 +55,7 @@ def require_runtime(runtime: str) -> None:
 
 def package_subject(name: str, folder: Path, runtime: str) -> Subject:
     """runtime: one of RUNTIMES. Raises PopcompileError where `folder` is no package."""
+    require_utf8(folder)
     manifest = read_manifest(folder)
     return Subject(name, RUNTIMES[runtime], folder, manifest.vocab_size, manifest.context_length)
 
@@ -90,6 +92,7 @@ def _find(path: Path, runtime: str) -> Subject:
         raise PopcompileError(f"--against {path}: there is no such folder or file; give one that is there")
     if is_package:
         return package_subject(str(path), path, runtime)
+    require_utf8(path)
     decoder = read_decoder(_graph(path))
     return Subject(str(path), "onnx", path, decoder.vocab_size, decoder.context_length, decoder)
 

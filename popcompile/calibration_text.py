@@ -22,7 +22,7 @@ SELF = "self"
 #: texts to calibrate on, texts to choose by, as many to measure the result on, and tokens of each
 TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 #: the least that calibration makes sense with
-_FEWEST, _SHORTEST = 8, 64
+FEWEST, _SHORTEST = 8, 64
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def calibration_text(
     if tokenizer is None:
         raise PopcompileError(f"--calibration {origin}: the model has no tokenizer; give --calibration {SELF}")
     found = windows(tokenizer, documents, texts + 2 * HELD_OUT, tokens, seed, origin)
-    if len(found) < _FEWEST:
+    if len(found) < FEWEST:
         raise PopcompileError(
-            f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {_FEWEST};"
+            f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {FEWEST};"
             f" give more text, or --calibration {SELF}"
         )
     return _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")

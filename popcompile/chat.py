@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import time
@@ -17,8 +18,11 @@ from transformers.generation.streamers import BaseStreamer
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM, load
 from popcompile.integrity import read_file, require_only_listed
-from popcompile.loading import quiet
+from popcompile.loading import one_line, quiet
 from popcompile.package import PASSES, REPORT, Manifest, read_manifest
+from popcompile.runtime import find_provider
+from popcompile.terminal import say, without_controls
+from popcompile.texts import cannot_read
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class _Stream(TextStreamer):
         self._out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._out.isatty():
+            text = without_controls(text)
         self._out.write(text + ("\n" if stream_end else ""))
         self._out.flush()
 
@@ -112,7 +118,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], r
             raise PopcompileError(f"the chat template refuses the prompt ({error}); try --raw") from error
         return encoded["input_ids"]
     text = "\n".join(m["content"] for m in messages)
-    return tokenizer(text, return_tensors="pt")["input_ids"].to(torch.int64)  # type: ignore[union-attr]
+    return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(torch.int64)  # type: ignore[union-attr]
 
 
 def generate(
@@ -148,39 +154,90 @@ def generate(
 def answer(folder: Path, options: Namespace) -> None:
     """`popcompile run --prompt`. Raises PopcompileError."""
     prompt = options.prompt if options.prompt is not None else _read_prompt(options.prompt_file)
-    if not prompt.strip():
-        raise PopcompileError("the prompt is empty; give some text")
+    _require_text(prompt, "the prompt")
+    find_provider(options.provider)
     model = load(folder, provider=options.provider, prefill=options.prefill)
     tokenizer = load_tokenizer(folder, model.manifest)
     input_ids = encode(tokenizer, [{"role": "user", "content": prompt}], options.raw)
     _, timing, _ = generate(model, tokenizer, input_ids, prefill=options.prefill, **_sampling(options))
-    print(timing, file=sys.stderr)
+    say(str(timing))
 
 
-def chat(folder: Path, options: Namespace) -> None:
-    """`popcompile run --chat`: a message a line; every turn prefills only what is new. Raises PopcompileError."""
+def chat(folder: Path, options: Namespace) -> int:
+    """`popcompile run --chat`: a message a line; every turn prefills only what is new. A message that cannot be
+    answered is refused in one line on stderr and forgotten, and the chat goes on.
+
+    Returns the exit status: 2 where a message was refused. Raises PopcompileError.
+    """
+    find_provider(options.provider)
     model = load(folder, provider=options.provider, prefill=options.prefill)
     tokenizer = load_tokenizer(folder, model.manifest)
     messages: list[dict[str, str]] = []
     cache, known = None, torch.zeros((1, 0), dtype=torch.int64)
+    status = 0
     while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        if sys.stdin.isatty():
+            _prompt_for_message()
+        line = _read_message()
         if not line:
-            return
+            return status
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line.strip()})
-        input_ids = encode(tokenizer, messages, options.raw)
-        held = cache.get_seq_length() if cache is not None else 0
-        if not torch.equal(input_ids[:, :held], known[:, :held]):
-            cache = None  # the template writes an earlier turn differently now that another follows
-        text, timing, result = generate(
-            model, tokenizer, input_ids, prefill=options.prefill, past_key_values=cache, **_sampling(options)
-        )
-        messages.append({"role": "assistant", "content": text})
+        turn = [*messages, {"role": "user", "content": line.strip()}]
+        try:
+            _require_text(line, "the message")
+            input_ids = encode(tokenizer, turn, options.raw)
+            _require_room(model, input_ids, options.max_new_tokens)
+            held = cache.get_seq_length() if cache is not None else 0
+            if not torch.equal(input_ids[:, :held], known[:, :held]):
+                cache = None  # the template writes an earlier turn differently now that another follows
+            text, timing, result = generate(
+                model, tokenizer, input_ids, prefill=options.prefill, past_key_values=cache, **_sampling(options)
+            )
+        except PopcompileError as error:
+            say(f"popcompile: error: {error}")
+            cache, status = None, 2
+            continue
+        messages = [*turn, {"role": "assistant", "content": text}]
         cache, known = result.past_key_values, result.sequences
-        print(timing, file=sys.stderr)
+        say(str(timing))
+
+
+def _prompt_for_message() -> None:
+    with contextlib.suppress(OSError):
+        print("> ", end="", file=sys.stderr, flush=True)
+
+
+def _read_message() -> str:
+    """A line of stdin, "" at its end."""
+    try:
+        return sys.stdin.readline()
+    except OSError as error:  # a folder, or opened for writing
+        reason = error.strerror or one_line(error)
+        raise PopcompileError(f"--chat: stdin cannot be read ({reason}); give a terminal or a text file") from error
+    except UnicodeDecodeError:
+        raise PopcompileError(f"--chat: stdin is not {sys.stdin.encoding} text; convert it") from None
+
+
+def _require_room(model: PopForCausalLM, input_ids: torch.Tensor, new: int) -> None:
+    tokens, limit = input_ids.shape[1], model.manifest.context_length
+    if tokens + new > limit:
+        raise PopcompileError(
+            f"the chat with this message has {tokens} tokens, and with --max-new-tokens {new} more than the model's"
+            f" context of {limit}; write less, or begin a new chat"
+        )
+
+
+def _require_text(text: str, what: str) -> None:
+    if not text.strip():
+        raise PopcompileError(f"{what} is empty; give some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that are no text in the terminal's encoding, as Python passes them on
+        raise PopcompileError(
+            f"{what} is not {sys.getfilesystemencoding().upper()} text (character {error.start + 1}); convert it, or"
+            " set the encoding of the terminal (LANG, PYTHONIOENCODING)"
+        ) from None
 
 
 def _sampling(options: Namespace) -> dict[str, Any]:
@@ -192,8 +249,10 @@ def _sampling(options: Namespace) -> dict[str, Any]:
 
 def _read_prompt(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PopcompileError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
+        raise PopcompileError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        ) from error
     except OSError as error:
-        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
+        raise cannot_read(path, error) from error

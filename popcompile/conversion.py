@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ import onnx_ir as ir
 
 from popcompile.adapter import Adapter
 from popcompile.analysis import source_tokenizer
-from popcompile.calibration_text import SELF, TEXTS
+from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED
+from popcompile.calibration_text import FEWEST, SELF, TEXTS
 from popcompile.checkpoint import Checkpoint
 from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
@@ -51,10 +51,11 @@ from popcompile.passes.flops import REFERENCE_SIZES, total_flops
 from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
+from popcompile.paths import require_utf8
 from popcompile.plan import MAX_KL, Options, Plan, make_plan, needs_weights
 from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.refinement import STEPS
-from popcompile.selection import Request, parse_request
+from popcompile.selection import parse_request, require_request
 from popcompile.source import Source, open_source
 from popcompile.staging import require_apart, require_disk_space, require_writable, staged
 from popcompile.tensor_names import settle_ties
@@ -121,6 +122,15 @@ def convert(
     kv_projection = kv_projection or KV_PROJECTIONS[0]
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
     chosen = precision(dtype, provider, block_size)
+    _require_texts(calibration_texts)
+    COUNT.require("--refinement-steps", refinement_steps)
+    SEED.require("--seed", seed)
+    budget = _budget(require_request(prune, layers), max_kl, max_ppl_ratio)
+    if adapter is not None and random_weights:
+        raise PopcompileError(f"--adapter {adapter}: there are no weights to merge it into; leave --random-weights out")
+    if calibration != SELF:
+        read_texts(Path(calibration))  # a file that cannot be used is reported before any work
+    require_utf8(out.absolute())
     require_writable(out, force)
     if force:
         inputs = {"MODEL": model, "--adapter": adapter, "--calibration": None if calibration == SELF else calibration}
@@ -130,24 +140,20 @@ def convert(
     source = open_source(
         str(model), gguf_file=gguf_file, random_weights=random_weights, trust_remote_code=trust_remote_code
     )
-    if adapter is not None and random_weights:
-        raise PopcompileError(f"--adapter {adapter}: there are no weights to merge it into; leave --random-weights out")
     merged = Adapter(str(adapter)) if adapter is not None else None
     num_layers = source.config.num_hidden_layers
     request = parse_request(num_layers, prune, layers)
     options = Options(
         calibrated=kv_projection == "calibrated",
         origin=calibration,
-        texts=_require_texts(calibration_texts),
-        steps=_require_steps(refinement_steps),
-        budget=_budget(request, max_kl, max_ppl_ratio),
+        texts=calibration_texts,
+        steps=refinement_steps,
+        budget=budget,
         seed=seed,
     )
     tokenizer = None
     if needs_weights(num_layers, request, options):
         tokenizer = source_tokenizer(source, trust_remote_code)
-        if calibration != SELF:
-            read_texts(Path(calibration))  # a file that cannot be used is reported before any work
     report_progress("trace", 0, 1)
     settle_ties(source)
     program = trace(source.config, chosen.dtype, trust_remote_code=trust_remote_code)
@@ -250,27 +256,22 @@ def _require_choice(option: str, value: str, choices: Any) -> None:
         raise PopcompileError(f"{option} {value}: unknown; choose one of {', '.join(choices)}")
 
 
-def _require_texts(count: int) -> int:
-    if count < 8:
-        raise PopcompileError(f"--calibration-texts {count}: too few to fit anything; give at least 8")
-    return count
+def _require_texts(count: int) -> None:
+    POSITIVE.require("--calibration-texts", count)
+    if count < FEWEST:
+        raise PopcompileError(f"--calibration-texts {count}: too few to fit anything; give at least {FEWEST}")
 
 
-def _require_steps(count: int) -> int:
-    if count < 0:
-        raise PopcompileError(f"--refinement-steps {count}: out of range; give at least 0, which means none")
-    return count
-
-
-def _budget(request: Request, max_kl: float | None, max_ppl_ratio: float | None) -> Budget:
+def _budget(how: str, max_kl: float | None, max_ppl_ratio: float | None) -> Budget:
+    """how: the request's."""
     if max_kl is None and max_ppl_ratio is None:
         return Budget(max_kl=MAX_KL)
-    if request.how != "auto":
+    if how != "auto":
         raise PopcompileError("--max-kl and --max-ppl-ratio are budgets of --prune auto; leave them or the layers out")
-    if max_kl is not None and not 0 <= max_kl < math.inf:
-        raise PopcompileError(f"--max-kl {max_kl}: out of range; give nats of at least 0, for example 0.1")
-    if max_ppl_ratio is not None and not 1 <= max_ppl_ratio < math.inf:
-        raise PopcompileError(f"--max-ppl-ratio {max_ppl_ratio}: out of range; give at least 1, for example 1.05")
+    if max_kl is not None:
+        NATS.require("--max-kl", max_kl)
+    if max_ppl_ratio is not None:
+        RATIO.require("--max-ppl-ratio", max_ppl_ratio)
     return Budget(max_kl, max_ppl_ratio)
 
 

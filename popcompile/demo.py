@@ -15,6 +15,7 @@ from popcompile.inspection import inspect_text
 from popcompile.package import MANIFEST
 from popcompile.progress import CONVERT_STEPS, progress_bar
 from popcompile.samples import sample_model
+from popcompile.terminal import show
 
 _QUESTION = "\n\nSummarize the text above in one sentence."
 _CHARACTERS = 4800
@@ -27,16 +28,16 @@ def demo(out: Path) -> None:
     """
     if not (out / MANIFEST).is_file():
         started = time.perf_counter()
-        print("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...", flush=True)
+        show("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...")
         model = sample_model("smollm2")
-        print(f"popcompile convert {model} {out} --prune 1/3 --calibration-texts 24 --refinement-steps 32", flush=True)
+        show(f"popcompile convert {model} {out} --prune 1/3 --calibration-texts 24 --refinement-steps 32")
         with progress_bar(CONVERT_STEPS) as progress:
             convert(model, out, prune="1/3", calibration_texts=24, refinement_steps=32, progress=progress)
-        print(f"done in {time.perf_counter() - started:.0f} s\n", flush=True)
-    print(f"popcompile inspect {out}\n\n{inspect_text(out)}", flush=True)
+        show(f"done in {time.perf_counter() - started:.0f} s\n")
+    show(f"popcompile inspect {out}\n\n{inspect_text(out)}")
     timings = {how: _answer(out, how) for how in ("full", "pop")}
     full, pop = (timings[how].first_token for how in ("full", "pop"))
-    print(
+    show(
         f"time to first token: full prefill {full * 1e3:.0f} ms, pruned prefill {pop * 1e3:.0f} ms"
         f" ({full / pop:.2f}x sooner)"
     )
@@ -47,9 +48,9 @@ def _answer(out: Path, how: str) -> Timing:
     model, tokenizer = load(out, prefill=how), load_tokenizer(out)
     input_ids = encode(tokenizer, [{"role": "user", "content": _document() + _QUESTION}], raw=False)
     generate(model, tokenizer, input_ids, prefill=how, out=io.StringIO(), max_new_tokens=1, do_sample=False)
-    print(f"--- {how} prefill", flush=True)
+    show(f"--- {how} prefill")
     _, timing, _ = generate(model, tokenizer, input_ids, prefill=how, max_new_tokens=48, do_sample=False)
-    print(f"{timing}\n", flush=True)
+    show(f"{timing}\n")
     return timing
 
 

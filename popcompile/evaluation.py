@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from popcompile.arguments import SEED
 from popcompile.bootstrap import CONFIDENCE, RESAMPLES, estimate
 from popcompile.chat import load_tokenizer
 from popcompile.conversion import Progress
@@ -33,7 +34,7 @@ from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest, read_manifest
 from popcompile.predictions import compare
-from popcompile.runtime import KVCache, Runtime
+from popcompile.runtime import KVCache, Runtime, find_provider
 from popcompile.texts import default_texts, read_texts, windows
 from popcompile.variants import Variants, with_full_model
 
@@ -92,8 +93,9 @@ def evaluate(
     Raises PopcompileError.
     """
     started = time.perf_counter()
-    _require_numbers(prompts, prompt_tokens, continuation_tokens, seed, greedy_prompts, greedy_tokens)
-    documents = {str(path): read_texts(path) for path in text} if text else default_texts()
+    _require_numbers(prompts, prompt_tokens, continuation_tokens, greedy_prompts, greedy_tokens)
+    SEED.require("--seed", seed)
+    documents = require_options(text or (), provider) or default_texts()
     manifest = read_manifest(Path(folder))
     _require_room(manifest, prompt_tokens, continuation_tokens)
     if baselines and not manifest.pruned:
@@ -158,8 +160,17 @@ def evaluate(
 # --- what is measured ------------------------------------------------------------------------------------------
 
 
+def require_options(text: Sequence[Path], provider: str) -> dict[str, list[str]]:
+    """Check what is known before a package is looked at; returns the documents of the text files by their names.
+
+    Raises PopcompileError.
+    """
+    find_provider(provider)
+    return {str(path): read_texts(path) for path in text}
+
+
 def _require_numbers(
-    prompts: int, prompt_tokens: int, continuation_tokens: int, seed: int, greedy_prompts: int, greedy_tokens: int
+    prompts: int, prompt_tokens: int, continuation_tokens: int, greedy_prompts: int, greedy_tokens: int
 ) -> None:
     least = {
         "prompts": (prompts, 1),
@@ -167,7 +178,6 @@ def _require_numbers(
         "continuation-tokens": (continuation_tokens, 1),
         "greedy-prompts": (greedy_prompts, 0),
         "greedy-tokens": (greedy_tokens, 1),
-        "seed": (seed, 0),
     }
     for name, (value, minimum) in least.items():
         if value < minimum:

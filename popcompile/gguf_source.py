@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from popcompile.errors import PopcompileError
 from popcompile.gguf_architectures import OWN_SPLITS, Architecture
 from popcompile.gguf_config import INSTEAD, architecture_of, gguf_config
 from popcompile.gguf_header import GgufHeader, read_header
-from popcompile.loading import one_line, quiet, reading
+from popcompile.loading import one_line, quiet, reading, require_regular
 from popcompile.source import Source, TensorInfo, no_tensor, write_tokenizer
 
 
@@ -106,12 +105,6 @@ def inner_name(model: str, gguf_file: str) -> str:
     if path.is_absolute() or path.drive or ".." in path.parts or "\\" in gguf_file or not path.parts:
         raise PopcompileError(f"{model}: --gguf-file {gguf_file}: leaves {model}; name a file inside it")
     return gguf_file
-
-
-def require_regular(model: str, path: Path) -> None:
-    """Raise PopcompileError for pipes and devices, which would block or never end. Links to files are followed."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise PopcompileError(f"{model}: {path.name} is not a regular file; give a .gguf file or a model's folder")
 
 
 @contextlib.contextmanager

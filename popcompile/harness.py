@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+from popcompile.arguments import SEED
 from popcompile.chat import load_tokenizer
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
@@ -48,13 +49,11 @@ def run_tasks(
     limit: examples per task. include_path: a folder with task files of one's own. seed: of few-shot examples.
     Raises PopcompileError where the harness is not installed, or a task is unknown or cannot be run.
     """
+    require_tasks(tasks, include_path)
+    SEED.require("--seed", seed)
     _require_harness()
     from lm_eval import __version__ as harness_version
 
-    if not tasks:
-        raise PopcompileError("--tasks: names no task; give one, for example --tasks hellaswag")
-    if include_path is not None and not include_path.is_dir():
-        raise PopcompileError(f"--include-path {include_path}: no such folder; give the one with the task files")
     tokenizer = load_tokenizer(Path(folder))
     results: dict[str, Any] = {}
     with with_full_model(Path(folder)) as complete, _silent():
@@ -69,6 +68,14 @@ def run_tasks(
         "tasks": results,
         "versions": {"lm_eval": harness_version},
     }
+
+
+def require_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
+    """What can be said without the harness, which takes seconds to load. Raises PopcompileError."""
+    if not tasks:
+        raise PopcompileError("--tasks: names no task; give one, for example --tasks hellaswag")
+    if include_path is not None and not include_path.is_dir():
+        raise PopcompileError(f"--include-path {include_path}: no such folder; give the one with the task files")
 
 
 def tasks_text(result: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import one_line
+from popcompile.paths import require_utf8
 
 HUB_TIMEOUT = 3.0
 """Seconds to wait for the hub to answer before the local cache is used."""
@@ -52,6 +53,7 @@ def snapshot(name: str, wanted: list[str]) -> Path:
         return download(name, wanted=wanted)
     if not path.is_dir():
         raise PopcompileError(f"{name}: is a file; give the folder that holds it")
+    require_utf8(path)
     return path
 
 

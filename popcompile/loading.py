@@ -5,10 +5,10 @@ Files are read whole only where they are regular files of a size that such a fil
 """
 
 import contextlib
+import errno
 import io
 import json
 import logging
-import os
 import stat
 import sys
 import warnings
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.errors import PopcompileError
+from popcompile.regular_file import read_regular
 
 CONFIG_BYTES = 10 * 2**20
 """The largest config that is read; published ones have some kilobytes."""
@@ -44,30 +45,25 @@ def read_json(model: str, path: Path, limit: int = CONFIG_BYTES) -> dict[str, An
 
 def read_file(model: str, path: Path, limit: int) -> bytes:
     """A regular file's bytes. Raises PopcompileError where it is none, has more than `limit`, or cannot be read."""
+    require_regular(model, path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as stream:
-            _require_regular(model, path, os.fstat(descriptor))
-            content = stream.read(limit + 1)
+        return read_regular(path, limit)
     except PermissionError as error:
         raise PopcompileError(f"{model}: permission denied reading {path}; make it readable for this user") from error
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            size = f"{path.name} has more than {limit:,} bytes"
+            raise PopcompileError(f"{model}: {size}; give the one of the checkpoint") from error
         raise PopcompileError(f"{model}: {path.name} cannot be read ({error.strerror}); replace it") from error
-    if len(content) > limit:
-        raise PopcompileError(f"{model}: {path.name} has more than {limit:,} bytes; give the one of the checkpoint")
-    return content
 
 
 def require_regular(model: str, path: Path) -> None:
     """Raise PopcompileError where there is something at `path` that is no regular file, or link to one."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        _require_regular(model, path, path.stat())
-
-
-def _require_regular(model: str, path: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-        raise PopcompileError(f"{model}: {path.name} is {what}, not a regular file; replace it")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+            raise PopcompileError(f"{model}: {path.name} is {what}, not a regular file; replace it")
 
 
 def _nested(content: Any, depth: int) -> bool:

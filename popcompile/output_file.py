@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -21,8 +22,10 @@ def require_output_file(option: str, path: Path) -> None:
         path.lstat()
     except FileNotFoundError:
         pass  # a new file
+    except ValueError as error:
+        raise PopcompileError(f"{option} {path}: has a null character; give a name without") from error
     except OSError as error:
-        raise cannot_write(option, path, error) from error
+        raise _cannot_write(option, path, error) from error
 
 
 def require_replaceable_file(option: str, path: Path) -> None:
@@ -37,17 +40,19 @@ def require_replaceable_file(option: str, path: Path) -> None:
         raise PopcompileError(f"{option} {path}: no permission to write in {place.parent}; choose another place")
 
 
-def replace_file(option: str, path: Path, text: str) -> None:
-    """Write `text` in UTF-8 at `path` in one step: what is there stays as it is until all is written.
+def replace_file(option: str, path: Path, content: str | bytes) -> None:
+    """Write `content`, text in UTF-8, at `path` in one step: what is there stays as it is until all is written.
 
     Raises PopcompileError where it cannot be written.
     """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     place = Path(os.path.realpath(path))  # of a link, the file that it names
     temporary = place.parent / f".popcompile-{os.getpid()}.partial"
     try:
         try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             if place.exists():
@@ -56,8 +61,16 @@ def replace_file(option: str, path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(option, path, error) from error
+        raise _cannot_write(option, path, error) from error
 
 
-def cannot_write(option: str, path: Path, error: OSError) -> PopcompileError:
-    return PopcompileError(f"{option} {path}: cannot be written ({error.strerror}); choose another place")
+_FIXES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+}
+
+
+def _cannot_write(option: str, path: Path, error: OSError) -> PopcompileError:
+    fix = _FIXES.get(error.errno or 0, "choose another place")
+    return PopcompileError(f"{option} {path}: cannot be written ({error.strerror}); {fix}")

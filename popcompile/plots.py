@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popcompile.errors import PopcompileError
-from popcompile.output_file import cannot_write, require_output_file
+from popcompile.output_file import replace_file, require_replaceable_file
+from popcompile.terminal import printable
 
 if TYPE_CHECKING:  # importing matplotlib takes a second
     from matplotlib.axes import Axes
@@ -35,21 +36,14 @@ def require_plot_path(path: Path) -> None:
     """Check, before any work, that a plot can be written at `path`. Raises PopcompileError."""
     if path.suffix.lower() not in _FORMATS:
         raise PopcompileError(f"--plot {path}: unknown format; end the name in {' or '.join(_FORMATS)}")
-    require_output_file("--plot", path)
+    require_replaceable_file("--plot", path)
 
 
 def write_importance_plot(
     path: Path, importance: Importance, title: str = "", pruned: Collection[int] | None = None
 ) -> None:
     """Plot both stages over the layers into a .svg or .png file. Raises PopcompileError where it cannot be written."""
-    _write(path, _draw(importance, title, pruned, path.suffix.lower().removeprefix(".")))
-
-
-def _write(path: Path, picture: bytes) -> None:
-    try:
-        path.write_bytes(picture)
-    except OSError as error:
-        raise cannot_write("--plot", path, error) from error
+    replace_file("--plot", path, _draw(importance, title, pruned, path.suffix.lower().removeprefix(".")))
 
 
 def importance_svg(importance: Importance, pruned: Collection[int] | None = None, title: str = "") -> str:
@@ -77,6 +71,14 @@ def _picture(height: float, fill: Callable[[Figure], None], kind: str = "svg") -
     return out.getvalue()
 
 
+def _plain(name: str) -> str:
+    """A name as it is, where matplotlib would read mathematics between dollars, and leave out of the legend what begins
+    with an underscore, and SVG has no place for control characters.
+    """
+    shown = printable(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _element(file: bytes) -> str:
     """The <svg> element of an SVG file."""
     text = file.decode()
@@ -98,7 +100,7 @@ def _fill(figure: Figure, importance: Importance, title: str, pruned: set[int]) 
         axes.set_ylabel(f"importance of {_NAMES.get(block, block)}" if block else "importance")
         axes.grid(axis="y", color="0.85", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes[0].set_title(title or "Importance by stage", loc="left")
+    all_axes[0].set_title(_plain(title) or "Importance by stage", loc="left")
     figure.legend(*_entries(all_axes), frameon=False, ncols=4, loc="outside lower center")
     all_axes[-1].set_xlim(-0.5, len(importance.prefill) // len(blocks) - 0.5)
     all_axes[-1].set_xlabel("layer")
@@ -264,7 +266,7 @@ def write_prefill_plot(path: Path, result: Mapping[str, Any]) -> None:
     with bars from the fastest turn to the slowest. Raises PopcompileError where it cannot be written.
     """
     kind = path.suffix.lower().removeprefix(".")
-    _write(path, _picture(4.5, lambda figure: _fill_prefill(figure, result), kind))
+    replace_file("--plot", path, _picture(4.5, lambda figure: _fill_prefill(figure, result), kind))
 
 
 def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
@@ -276,10 +278,10 @@ def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
         low = [median - min(times) for median, times in zip(medians, turns, strict=True)]
         high = [max(times) - median for median, times in zip(medians, turns, strict=True)]
         style = _LINES[index % len(_LINES)]
-        label = subject["name"].replace("$", r"\$")  # or matplotlib reads it as mathematics
+        label = _plain(subject["name"])
         tokens = [row["tokens"] for row in rows]
         axes.errorbar(tokens, medians, yerr=(low, high), label=label, markersize=5, elinewidth=0.8, capsize=3, **style)
-    axes.set_title(f"Prefill, {result['source']}".replace("$", r"\$"), loc="left")
+    axes.set_title(_plain(f"Prefill, {result['source']}"), loc="left")
     axes.set_xlabel("prompt (tokens)")
     axes.set_ylabel("prefill (ms)")
     axes.set_xlim(left=0)

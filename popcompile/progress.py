@@ -32,7 +32,9 @@ BENCH_STEPS: Steps = {"compile": (0, 5), "load": (5, 10), "measure": (10, 100)}
 def progress_bar(steps: Steps) -> Iterator[Callable[[str, int, int], None]]:
     """Yields the `progress` argument of `convert`, `analyze`, `evaluate` and `bench`."""
     bar_format = "{desc:10}{bar}{percentage:4.0f}%"
-    with tqdm(total=100, disable=not sys.stderr.isatty(), bar_format=bar_format, leave=False) as bar:
+    with tqdm(
+        total=100, disable=sys.stderr is None or not sys.stderr.isatty(), bar_format=bar_format, leave=False
+    ) as bar:
 
         def progress(step: str, done: int, total: int) -> None:
             start, end = steps[step]

@@ -36,6 +36,7 @@ from popcompile.graph_check import read_graphs
 from popcompile.integrity import check_small_files, open_weights
 from popcompile.loading import one_line
 from popcompile.package import Manifest, read_manifest
+from popcompile.paths import require_utf8
 
 Stage = Literal["prefill", "decode"]
 
@@ -250,6 +251,7 @@ class Runtime:
         self.main = main
         self._low_memory = low_memory
         self._threads = threads
+        require_utf8(self.folder)
         self.manifest: Manifest = read_manifest(self.folder)
         self.provider = find_provider(provider)
         check_small_files(self.folder, self.manifest)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from popcompile.arguments import shortened
 from popcompile.errors import PopcompileError
 
 _EXAMPLE = "for example --layers 20-29 or --layers 17,20-29"
@@ -19,6 +20,19 @@ class Request:
     layers: list[int]
 
 
+def require_request(prune: str | int | float | None, layers: str | None) -> str:
+    """Check what can be checked before the model is known; returns the request's `how`. Raises PopcompileError."""
+    if layers is not None and prune is not None:
+        raise PopcompileError("--prune and --layers are both given; --layers says which, --prune how many: give one")
+    if layers is not None:
+        _parse_ranges(layers)
+        return "layers"
+    if prune is None or str(prune).strip().lower() == "auto":
+        return "auto"
+    _parse_count(str(prune))
+    return "count"
+
+
 def parse_request(num_layers: int, prune: str | int | float | None, layers: str | None) -> Request:
     """What to prune of a model with `num_layers`.
 
@@ -26,22 +40,21 @@ def parse_request(num_layers: int, prune: str | int | float | None, layers: str 
     ("20-29,17"). Neither: auto. Both: an error. The last layer is free: pruning it changes nothing.
     Raises PopcompileError.
     """
-    if layers is not None and prune is not None:
-        raise PopcompileError("--prune and --layers are both given; --layers says which, --prune how many: give one")
-    if layers is not None:
-        return Request("layers", _parse_layers(num_layers, layers))
-    if prune is None or str(prune).strip().lower() == "auto":
-        return Request("auto", [])
-    count = _parse_count(num_layers, str(prune))
-    return Request("count", list(range(num_layers - count, num_layers)))
+    how = require_request(prune, layers)
+    if how == "layers":
+        return Request(how, _layers(num_layers, str(layers)))
+    if how == "auto":
+        return Request(how, [])
+    return Request(how, list(range(num_layers - _count(num_layers, str(prune)), num_layers)))
 
 
-_COUNT = re.compile(r"[+-]?\d{1,9}")
-_FRACTION = re.compile(r"[+-]?(\d{1,9}/\d{1,9}|\d{0,9}\.\d{1,20}|\d{1,9}(\.\d{1,20})?e-\d{1,2})")
+_COUNT = re.compile(r"[+-]?[0-9]{1,9}")
+_FRACTION = re.compile(r"[+-]?([0-9]{1,9}/[0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,20}|[0-9]{1,9}(\.[0-9]{1,20})?e-[0-9]{1,2})")
 
 
-def _parse_count(num_layers: int, text: str) -> int:
-    text = text.strip()
+def _parse_count(text: str) -> Fraction | int:
+    """A count of layers, or a fraction of them below 1."""
+    shown, text = shortened(text), text.strip()
     is_count = _COUNT.fullmatch(text) is not None
     try:
         if not is_count and not _FRACTION.fullmatch(text):
@@ -49,13 +62,18 @@ def _parse_count(num_layers: int, text: str) -> int:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise PopcompileError(
-            f"--prune {text}: neither a count nor a fraction nor auto; for example --prune 10 or --prune 1/3"
+            f"--prune {shown}: neither a count nor a fraction nor auto; for example --prune 10 or --prune 1/3"
         ) from None
     if value < 0 or (not is_count and value >= 1):
         raise PopcompileError(
-            f"--prune {text}: out of range; give a count from 0 to {num_layers - 1}, or a fraction from 0 to below 1"
+            f"--prune {shown}: out of range; give a count of at least 0, or a fraction from 0 to below 1"
         )
-    count = int(value) if is_count else round(value * num_layers)
+    return int(value) if is_count else value
+
+
+def _count(num_layers: int, text: str) -> int:
+    value = _parse_count(text)
+    count = value if isinstance(value, int) else round(value * num_layers)
     if count >= num_layers:
         raise PopcompileError(
             f"--prune {text}: the model has {num_layers} layers and at least one must encode the prompt;"
@@ -64,21 +82,33 @@ def _parse_count(num_layers: int, text: str) -> int:
     return count
 
 
-def _parse_layers(num_layers: int, text: str) -> list[int]:
-    chosen: set[int] = set()
+def _parse_ranges(text: str) -> list[tuple[int, int]]:
+    """First and last layer of each."""
+    ranges = []
     for part in (p.strip() for p in text.split(",")):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
         if not match:
-            raise PopcompileError(f"--layers {text}: {part!r} is neither a layer nor a range; {_EXAMPLE}")
+            raise PopcompileError(
+                f"--layers {shortened(text)}: {shortened(part)!r} is neither a layer nor a range; {_EXAMPLE}"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise PopcompileError(f"--layers {text}: the range {part} runs backwards; {_EXAMPLE}")
+            raise PopcompileError(f"--layers {shortened(text)}: the range {part} runs backwards; {_EXAMPLE}")
+        ranges.append((first, last))
+    return ranges
+
+
+def _layers(num_layers: int, text: str) -> list[int]:
+    chosen: set[int] = set()
+    for first, last in _parse_ranges(text):
         if last >= num_layers:
-            raise PopcompileError(f"--layers {text}: there is no layer {last}; the model has 0 to {num_layers - 1}")
+            raise PopcompileError(
+                f"--layers {shortened(text)}: there is no layer {last}; the model has 0 to {num_layers - 1}"
+            )
         chosen.update(range(first, last + 1))
     if len(chosen) == num_layers:
         raise PopcompileError(
-            f"--layers {text}: at least one of the {num_layers} layers must encode the prompt; prune fewer"
+            f"--layers {shortened(text)}: at least one of the {num_layers} layers must encode the prompt; prune fewer"
         )
     return sorted(chosen)
 

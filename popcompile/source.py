@@ -38,6 +38,7 @@ from popcompile.loading import (
     reading,
     require_regular,
 )
+from popcompile.paths import require_utf8
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -102,6 +103,7 @@ class FolderSource(Source):
     """A folder, the user's or a snapshot in the hub's cache: config.json, safetensors, tokenizer files."""
 
     def __init__(self, name: str, kind: str, folder: Path, trust_remote_code: bool, random_weights: bool) -> None:
+        require_utf8(folder)
         self._folder = folder
         self._trust_remote_code = trust_remote_code
         config, raw = folder_config(name, folder, trust_remote_code)

@@ -51,6 +51,8 @@ def _require_replaceable(out: Path, place: Path, force: bool, copied: bool) -> N
         raise PopcompileError(f"{out} is no folder, and --force replaces packages only; give another folder")
     if place.is_mount():
         raise PopcompileError(f"{out} is a mount point, which no folder can replace; give a folder in it")
+    if _holds_current_folder(place):
+        raise PopcompileError(f"{out} is or holds the folder that you are in; run the command from elsewhere")
     if any(place.iterdir()) and not (place / MANIFEST).is_file():
         raise PopcompileError(f"{out} is no package, and --force replaces packages only; give another folder")
     if any(place.iterdir()) and not copied:
@@ -90,6 +92,12 @@ def _require_only_a_package(out: Path, place: Path) -> None:
             raise PopcompileError(
                 f"{out}: --force would remove {name}, which is not the package's; move it away, or give another folder"
             )
+
+
+def _holds_current_folder(place: Path) -> bool:
+    """A folder that is replaced is removed, and shells and this process would be left in one that is nowhere."""
+    here = Path.cwd().resolve()
+    return place.resolve() in (here, *here.parents)
 
 
 def _absolute(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -36,7 +37,7 @@ def read_texts(path: Path) -> list[str]:
     except IsADirectoryError:
         raise PopcompileError(f"{path}: is a folder; give a UTF-8 .txt or .jsonl file in it") from None
     except OSError as error:
-        raise PopcompileError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from error
+        raise cannot_read(path, error) from error
     except UnicodeDecodeError as error:
         raise PopcompileError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
@@ -50,19 +51,25 @@ def read_texts(path: Path) -> list[str]:
     return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
+def cannot_read(path: Path, error: OSError) -> PopcompileError:
+    """Of a file with text."""
+    fix = "make it readable for this user" if error.errno in (errno.EACCES, errno.EPERM) else "give another file"
+    return PopcompileError(f"{path}: cannot be read ({error.strerror}); {fix}")
+
+
 def _document(line: str, place: str) -> str:
     """The text of one .jsonl line."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); mend or remove the line") from error
+        raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); fix or remove the line") from error
     text = _text_of(content)
     if not isinstance(text, str) or not text.strip():
         raise PopcompileError(f'{place}: has no text; give {{"text": ...}}, {{"prompt": ...}} or a JSON string')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise PopcompileError(f"{place}: holds a lone surrogate ({error.reason}); mend or remove the line") from error
+        raise PopcompileError(f"{place}: holds a lone surrogate ({error.reason}); fix or remove the line") from error
     return text
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input import TENSORS, UP, Cli, assert_one_line, change_tensor, fill
+from bad_input import TENSORS, UP, Cli, assert_one_line, change_tensor, fill, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from popcompile.analysis import analyze
 from popcompile.errors import PopcompileError
+from popcompile.plots import write_prefill_plot
+from popcompile.terminal import printable
 
 FEW = ("--texts", 1, "--tokens", 4)
 
@@ -22,8 +24,8 @@ def test_wrong_arguments(cli: Cli, model: Path) -> None:
     for option in ("--texts", "--tokens"):
         for count in ("0", "-1", "1.5", "many", "9" * 30):
             assert "is not a number of at least 1" in cli.refuses("analyze", model, option, count)
-    for seed in ("x", "1.5", ""):
-        assert "--seed: invalid int value" in cli.refuses("analyze", model, "--seed", seed)
+    for seed in ("x", "1.5", "", "-1", str(2**32)):
+        assert "is not a seed, a number from 0 to 4294967295" in cli.refuses("analyze", model, "--seed", seed)
     assert "--per head: unknown; choose one of layer, block" in cli.refuses("analyze", model, "--per", "head")
     assert "--tokens 1: give at least 2, a context token and the b" in cli.refuses("analyze", model, "--tokens", 1)
     assert "has 64 positions; give fewer" in cli.refuses("analyze", model, "--tokens", 65)
@@ -36,8 +38,8 @@ def test_wrong_arguments_of_the_function(model: Path) -> None:
         analyze(model, tokens=-1)
 
 
-def test_seeds_of_any_size(cli: Cli, model: Path) -> None:
-    seed = -(10**40)
+def test_the_largest_seed(cli: Cli, model: Path) -> None:
+    seed = 2**32 - 1
     status, out, err = cli.run("analyze", model, *FEW, f"--seed={seed}")
     assert (status, err) == (0, "") and f"seed {seed}," in out
 
@@ -51,9 +53,10 @@ def test_wrong_plots(cli: Cli, model: Path, tmp_path: Path) -> None:
         "missing/plot.svg": "missing; create it first",
         "model/config.json/plot.svg": "create it first",
         "folder.svg": "is a folder; give a file name",
-        "x" * 300 + ".svg": "cannot be written (File name too long); choose another place",
+        "x" * 300 + ".svg": "File name too long; give another",
+        "plot.svg/": "is the name of a folder; give a file name",
     }.items():
-        assert words in cli.refuses("analyze", tmp_path / "no-model", "--plot", tmp_path / name)
+        assert words in cli.refuses("analyze", tmp_path / "no-model", "--plot", f"{tmp_path}/{name}")
 
 
 def test_plot_without_permission(cli: Cli, tmp_path: Path) -> None:
@@ -70,14 +73,39 @@ def test_plot_without_permission(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_full_disk(cli: Cli, model: Path, tmp_path: Path) -> None:
-    """The numbers are printed before the plot fails."""
+    """The numbers are printed before the plot fails; of that nothing is left, and what was there stays."""
+    resource = pytest.importorskip("resource")
+    plot = tmp_path / "plot.svg"
+    plot.write_text("an older one")
+    before = snapshot(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        status, out, err = cli.run("analyze", model, *FEW, "--plot", plot)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(status, "", err)
+    assert "cannot be written (File too large); raise the limit of file sizes" in err and "prefill/decode" in out
+    assert snapshot(tmp_path) == before
+
+
+def test_a_plot_that_is_no_file(cli: Cli, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("/dev/full is Linux's")
-    plot = tmp_path / "plot.svg"
-    plot.symlink_to("/dev/full")
-    status, out, err = cli.run("analyze", model, *FEW, "--plot", plot)
-    assert_one_line(status, "", err)
-    assert "cannot be written (No space left on device)" in err and "prefill/decode" in out
+    (tmp_path / "plot.svg").symlink_to("/dev/full")
+    assert "is no regular file" in cli.refuses("analyze", "no-model", "--plot", tmp_path / "plot.svg")
+
+
+def test_names_in_plots(tmp_path: Path) -> None:
+    """What matplotlib would read as mathematics, or leave out, and what no SVG may hold."""
+    from xml.etree import ElementTree
+
+    for name in (r"a$\frac$", "_hidden", "a\x1b[31m", "a\udcff"):
+        row = {"tokens": 8, "prefill": {"median": 1.0, "seconds": [1.0, 2.0]}}
+        result = {"source": name, "subjects": [{"name": name, "lengths": [row]}, {"name": "pop", "lengths": [row]}]}
+        write_prefill_plot(tmp_path / "x.svg", result)
+        texts = " ".join(text for text in ElementTree.parse(tmp_path / "x.svg").getroot().itertext())
+        assert texts.count(printable(name)) == 2
 
 
 def test_wrong_models(cli: Cli, tmp_path: Path) -> None:

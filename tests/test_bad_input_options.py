@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from bad_input import Cli, assert_one_line, popcompile
+from bad_input import TIMEOUT, Cli, assert_one_line, popcompile
 
 from popcompile.cli import _parser
 
@@ -70,17 +71,17 @@ CHOICES = [
     (["--prune", "2"], "the model has 2 layers and at least one must encode the prompt; prune at most 1"),
     (["--prune", "999999999"], "prune at most 1"),
     (["--prune", "0.9"], "prune at most 1"),
-    (["--prune", "-1"], "out of range; give a count from 0 to 1, or a fraction from 0 to below 1"),
+    (["--prune", "-1"], "out of range; give a count of at least 0, or a fraction from 0 to below 1"),
     (["--prune", "1.5"], "out of range; give a count"),
     (["--prune", "3/2"], "out of range; give a count"),
     (["--prune=-1/2"], "out of range; give a count"),
     *((["--prune", text], "neither a count nor a fraction nor auto; for example --prune 10 or --prune 1/3") for text in
-      ("abc", "1/0", "", "nan", "inf", "1e999999999", "9" * 30, "1/", "50%")),
+      ("abc", "1/0", "", "nan", "inf", "1e999999999", "9" * 30, "1/", "50%", "\u0663")),
     (["--layers", "2"], "there is no layer 2; the model has 0 to 1"),
     (["--layers", "0-999999"], "there is no layer 999999; the model has 0 to 1"),
     (["--layers", "1-0"], "the range 1-0 runs backwards; for example --layers 20-29"),
     *((["--layers", text], "is neither a layer nor a range; for example --layers 20-29") for text in
-      ("a", "1-", "-1", "", ",", "0,,1", "0,", "0-1-1", "0x1", "1.0", "9999999", "all")),
+      ("a", "1-", "-1", "", ",", "0,,1", "0,", "0-1-1", "0x1", "1.0", "9999999", "all", "\u0663")),
     (["--layers", "0-1"], "at least one of the 2 layers must encode the prompt; prune fewer"),
     (["--layers", "1,0"], "prune fewer"),
     (["--layers", "1", "--prune", "1"], "--prune and --layers are both given"),
@@ -90,6 +91,30 @@ CHOICES = [
 @pytest.mark.parametrize(("options", "words"), CHOICES, ids=[" ".join(o)[:30] for o, _ in CHOICES])
 def test_wrong_choices(options: list[str], words: str, cli: Cli, model: Path, tmp_path: Path) -> None:
     assert words in cli.refuses("convert", model, tmp_path / "new", *options)
+
+
+def test_options_are_checked_before_the_place_and_the_model(cli: Cli, package: Path, tmp_path: Path) -> None:
+    """In this order: what is written, the file that is named, where the package goes, the model."""
+    convert = ("convert", tmp_path / "no-model", package)
+    missing = ("--calibration", tmp_path / "nothing.txt")
+    for option in (
+        ("--prune", "lots"), ("--prune", "-1"), ("--layers", "20-"), ("--layers", "3-2"),
+        ("--layers", "1", "--prune", "1"),
+        ("--prune", "1", "--max-kl", "0.1"), ("--calibration-texts", "7"), ("--block-size", "3", "--dtype", "int4"),
+    ):  # fmt: skip
+        assert option[0] in cli.refuses(*convert, *missing, *option)
+    assert "nothing.txt: no such file" in cli.refuses(*convert, *missing)
+    assert "exists already" in cli.refuses(*convert, "--prune", "1")
+    assert "no-model: no such folder" in cli.refuses("convert", tmp_path / "no-model", tmp_path / "new", "--prune", "1")
+    for command in ("run --prompt x", "run --chat", "evaluate", "bench", "verify"):
+        name, *rest = command.split()
+        assert "provider tpu: unknown" in cli.refuses(name, tmp_path / "nowhere", *rest, "--provider", "tpu")
+    text = tmp_path / "nothing.txt"
+    for given in (["evaluate", "nowhere", "--text", text], ["analyze", "nowhere", "--text", text]):
+        assert "nothing.txt: no such file" in cli.refuses(*given)
+    assert "nothing.txt: cannot be read" in cli.refuses("run", "nowhere", "--prompt-file", text)
+    assert "names no task" in cli.refuses("evaluate", "nowhere", "--tasks", ",")
+    assert "no such folder" in cli.refuses("evaluate", "nowhere", "--tasks", "x", "--include-path", text)
 
 
 # --- inspect, and who reads what it prints ---------------------------------------------------------------------
@@ -127,17 +152,75 @@ def test_output_that_nobody_reads(arguments: list[str], into: str, status: int, 
     """A closed pipe ends quietly; a full disk is said in one line."""
     command = " ".join([sys.executable, "-m", "popcompile", *arguments]).replace("OUT", f"'{tiny_package}'")
     script = f"set -o pipefail; {command} {into}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == status
     assert words in done.stderr and done.stderr.count("\n") == (1 if words else 0)
 
 
-def test_a_path_that_no_terminal_can_show(package: Path) -> None:
-    odd = os.fsencode(package.parent) + b"/\xff\xfe"
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder whose name is no UTF-8."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
     try:
-        os.rename(package, odd)
+        folder.mkdir()
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    command = [sys.executable, "-m", "popcompile", "inspect", odd]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, timeout=120)
-    assert (done.returncode, done.stderr) == (0, b"") and rb"\udcff\udcfe" in done.stdout
+    return folder
+
+
+def test_a_path_that_is_not_utf8(odd: Path, package: Path, model: Path, cli: Cli, tmp_path: Path) -> None:
+    """It works where Python opens it, and elsewhere the line says why it does not."""
+    shutil.copytree(package, odd / "package")
+    shutil.copytree(model, odd / "model")
+    (odd / "text.txt").write_text("the cat sat w1 w2 w3 " * 20)
+    status, out, err = cli.run("inspect", odd / "package", "--html", odd / "page.html")
+    assert (status, err) == (0, "") and out.endswith("\\udcff\\udcfe/page.html\n") and (odd / "page.html").exists()
+    few = ("--prompts", 1, "--prompt-tokens", 8, "--continuation-tokens", 4, "--greedy-prompts", 0)
+    status, out, err = cli.run("evaluate", package, *few, "--text", odd / "text.txt")
+    assert (status, err) == (0, "") and "\\udcff\\udcfe/text.txt" in out
+    status, out, err = cli.run(
+        "analyze", model, "--texts", 1, "--tokens", 4, "--text", odd / "text.txt", "--plot", odd / "x.svg"
+    )
+    assert (status, err) == (0, "") and (odd / "x.svg").read_bytes().endswith(b"</svg>\n")
+    for arguments in (
+        ["verify", odd / "package"],
+        ["run", odd / "package", "--prompt", "x"],
+        ["evaluate", odd / "package", *few, "--text", odd / "text.txt"],
+        ["bench", odd / "package"],
+        ["bench", package, "--lengths", 8, "--against", odd / "package"],
+        ["convert", odd / "model", tmp_path / "new", "--prune", 1],
+        ["convert", model, odd / "new", "--prune", 1],
+        ["convert", model, tmp_path / "new", "--prune", 1, "--adapter", odd / "model"],
+        ["analyze", odd / "model"],
+    ):
+        line = cli.refuses(*arguments)
+        assert (
+            "its name is not UTF-8, and ONNX Runtime, safetensors and tokenizers open no such path; rename it" in line
+        )
+        assert "\\udcff\\udcfe" in line, line
+
+
+def test_prompts_that_are_no_text(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the package is looked at."""
+    assert "the prompt is not UTF-8 text (character 4)" in cli.refuses("run", "nowhere", "--prompt", "the\udcff")
+    for empty in ("", "  ", "\n\t\u3000"):
+        assert "the prompt is empty" in cli.refuses("run", "nowhere", "--prompt", empty)
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    line = cli.refuses("run", "nowhere", "--prompt-file", tmp_path / "latin1.txt")
+    assert "not UTF-8 text (" in line and "convert the file to UTF-8" in line
+    line = cli.refuses("run", "nowhere", "--prompt-file", tmp_path)
+    assert "cannot be read (Is a directory); give another file" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX encodings")
+def test_a_chat_goes_on_after_a_message_that_cannot_be_answered(tiny_package: Path) -> None:
+    """Each is refused in a line, and the exit status tells at the end."""
+    command = [sys.executable, "-m", "popcompile", "run", str(tiny_package), "--chat", "--max-new-tokens", "4"]
+    messages = b"the \xff cat\n\n  \n" + b"the cat " * 99 + b"\n" + b"sat " * 61
+    done = subprocess.run(command, input=messages, capture_output=True, timeout=TIMEOUT)
+    refusals = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and done.stdout == b"" and len(refusals) == 3
+    assert refusals[0].startswith("popcompile: error: the message is not UTF-8 text (character 5)")
+    for line, tokens in zip(refusals[1:], (198, 61), strict=True):
+        assert f"the chat with this message has {tokens} tokens, and with --max-new-tokens 4 more than the" in line
+        assert "context of 64; write less, or begin a new chat" in line

@@ -43,6 +43,18 @@ def test_places_that_are_taken(cli: Cli, model: Path, package: Path, tmp_path: P
     assert "File name too long" in cli.refuses("convert", model, tmp_path / ("x" * 300))
 
 
+def test_the_folder_that_one_is_in(cli: Cli, model: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To replace it would leave the shell in a folder that is nowhere."""
+    for here, given in {package: (".", "./", package), package / "passes": ("..", "../", package)}.items():
+        monkeypatch.chdir(here)
+        for name in given:
+            assert "exists already" in cli.refuses("convert", model, name)
+            line = cli.refuses("convert", model, name, "--force")
+            assert "is or holds the folder that you are in; run the command from elsewhere" in line
+    for root in ("/", "//"):
+        assert "is a mount point" in cli.refuses("convert", model, root, "--force")
+
+
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
     """What a conversion's process meets.

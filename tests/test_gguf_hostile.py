@@ -140,7 +140,7 @@ def test_pipes_and_devices(tmp_path: Path) -> None:
         refusal_to_open(tmp_path / name)
         refusal_to_open(tmp_path, gguf_file=name)
         path = tmp_path / name
-        assert "is not a regular file" in refusal(lambda path=path: GgufSource("x", path))
+        assert "not a regular file" in refusal(lambda path=path: GgufSource("x", path))
 
 
 def test_absurd_counts_end_soon(tmp_path: Path) -> None:
