@@ -46,7 +46,9 @@ FIELDS: dict[str, list[Any]] = {
 
 def make(rng: Random, workspace: Workspace) -> Case:
     shutil.copytree(workspace.bases / "model", workspace.root / MODEL)
-    adapter = Path(shutil.copytree(workspace.bases / "adapter", workspace.root / ADAPTER))
+    adapter = Path(
+        shutil.copytree(workspace.bases / rng.choice(["adapter", "adapter", "ia3"]), workspace.root / ADAPTER)
+    )
     config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     how = rng.random()
     if how < 0.08:

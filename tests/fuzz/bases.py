@@ -19,11 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from bad_input import save_model
+from peft import IA3Config, LoraConfig, PeftConfig
 
 from fuzz.packages import COMMANDS, QUESTIONS
 
 PROMPT = [3, 4, 5, 60, 21, 4, 9]
 PACKAGES: dict[str, dict[str, Any]] = {"split": {}, "unified": {"layout": "unified"}, "int4": {"dtype": "int4"}}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
+    "moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+}
+#: of tensors of the GGUF file, the others are fp32
+QUANTIZED = {"attn_output": "Q8_0", "ffn_gate": "Q4_0", "ffn_up": "F16"}
 
 
 def make_bases(folder: Path, packages: list[str], ready: Path | None = None) -> None:
@@ -32,7 +40,11 @@ def make_bases(folder: Path, packages: list[str], ready: Path | None = None) -> 
 
     model = save_model(folder / "model")
     _shard(model, folder / "sharded")
-    _adapter(model, folder / "adapter")
+    for name, (kind, changes) in FAMILIES.items():
+        _family(model, folder / name, kind, changes)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    _adapter(model, folder / "adapter", LoraConfig(r=4, target_modules=targets))
+    _adapter(model, folder / "ia3", IA3Config(target_modules=targets, feedforward_modules=["down_proj"]))
     _gguf(model, folder / "gguf")
     for name in packages:
         if name == "split" and ready is not None:
@@ -41,7 +53,8 @@ def make_bases(folder: Path, packages: list[str], ready: Path | None = None) -> 
             convert(model, folder / name, prune=1, kv_projection="layer", **PACKAGES[name])
     logits = {name: package_logits(folder / name) for name in packages}
     (folder / "answers.json").write_text(json.dumps({name: _answers(folder / name) for name in packages}))
-    logits["gguf"] = logits["model"] = transformers_logits(model)
+    logits["model"] = transformers_logits(model)
+    logits["gguf"] = transformers_logits(folder / "gguf", gguf_file="model.gguf")
     np.savez(folder / "logits.npz", **logits)
 
 
@@ -120,13 +133,25 @@ def _shard(model: Path, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _adapter(model: Path, folder: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def _family(model: Path, folder: Path, kind: str, changes: dict[str, Any]) -> None:
+    """The Llama's sizes and tokenizer, another family's module."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = json.loads((model / "config.json").read_bytes())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+    torch.manual_seed(2)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = CONFIG_MAPPING[kind](**{name: sizes[name] for name in names} | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def _adapter(model: Path, folder: Path, config: PeftConfig) -> None:
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=targets))
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -136,6 +161,7 @@ def _adapter(model: Path, folder: Path) -> None:
 
 def _gguf(model: Path, folder: Path) -> None:
     import gguf
+    import gguf.quants
     from safetensors.torch import load_file
 
     config = json.loads((model / "config.json").read_bytes())
@@ -173,7 +199,9 @@ def _gguf(model: Path, folder: Path) -> None:
             if short in ("attn_q", "attn_k"):  # llama.cpp keeps rotary pairs side by side
                 heads = config["num_attention_heads" if short == "attn_q" else "num_key_value_heads"]
                 tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-            writer.add_tensor(target, np.ascontiguousarray(tensor.numpy()))
+            kind = gguf.GGMLQuantizationType[QUANTIZED.get(short, "F32")]
+            packed = gguf.quants.quantize(np.ascontiguousarray(tensor.numpy()), kind)
+            writer.add_tensor(target, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

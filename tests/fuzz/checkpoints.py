@@ -68,14 +68,21 @@ FIELDS: dict[str, list[Any]] = {
     "id2label": [{"0": "a"}, {"x": "a"}, []], "label2id": [{"a": 0}], "transformers_version": ["99.0", 5],
     "torchscript": [True], "pruned_heads": [{"0": [1]}], "chunk_size_feed_forward": [3],
                     "attn_implementation": ["eager", "x"],
-    "_attn_implementation": ["flash_attention_2", "x"], "_name_or_path": ["../outside"],
+    "_name_or_path": ["../outside"],
                              "base_model_tp_plan": [{"x": "y"}],
+    # of the other families
+    "query_pre_attn_scalar": [0, -1, 8.5, HUGE], "final_logit_softcapping": [0.0, 30.0, -1.0, "x"],
+    "attn_logit_softcapping": [0.0, 50.0, "x"], "use_bidirectional_attention": [True, "all"],
+    "sliding_window_pattern": [0, 1, 6], "rope_local_base_freq": [0.0, 1e4],
+    "num_experts": [0, 1, 3, 8, 10**9], "num_experts_per_tok": [0, 1, 4, 5, 10**9], "norm_topk_prob": [True, "x"],
+    "moe_intermediate_size": [0, 15, 10**9], "decoder_sparse_step": [0, 2, -1], "mlp_only_layers": [[0], [7], 0, ["x"]],
+    "shared_expert_intermediate_size": [16], "output_router_logits": [True], "router_aux_loss_coef": [1.0, "x"],
 }  # fmt: skip
 
 
 def copy_model(rng: Random, workspace: Workspace, *bases: str) -> tuple[Path, str]:
     """A checkpoint to damage; the kinds differ in layout only."""
-    base = rng.choice(bases or ("model", "model", "sharded"))
+    base = rng.choice(bases or ("model", "model", "sharded", "gemma3", "moe"))
     shutil.copytree(workspace.bases / base, workspace.root / MODEL)
     return workspace.root / MODEL, base
 
@@ -110,7 +117,9 @@ def make_config(rng: Random, workspace: Workspace) -> Case:
     elif how < 0.57:
         return _foreign(rng, workspace, model, base)
     else:
-        damaged, words, _ = damage(content, rng, focus=[(field,) for field in FIELDS])
+        damaged, words, _ = damage(
+            content, rng, focus=[(field,) for field in FIELDS if field in content or rng.random() < 0.1]
+        )
         path.write_bytes(dumps(damaged))
     return case(f"config.json: {words}", command(rng), base)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from random import Random
 
 from fuzz import adapters, checkpoints, ggufs, packages
 from fuzz.case import Case, Workspace
+from fuzz.hostile import damage
 from fuzz.packages import PACKAGE, QUESTIONS, TEXT
 from popcompile.package import MANIFEST
 
@@ -146,7 +148,7 @@ def _out(rng: Random, workspace: Workspace) -> Case:
     shutil.copytree(workspace.bases / "model", root / "model")
     shutil.copytree(workspace.bases / "split", root / "pkg")
     options = ["--random-weights", "--prune", "1"]
-    how = rng.randrange(8)
+    how = rng.randrange(9)
     if how < 3:
         odd = _odd(rng, workspace)
         case = Case(f"OUT is {ascii(odd)[:70]}", ["convert", "model", odd, *options, *force], "any")
@@ -171,6 +173,12 @@ def _out(rng: Random, workspace: Workspace) -> Case:
         words, model, out = "OUT is in MODEL", "model", rng.choice(["model/out", "model/tokenizer.json"])
         if out == "model/out":
             return Case(words, ["convert", model, out, *options], "any", out=["model"])
+    elif how == 7:
+        data, words, _ = damage(json.loads((root / "pkg" / MANIFEST).read_bytes()), rng, focus=[("files",)])
+        packages.sign(root / "pkg", data, describe=False)
+        return Case(
+            f"OUT has a damaged manifest: {words}", ["convert", "model", "pkg", *options, "--force"], "any", out=["pkg"]
+        )
     else:
         (root / "linked").symlink_to(rng.choice(["pkg", "outside", "nowhere", "model"]))
         words, model, out = "OUT is a link", "model", "linked"

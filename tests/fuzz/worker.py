@@ -109,7 +109,7 @@ def _load(folder: str) -> int:
         if "decode" in model.manifest.graphs:
             model(torch.tensor([[3, 4, 5]]))
     except PopcompileError as error:
-        print(f"popcompile: error: {error}", file=sys.stderr)
+        print(f"popcompile: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
