@@ -160,7 +160,8 @@ class PopForCausalLM(_GenerationMixin):
             logits = _unpack(logits, new)
         if every_token and logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        output = PopOutput(logits=logits, **{CACHE: None if use_cache is False else held})
+        cache_output: dict[str, Any] = {CACHE: None if use_cache is False else held}
+        output = PopOutput(logits=logits, **cache_output)
         return output if return_dict is not False else output.to_tuple()
 
     def choose_prefill(self, tokens: int, prefill: str | None = None) -> str:
