@@ -44,7 +44,7 @@ _LARGEST, _ENDS = 1 << 18, (1 << 62, (1 << 63) - 1)
 
 
 #: of operators whose inputs are looked at
-_INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop": 2, "Range": 3}
+_INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop": 2, "Range": 3, "Slice": 4}
 
 
 #: blocks of a Loop, at most, where they are not counted by tokens
@@ -156,6 +156,8 @@ class _Checker:
         elif node.op_type == "Loop":
             if not node.input[0] or not _counts_tokens(node.input[0], made):
                 raise _Fault("has a Loop that may not end")
+        elif node.op_type == "Slice":
+            self._check_slice(node, made)
         elif node.op_type == "Range":
             start, delta = (_constant(made.get(name)) for name in node.input[0:3:2])
             whole = types.get(node.output[0]) not in _FLOATS
@@ -170,6 +172,14 @@ class _Checker:
                 f"has attention of {heads} heads over {kv_heads} of keys and values, and the manifest's are"
                 f" {self._manifest.num_kv_heads}"
             )
+
+    def _check_slice(self, node: NodeProto, made: Mapping[str, Any]) -> None:
+        """Parts of heads are not empty: ONNX Runtime's RotaryEmbedding ends the process on such."""
+        start, end, axis = (_constant(made.get(name)) for name in node.input[1:4])
+        if axis is None:
+            raise _Fault("has a Slice along a dimension that is computed")
+        if axis == 3 and (start is None or end is None or not 0 <= start < min(end, self._manifest.head_size)):
+            raise _Fault("has a Slice of heads with nothing in it")
 
     def _check_blocks(self, node: NodeProto) -> None:
         sizes = {a.name: a.i for a in node.attribute}
