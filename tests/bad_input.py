@@ -84,10 +84,14 @@ def assert_one_line(status: int, out: str, err: str) -> None:
     assert err.startswith("popcompile") and "error: " in err and "internal" not in err, err
 
 
-def popcompile(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+#: seconds; it ends what hangs, also on a machine that does much else
+TIMEOUT = 600
+
+
+def popcompile(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """popcompile in a process of its own."""
     command = [sys.executable, "-m", "popcompile", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, **options)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
