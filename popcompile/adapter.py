@@ -137,7 +137,14 @@ class Adapter:
                 raise PopcompileError(
                     f"--adapter {self.name}: {left.unexpected_keys[0]} is unknown to PEFT; {_BY_HAND}"
                 )
-            return tree if weight.is_meta else adapted.merge_and_unload().get_submodule(path)
+            if weight.is_meta:
+                return tree
+            try:
+                return adapted.merge_and_unload().get_submodule(path)
+            except Exception as error:  # NotImplementedError of some methods, and what else their fields do
+                raise PopcompileError(
+                    f"--adapter {self.name}: PEFT cannot merge it into {path}: {one_line(error)}; leave it out"
+                ) from error
 
     def _kind(self, parts: Mapping[str, Tensor]) -> type[nn.Module]:
         """Of the layer that these tensors adapt. PEFT notes that a model has GPT-2's Conv1D, a transposed Linear."""

@@ -28,6 +28,9 @@ from popcompile.errors import PopcompileError
 INTEGERS = 2**31
 """Positions, token ids and sizes are int32 in some kernel; beyond it is no model's field."""
 
+FLOATS = 3e38
+"""The largest number in fp32; tokenizers call 10^30 "no maximum"."""
+
 COUNTS = {
     re.compile(r"layers?$"): 2**12,
     re.compile(r"(blocks|modules|labels)$"): 2**14,
@@ -124,6 +127,12 @@ def check_fields(subject: str, content: Mapping[str, Any], hints: Mapping[str, A
             raise PopcompileError(f"{subject}: {name} is {_shown(value)}, which is out of range; fix it")
 
 
+def check_end(subject: str, content: Mapping[str, Any]) -> None:
+    """Raise PopcompileError for a list of no tokens that end a text: null says that there is none."""
+    if content.get("eos_token_id") == []:
+        raise PopcompileError(f"{subject}: eos_token_id is [], a list of no token; give one, or null")
+
+
 def check_names(subject: str, content: Mapping[str, Any], cls: type) -> None:
     """Raise PopcompileError for a field that would replace a method of the class that takes it."""
     for name in content:
@@ -202,7 +211,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if plain is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if plain is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOATS
     if plain is str:
         return isinstance(value, str)
     if issubclass(plain, enum.Enum):
@@ -216,7 +225,8 @@ def _fits(value: Any, hint: Any) -> bool:
         inner = [a for a in arguments if a is not Ellipsis]
         if plain is tuple and len(inner) == len(arguments) > 0:
             return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
-        return isinstance(value, list) and all(_fits(v, a) or v in (math.inf, -math.inf) for a in inner for v in value)
+        infinite = (math.inf, -math.inf) if float in inner else ()  # limits, in configs of state-space models
+        return isinstance(value, list) and all(_fits(v, a) or v in infinite for a in inner for v in value)
     return True
 
 

@@ -48,6 +48,7 @@ def folder_config(model: str, folder: Path, trust_remote_code: bool) -> tuple[Pr
     cls = CONFIG_MAPPING.get(kind, PretrainedConfig)
     config_schema.check_names(subject, raw, cls)
     config_schema.check_fields(subject, raw, config_schema.config_hints(cls))
+    config_schema.check_end(subject, raw)
     with reading(model, "config.json is malformed"):
         if remote and trust_remote_code:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
@@ -72,6 +73,7 @@ def generation_config(model: str, folder: Path, config: PretrainedConfig) -> Gen
         subject = f"{model}: {file.name}"
         config_schema.check_names(subject, raw, GenerationConfig)
         config_schema.check_fields(subject, raw, config_schema.GENERATION)
+        config_schema.check_end(subject, raw)
         loaded = GenerationConfig.from_pretrained(folder, local_files_only=True)
         loaded.to_json_string()  # what the package will hold
         return loaded

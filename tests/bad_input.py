@@ -88,10 +88,10 @@ def assert_one_line(status: int, out: str, err: str) -> None:
 TIMEOUT = 600
 
 
-def popcompile(*arguments: object, timeout: float = TIMEOUT, **options: Any) -> subprocess.CompletedProcess[str]:
+def popcompile(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """popcompile in a process of its own."""
     command = [sys.executable, "-m", "popcompile", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, **options)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------

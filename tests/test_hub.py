@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import assert_one_line, popcompile, save_model, snapshot
+from bad_input import TIMEOUT, assert_one_line, popcompile, save_model, snapshot
 from hub_server import Hub, running_hub
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -41,7 +41,11 @@ for model, gguf_file in json.loads(sys.argv[1]):
 def opened(environment: Mapping[str, str], *models: tuple[str, str | None]) -> list[Any]:
     """What opening hub ids says in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, json.dumps(models)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", OPEN, json.dumps(models)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -82,7 +86,7 @@ def test_a_commit_converts_and_opens_offline(hub: Hub, sharded: Path, tmp_path: 
     hub.cuts = {last: 1}
     environment, name = hub.environment(tmp_path / "cache"), f"org/sharded@{commit}"
     options = ("--adapter", "org/lora", *OPTIONS)
-    done = popcompile("convert", name, tmp_path / "out", *options, env=environment, timeout=600)
+    done = popcompile("convert", name, tmp_path / "out", *options, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(hub.transfers(last)) == 2
     cached = tmp_path / "cache/hub/models--org--sharded/snapshots" / commit / last
@@ -103,7 +107,7 @@ def test_a_download_that_breaks_off(hub: Hub, sharded: Path, tmp_path: Path) -> 
     hub.cuts = {names[1]: 100}
     environment = hub.environment(tmp_path / "cache")
     (tmp_path / "work").mkdir()
-    done = popcompile("convert", "org/sharded", tmp_path / "work/out", *OPTIONS, env=environment, timeout=600)
+    done = popcompile("convert", "org/sharded", tmp_path / "work/out", *OPTIONS, env=environment)
     assert_one_line(done.returncode, done.stdout, done.stderr)
     assert "org/sharded: the download broke off" in done.stderr and "try again" in done.stderr
     assert snapshot(tmp_path / "work") == {}
@@ -142,7 +146,7 @@ def test_refusals_and_revisions(hub: Hub, sharded: Path, lora: Path, tmp_path: P
     assert said[8:] == [["hub", tag, 21], ["hub", hub.repositories["org/sharded"].revisions["main"], 21]]
 
     token = hub.environment(tmp_path / "cache", HF_TOKEN="hf_x")
-    done = popcompile("convert", "org/gated", tmp_path / "out", *OPTIONS, env=token, timeout=600)
+    done = popcompile("convert", "org/gated", tmp_path / "out", *OPTIONS, env=token)
     assert_one_line(done.returncode, done.stdout, done.stderr)
     assert gated in done.stderr and not (tmp_path / "out").exists()
 
