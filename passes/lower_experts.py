@@ -143,7 +143,7 @@ def _quantized(graph: fx.Graph, matrix: fx.Node, scheme: Quantization, like: fx.
     """Values [E, out, bytes] and scales [E, out, blocks] of matrices [E, out, in]."""
     experts, outputs, inputs = shape_of(matrix)
     name = matrix.meta.get("parameter") or _parameter(matrix)
-    flat = emit(graph, aten.view.default, matrix, [experts * outputs, inputs], like=like)
+    flat = emit(graph, aten.reshape.default, matrix, [experts * outputs, inputs], like=like)
     flat.meta["parameter"] = name
     parts = emit_quantized(graph, flat, scheme, like)
     folded = [emit(graph, aten.reshape.default, part, [experts, outputs, -1], like=like) for part in parts]

@@ -18,6 +18,10 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1 + 0.1 * i for i in range(8)],
+    "long_factor": [2 + 0.7 * i for i in range(8)],
+}  # fmt: skip
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 
 #: name -> what the family has that Llama 2 has not, model_type, and fields of its config
@@ -39,7 +43,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING]},
     ),
     "Phi-3": ("fused qkv and gate_up", "phi3", {}),
-    "Phi-4-mini": ("the same, partial rotary", "phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "Phi-3-128k": (
+        "the same, longrope RoPE scaling",
+        "phi3",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "Phi-4-mini": (
+        "the same, partial rotary",
+        "phi3",
+        {
+            "rope_parameters": _LONGROPE | {k: v[:4] for k, v in _LONGROPE.items() if isinstance(v, list)},
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
     "SmolLM3": ("layers without RoPE", "smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
     "Granite": (
         "multipliers",
@@ -72,6 +90,23 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "experts chosen by sigmoids, a shared one",
         "glm4_moe",
         _EXPERTS | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "gpt-oss": (
+        "attention sinks, windows, experts with biases",
+        "gpt_oss",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "layer_types": [_SLIDING, _FULL] * 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 1e4,
+                "truncate": False,
+            },
+        },
     ),
 }
 
