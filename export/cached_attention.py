@@ -218,7 +218,8 @@ class _Blocks:
     def __init__(self, shared: _Shared, attention: ir.Node, emit: _Emitter) -> None:
         self.shared, self.attention = shared, attention
         self.rows, self.past = attention.inputs[:3], attention.inputs[3:5]
-        self.seqlens, self.total, *self.tables = attention.inputs[5:]
+        self.seqlens, self.total, *self.others = attention.inputs[5:]
+        self.tables = [table for table in self.others[:2] if table is not None]
         self.carried = self.begin(emit)
 
     def begin(self, emit: _Emitter) -> list[ir.Value]:
@@ -256,7 +257,7 @@ class _Blocks:
         """Attention of queries [begin, end), [1] each, and what it leaves to the next block."""
         rows = [t and self.sliced(emit, t, begin, end) for t in self.rows]
         seqlens, total = self.counted(emit, end)
-        return self._attention(emit, *rows, *cache, seqlens, total, *self.tables)
+        return self._attention(emit, *rows, *cache, seqlens, total, *self.others)
 
     def sliced(self, emit: _Emitter, rows: ir.Value, begin: ir.Value, end: ir.Value) -> ir.Value:
         """Rows [begin, end), with a width that the operator's shape inference asks for (ONNX Runtime 1.30)."""
@@ -315,6 +316,8 @@ class _WindowBlocks(_Blocks):
         hidden = emit("Cast", low, to=_INT32)
         seqlens, total = emit("Sub", seqlens, hidden), emit("Sub", total, emit("Squeeze", hidden))
         columns = emit("Range", 0, emit("Squeeze", count), 1)
-        positions = [emit("Add", emit("Unsqueeze", first, [1]), columns)] if self.tables else []
+        others = self.others
+        if self.tables:
+            others = [*self.tables, emit("Add", emit("Unsqueeze", first, [1]), columns), *others[3:]]
         # the present outputs are not read: without them ONNX Runtime before 1.31 crashes
-        return self._attention(emit, rows, *nothing, *near, seqlens, total, *self.tables, *positions)[:1]
+        return self._attention(emit, rows, *nothing, *near, seqlens, total, *others)[:1]

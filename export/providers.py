@@ -16,7 +16,7 @@ class Provider:
     accuracy_level: MatMulNBits' attribute, 4 lets it multiply in int8, which the CPU's kernels are made for.
     int8_products: whether there are kernels for w8a8 (passes/quantize_dynamic.py).
     fp16_products: whether MatMul has a kernel for fp16 (widen_products.py).
-    experts: arguments of ExpertKernels (passes/lower_experts.py).
+    experts: arguments of ExpertKernels (passes/lower_experts.py). attention: of AttentionKernels (passes/pad_heads.py).
     """
 
     name: str
@@ -28,6 +28,7 @@ class Provider:
     int8_products: bool = False
     fp16_products: bool = True
     experts: dict[str, bool] = field(default_factory=dict)
+    attention: dict[str, int] = field(default_factory=lambda: {"head_multiple": 8})
 
 
 PROVIDERS = {
@@ -42,5 +43,12 @@ PROVIDERS = {
         # MoE before ONNX Runtime 1.32 returns zeros where its memory is its input's
         experts={"fp32_only": True, "quantized": True, "overwrites_input": True},
     ),
-    "cuda": Provider("CUDAExecutionProvider", "cuda", ("fp16", "bf16"), genai_options=[{"cuda": {}}]),
+    "cuda": Provider(
+        "CUDAExecutionProvider",
+        "cuda",
+        ("fp16", "bf16"),
+        genai_options=[{"cuda": {}}],
+        # flash attention's; what falls back from it is not tested
+        attention={"head_multiple": 8, "max_head_size": 256},
+    ),
 }

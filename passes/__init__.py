@@ -25,6 +25,7 @@ from .lower_rms_norm import LowerRMSNorm
 from .lower_rotary_embedding import LowerRotaryEmbedding
 from .normalize import Normalize
 from .pack_qkv import PackQKV
+from .pad_heads import AttentionKernels, PadHeads
 from .prune_lm_head import PruneLMHead
 from .prune_prefill import PrunePrefill
 from .quantize_dynamic import QuantizeDynamic
@@ -33,6 +34,7 @@ from .split_stages import SplitStages
 from .widen_logits import WidenLogits
 
 __all__ = [
+    "AttentionKernels",
     "ContractError",
     "ExpertKernels",
     "InsertVirtualGates",
@@ -75,12 +77,17 @@ def transformations(pruned: Iterable[int]) -> list[Pass]:
     return [*canonicalization(), *pruning(pruned)]
 
 
-def lowering(quantization: Quantization | None = None, experts: ExpertKernels | None = None) -> list[Pass]:
+def lowering(
+    quantization: Quantization | None = None,
+    experts: ExpertKernels | None = None,
+    attention: AttentionKernels | None = None,
+) -> list[Pass]:
     """The passes that bring both graphs to ONNX Runtime's operators.
 
-    quantization: of the weights of linear layers and experts. experts: the provider's kernels.
+    quantization: of the weights of linear layers and experts. experts, attention: the provider's kernels.
     """
     return [
+        PadHeads(attention),
         LowerAttention(),
         PackQKV(),
         LowerRotaryEmbedding(),

@@ -22,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import emit, find, inputs_of, replace, shape_of, value_of
+from .graph import emit, emit_sizes, find, inputs_of, replace, shape_of, value_of
 from .lower_rotary_embedding import emit_rotary
 from .onnx_ops import CONTRIB, emit_onnx_multi
 
@@ -94,7 +94,7 @@ class _Lowering:
         return self.last_positions[positions]
 
     def lower(self, node: fx.Node) -> None:
-        query, key_cache, value_cache, positions, scale, window, softcap = node.args
+        query, key_cache, value_cache, positions, scale, window, softcap, *sinks = node.args
         assert isinstance(query, fx.Node) and isinstance(key_cache, fx.Node) and isinstance(value_cache, fx.Node)
         assert isinstance(positions, fx.Node) and isinstance(window, int)
         heads, kv_heads, head_size = shape_of(query)[1], shape_of(key_cache)[1], shape_of(query)[3]
@@ -111,13 +111,16 @@ class _Lowering:
             attributes["do_rotary"] = 1
             tables = [query.args[2], query.args[3]]
             query, key = query.args[0], key.args[0]
+        others: list[Any] = []
+        if sinks:  # behind tables, positions of the tokens and a bias
+            others = [*[None] * (4 - len(tables)), *sinks]
         present = [self.batch, kv_heads, self.total, head_size]
         with self.graph.inserting_before(node):
             flat = [self._flat_heads(t) for t in (query, key, value)]
             fused = emit_onnx_multi(
                 self.graph,
                 f"{CONTRIB}::GroupQueryAttention",
-                [*flat, past_key, past_value, seqlens, self.total_scalar, *tables],
+                [*flat, past_key, past_value, seqlens, self.total_scalar, *tables, *others],
                 attributes,
                 shapes=[[self.batch, queries, heads * head_size], present, present],
                 dtypes=[dtype] * 3,
@@ -148,7 +151,19 @@ class _Lowering:
             x, weight, eps = node.args
             assert isinstance(x, fx.Node)
             return emit(self.graph, ops.rms_norm, self._tokens_first(x), weight, eps, like=node)
+        if node.target == ops.pad_heads:
+            x, size = node.args
+            assert isinstance(x, fx.Node)
+            return emit(self.graph, ops.pad_heads, self._heads_last(x), size, like=node)
         return emit(self.graph, aten.transpose.int, node, 1, 2, like=node)
+
+    def _heads_last(self, node: fx.Node) -> fx.Node:
+        """_tokens_first, of rotated heads too."""
+        if node.target != ops.rotary_embedding:
+            return self._tokens_first(node)
+        _, heads, _, size = shape_of(node)
+        flat = self._flat_heads(node)
+        return emit(self.graph, aten.view.default, flat, [*emit_sizes(self.graph, flat)[:2], heads, size], like=node)
 
     def _replace_output(self, node: fx.Node, out: fx.Node, queries: Any, heads: int, head_size: int) -> None:
         """Let the users of attention's [B, H, S, D] read [B, S, H x D]."""
@@ -158,7 +173,12 @@ class _Lowering:
             for user in list(transposed.users):
                 if len(shape_of(user)) == 3 and user.target in (aten.reshape.default, aten.view.default):
                     replace(user, out)
-            if not transposed.users:
+            if transposed.users:
+                replace(
+                    transposed,
+                    emit(self.graph, aten.view.default, out, [self.batch, queries, heads, head_size], like=transposed),
+                )
+            else:
                 self.graph.erase_node(transposed)
         if node.users:
             heads_last = emit(self.graph, aten.view.default, out, [self.batch, queries, heads, head_size], like=node)

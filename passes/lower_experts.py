@@ -1,7 +1,7 @@
 """Lower experts to ONNX Runtime's MoE, or to QMoE where their weights are quantized.
 
-    experts(x, gate_up, down, index, weights)
-        => MoE(x, log(dense weights), gate and up row by row, down) * sum(weights)
+    experts(x, gate_up, down, index, weights, biases..., alpha, shift, limit)
+        => MoE(x, log(dense weights), gate and up row by row, down, their biases) * sum(weights)
 
 The operators choose the experts themselves, the k largest of a softmax. For them to choose the graph's, whatever its
 routing, they get the logarithms of its weights, and next to minus infinity for every other expert. The softmax of that
@@ -12,6 +12,7 @@ Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -62,14 +63,17 @@ class LowerExperts(Pass):
         self.check(not find(graph_module, op=ops.experts), "experts are left")
 
     def _lowered(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
-        x, gate_up, down, index, weights = node.args
+        x, gate_up, down, index, weights, *rest = node.args
+        biases, (alpha, shift, limit) = (rest or [None, None])[:2], rest[2:] or (1.0, 0.0, 0.0)
+        assert isinstance(gate_up, fx.Node) and isinstance(down, fx.Node) and isinstance(index, fx.Node)
         count, rows, hidden = shape_of(gate_up)
         quantization = self._quantization(hidden, rows // 2)
         widen = self.kernels.fp32_only and not quantization
         dtype = torch.float32 if widen else value_of(x).dtype
 
-        def cast(value: fx.Node, to: torch.dtype) -> fx.Node:
-            return value if value_of(value).dtype == to else emit(graph, aten.to.dtype, value, to, like=node)
+        def cast(value: Any, to: torch.dtype) -> Any:
+            known = value is None or value_of(value).dtype == to
+            return value if known else emit(graph, aten.to.dtype, value, to, like=node)
 
         def log_weights() -> fx.Node:
             column = emit(graph, aten.slice.Tensor, index, 1, 0, 1, like=node)
@@ -78,25 +82,24 @@ class LowerExperts(Pass):
             chosen = emit(graph, aten.log.default, cast(weights, torch.float32), like=node)
             return cast(emit(graph, aten.scatter.src, none, 1, index, chosen, like=node), dtype)
 
-        pairs = emit(graph, aten.view.default, gate_up, [count, 2, rows // 2, hidden], like=node)
-        pairs = emit(graph, aten.transpose.int, pairs, 1, 2, like=node)
-        first = emit(graph, aten.reshape.default, pairs, [count, rows, hidden], like=node)
-        first.meta["parameter"] = str(gate_up.target)
+        first = _row_by_row(graph, gate_up, node)
+        biases = [biases[0] and _row_by_row(graph, biases[0], node), biases[1]]
         attributes = {
             "k": shape_of(index)[1],
             "activation_type": "swiglu",
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
+            "activation_alpha": alpha,
+            "activation_beta": shift,
             "swiglu_fusion": 1,  # gate and up row by row: all that the CPU's kernel takes
-        }
+        } | ({"swiglu_limit": limit} if limit else {})
         x = cast(x, dtype)
         if quantization:
             operator, matrices = "QMoE", []
-            for matrix in (first, down):
-                matrices += [*_quantized(graph, matrix, quantization, node), None]
+            for matrix, bias in zip((first, down), biases, strict=True):
+                matrices += [*_quantized(graph, matrix, quantization, node), bias]
             attributes |= {"expert_weight_bits": quantization.bits, "block_size": quantization.block_size}
         else:
-            operator, matrices = "MoE", [cast(first, dtype), None, cast(down, dtype)]
+            operator, matrices = "MoE", [cast(first, dtype), cast(biases[0], dtype), cast(down, dtype)]
+            matrices += [cast(biases[1], dtype)] if biases[1] else []
         out = emit_onnx(
             graph,
             f"{CONTRIB}::{operator}",
@@ -119,10 +122,27 @@ class LowerExperts(Pass):
         return self.quantization if whole else None
 
 
+def _row_by_row(graph: fx.Graph, gate_up: fx.Node, like: fx.Node) -> fx.Node:
+    """[E, 2 I, ...] with gate above up as [E, 2 I, ...] with a row of gate, the one of up, and so on."""
+    experts, rows, *features = shape_of(gate_up)
+    pairs = emit(graph, aten.view.default, gate_up, [experts, 2, rows // 2, *features], like=like)
+    pairs = emit(graph, aten.transpose.int, pairs, 1, 2, like=like)
+    first = emit(graph, aten.reshape.default, pairs, [experts, rows, *features], like=like)
+    first.meta["parameter"] = _parameter(gate_up)
+    return first
+
+
+def _parameter(node: fx.Node) -> str:
+    """The name of the (first) parameter that an expression is made of."""
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
 def _quantized(graph: fx.Graph, matrix: fx.Node, scheme: Quantization, like: fx.Node) -> list[fx.Node]:
     """Values [E, out, bytes] and scales [E, out, blocks] of matrices [E, out, in]."""
     experts, outputs, inputs = shape_of(matrix)
-    name = matrix.meta.get("parameter", str(matrix.target))
+    name = matrix.meta.get("parameter") or _parameter(matrix)
     flat = emit(graph, aten.view.default, matrix, [experts * outputs, inputs], like=like)
     flat.meta["parameter"] = name
     parts = emit_quantized(graph, flat, scheme, like)

@@ -169,36 +169,71 @@ def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> T
 
 
 @operator(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor positions, float scale, int window, float softcap)"
-    " -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor positions, float scale, int window, float softcap,"
+    " Tensor? sinks=None) -> Tensor",
     _attention_shape,
 )
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention over a cache.
 
     query [B, H, S, D] at positions [B, S]; key, value [B, G, T, D] with slot = position. window > 0 limits a query
     to the last `window` positions, itself included (sliding window); softcap > 0 caps scores at ±softcap (Gemma 2).
+    sinks [H]: scores of a key without a value, one for each head (gpt-oss).
     Returns [B, H, S, D], in memory as [B, S, H, D], which is what modules go on with.
     """
     slots = torch.arange(key.shape[2], device=query.device)
     visible = slots <= positions[:, :, None]
     if window > 0:
         visible = visible & (slots > positions[:, :, None] - window)
-    out = attend(query, key, value, visible[:, None], scale, softcap)
+    out = attend(query, key, value, visible[:, None], scale, softcap, sinks)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Grouped-query attention of query [B, H, S, D] to the keys [B, G, T, D] that visible [B or 1, 1, S, T] names."""
-    if softcap == 0.0:
+    if softcap == 0.0 and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
-    scores = scores.masked_fill(~visible, float("-inf")).float().softmax(-1).to(query.dtype)
-    return scores @ value
+    scores = query @ key.transpose(2, 3) * (scale / (softcap or 1.0))
+    if softcap > 0.0:
+        scores = torch.tanh(scores) * softcap
+    return shares(scores.masked_fill(~visible, float("-inf")), sinks) @ value
+
+
+def shares(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """softmax of scores [B, H, S, T] over the keys, in fp32, and over a sink [H] that gets its share of each head."""
+    if sinks is None:
+        return scores.float().softmax(-1).to(scores.dtype)
+    column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat((scores, column), dim=-1).float().softmax(-1)[..., :-1].to(scores.dtype)
+
+
+def _padded_shape(x: Tensor, size: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], size))
+
+
+@operator("pad_heads(Tensor x, int size) -> Tensor", _padded_shape)
+def pad_heads(x: Tensor, size: int) -> Tensor:
+    """x [..., D] with zeros behind, [..., size]; a size that is larger than D."""
+    return torch.cat((x, x.new_zeros((*x.shape[:-1], size - x.shape[-1]))), dim=-1)
 
 
 # --- fused element-wise patterns -------------------------------------------------------------------------------
@@ -224,18 +259,42 @@ def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> 
 # --- mixtures of experts ---------------------------------------------------------------------------------------
 
 
-@operator("experts(Tensor x, Tensor gate_up, Tensor down, Tensor index, Tensor weights) -> Tensor", _like_first)
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+@operator(
+    "experts(Tensor x, Tensor gate_up, Tensor down, Tensor index, Tensor weights, Tensor? gate_up_bias=None,"
+    " Tensor? down_bias=None, float alpha=1.0, float shift=0.0, float limit=0.0) -> Tensor",
+    _like_first,
+)
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float = 1.0,
+    shift: float = 0.0,
+    limit: float = 0.0,
+) -> Tensor:
     """The weighted sum of what each token's k experts make of it.
 
     x [N, hidden]; index [N, k] int64 and weights [N, k]: a token's experts and how much each counts. An expert is a
-    SwiGLU block, down @ (silu(gate @ x) * (up @ x)); gate_up [E, 2 I, hidden] holds gate above up, down [E, hidden, I].
-    Returns [N, hidden].
+    SwiGLU block, down @ (swish(gate @ x) * (up @ x)); gate_up [E, 2 I, hidden] holds gate above up, down is
+    [E, hidden, I]. gate_up_bias [E, 2 I], down_bias [E, hidden]. swish(g) is g * sigmoid(alpha * g), shift is added to
+    the rows of up, and limit > 0 caps gates at limit and the rows of up at ±limit, before that. Returns [N, hidden].
     """
     out = torch.zeros_like(x)
     for expert in index.unique().tolist():
         token, slot = torch.where(index == expert)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[expert]) * weights[token, slot, None]
+        gate, up = F.linear(x[token], gate_up[expert], _of(gate_up_bias, expert)).chunk(2, dim=-1)
+        if limit > 0:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        swish = F.silu(gate) if alpha == 1 else gate * torch.sigmoid(gate * alpha)
+        inner = swish * up if shift == 0 else swish * (up + shift)
+        y = F.linear(inner, down[expert], _of(down_bias, expert)) * weights[token, slot, None]
         out = out.index_add(0, token, y.to(x.dtype))
     return out
+
+
+def _of(biases: Tensor | None, expert: int) -> Tensor | None:
+    return None if biases is None else biases[expert]

@@ -41,7 +41,6 @@ from popcompile.passes import (
     PassRecord,
     Program,
     canonicalization,
-    lowering,
     pruning,
 )
 from popcompile.passes.flops import REFERENCE_SIZES, total_flops
@@ -146,7 +145,8 @@ def convert(
     settle_ties(source)
     program = trace(source.config, chosen.dtype, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source, program, chosen.dtype, merged)
-    shapes = _ModelShapes(program)
+    shapes = _ModelShapes(program, chosen)
+    _require_kernels(source, shapes, provider, chosen)
     require_disk_space(out, chosen.bytes(checkpoint.parameters))
     with staged(out, force) as folder:
         try:
@@ -209,13 +209,22 @@ def _described(source: Source, adapter: Adapter | None) -> dict[str, str]:
 
 
 class _ModelShapes:
-    """Sizes that configs and manifest need, read from the traced graph."""
+    """Sizes that configs and manifest need, read from the traced graph. head_size: as the package's graphs have it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, chosen: Precision) -> None:
         graph = program.graphs["model"]
         cache = shape_of(find(graph, op=append_kv)[0])
-        self.kv_heads, self.head_size = int(cache[1]), int(cache[3])
+        self.kv_heads, self.head_size = int(cache[1]), chosen.attention.padded(int(cache[3]))
         self.vocab_size = int(shape_of(outputs_of(graph)[0])[2])
+
+
+def _require_kernels(source: Source, shapes: _ModelShapes, provider: str, chosen: Precision) -> None:
+    limit = chosen.attention.max_head_size
+    if limit is not None and shapes.head_size > limit:
+        raise PopcompileError(
+            f"{source.name}: its heads have {shapes.head_size} features, and ONNX Runtime's attention takes at most"
+            f" {limit} on {provider}; choose another --provider"
+        )
 
 
 def _require_choice(option: str, value: str, choices: Any) -> None:
@@ -281,7 +290,7 @@ class _Compilation:
             "pop_prefill": total_flops(prefill, "prefill"),
             "decode": total_flops(decode, "decode"),
         }
-        self.run(lowering(chosen.quantization, chosen.experts))
+        self.run(chosen.lowering())
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}
 
 

@@ -103,12 +103,12 @@ class LayerwiseModel:
             pending.append(new)
             return torch.cat((keys.key if len(pending) == 1 else keys.value, new), dim=2)
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, _: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, _: Tensor, scale: float, window: int, *rest: Any) -> Tensor:
             seen = visible
             if window > 0:
                 slots = tokens.positions if keys is None else torch.cat((keys.positions, tokens.positions), dim=1)
                 seen = seen & (slots[:, None, :] > tokens.positions[:, :, None] - window)
-            return ops.attend(q, k, v, seen[:, None], scale, softcap)
+            return ops.attend(q, k, v, seen[:, None], scale, *rest)
 
         pending: list[Tensor] = []
         values = {**tokens.values, self._inputs[index]: x}

@@ -8,7 +8,7 @@ import torch
 
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
-from popcompile.passes import ExpertKernels, Quantization
+from popcompile.passes import AttentionKernels, ExpertKernels, Pass, Quantization, lowering
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: of weights; w8a8 multiplies with activations in int8 too
@@ -24,12 +24,18 @@ BLOCK_SIZE = 32
 class Precision:
     """dtype: of activations, cache, and weights that are not quantized. quantization: of linear layers and experts.
 
-    experts: the provider's kernels, which may keep experts in another dtype, or from being quantized.
+    experts: the provider's kernels, which may keep experts in another dtype, or from being quantized. attention: the
+    provider's kernels, which may ask for wider heads.
     """
 
     dtype: torch.dtype
     quantization: Quantization | None = None
     experts: ExpertKernels = field(default_factory=ExpertKernels)
+    attention: AttentionKernels = field(default_factory=AttentionKernels)
+
+    def lowering(self) -> list[Pass]:
+        """The passes that bring a program's graphs to the provider's operators."""
+        return lowering(self.quantization, self.experts, self.attention)
 
     def bytes(self, parameters: int) -> int:
         """At least so many for a model of that many parameters."""
@@ -47,9 +53,9 @@ def precision(name: str, provider: str, block_size: int) -> Precision:
             f"--dtype {name}: ONNX Runtime's attention has no kernels for it on {provider}; choose"
             f" {' or '.join(choices.dtypes)}"
         )
-    experts = ExpertKernels(**choices.experts)
+    experts, attention = ExpertKernels(**choices.experts), AttentionKernels(**choices.attention)
     if name in _FLOATS:
-        return Precision(_FLOATS[name], experts=experts)
+        return Precision(_FLOATS[name], experts=experts, attention=attention)
     if name == "w8a8" and not choices.int8_products:
         able = " or ".join(other for other, provider_choices in PROVIDERS.items() if provider_choices.int8_products)
         raise PopcompileError(
@@ -58,4 +64,4 @@ def precision(name: str, provider: str, block_size: int) -> Precision:
     if block_size not in BLOCK_SIZES:
         raise PopcompileError(f"--block-size {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
     quantization = Quantization(_BITS[name], block_size, choices.accuracy_level, dynamic=name == "w8a8")
-    return Precision(_FLOATS[choices.dtypes[0]], quantization, experts)
+    return Precision(_FLOATS[choices.dtypes[0]], quantization, experts, attention)

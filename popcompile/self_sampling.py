@@ -76,7 +76,14 @@ def _write_in_place(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
 
 
 def _attend_to_all(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """attention of one token per row to a cache without slack, by groups of heads: no copy of a key per head.
 
@@ -89,6 +96,9 @@ def _attend_to_all(
         scores = grouped @ key.transpose(2, 3) * scale
         if softcap > 0:
             scores = torch.tanh(scores / softcap) * softcap
+        if sinks is not None:
+            column = sinks.view(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, -1)
+            return (torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ value).flatten(1, 2)[:, :, None]
         return (scores.softmax(-1) @ value).flatten(1, 2)[:, :, None]
 
 

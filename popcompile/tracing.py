@@ -21,12 +21,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import one_line
@@ -59,6 +65,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, D] and the cache -> [B, S, H, D].
@@ -74,7 +81,8 @@ def _attention(
             f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = ops.attention(query, key, value, _positions[-1], float(scale), window, float(softcap or 0.0))
+    sinks = () if s_aux is None else (s_aux,)
+    out = ops.attention(query, key, value, _positions[-1], float(scale), window, float(softcap or 0.0), *sinks)
     return out.transpose(1, 2), None
 
 
@@ -86,20 +94,32 @@ def _experts(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface: hidden_states [N, hidden], top_k_index and top_k_weights [N, k]."""
-    parameters = {name for name, _ in module.named_parameters()}
-    stored_as_known = (
-        parameters == {"gate_up_proj", "down_proj"} and module.is_concatenated and not module.is_transposed
-    )
-    if (
-        not stored_as_known
-        or type(module)._apply_gate is not _default_apply_gate
-        or not isinstance(module.act_fn, _SILU)
-    ):
+    stored = {name for name, _ in module.named_parameters()}
+    matrices, biases = {"gate_up_proj", "down_proj"}, {"gate_up_proj_bias", "down_proj_bias"}
+    gate = _gate(module)
+    if gate is None or stored not in (matrices, matrices | biases):
         raise PopcompileError(
-            f"{type(module).__name__} has other experts than popcompile supports: SwiGLU blocks (hidden_act silu)"
-            " without biases"
+            f"{type(module).__name__} has other experts than popcompile supports: SwiGLU blocks, with hidden_act silu"
+            " or as in gpt-oss"
         )
-    return ops.experts(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
+    gate_up, down = module.gate_up_proj, module.down_proj
+    added = [module.gate_up_proj_bias, module.down_proj_bias] if stored > matrices else [None, None]
+    if module.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    if not module.is_concatenated:  # a row of gate, one of up, and so on
+        gate_up, added[0] = (t if t is None else torch.cat((t[:, ::2], t[:, 1::2]), 1) for t in (gate_up, added[0]))
+    plain = added == [None, None] and gate == (1.0, 0.0, 0.0)
+    return ops.experts(hidden_states, gate_up, down, top_k_index, top_k_weights, *(() if plain else (*added, *gate)))
+
+
+def _gate(module: Any) -> tuple[float, float, float] | None:
+    """alpha, shift and limit of experts' SwiGLU (ops.experts), or None where they have another gate."""
+    kind = type(module)._apply_gate
+    if kind is _default_apply_gate and module.is_concatenated and isinstance(module.act_fn, _SILU):
+        return 1.0, 0.0, 0.0
+    if kind is GptOssExperts._apply_gate and not module.is_concatenated:
+        return float(module.alpha), 1.0, float(module.limit)
+    return None
 
 
 ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts)
@@ -338,7 +358,7 @@ def _reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
                 _NOT_TRACED,
                 TypeError("its attention does not go through AttentionInterface"),
             )
-        if isinstance(error, DataDependentOutputException):
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             problem, error = _NOT_TRACED, TypeError("its module reads the values of tensors")
         raise PopcompileError(f"{config.model_type}: {problem}: {one_line(error)}") from error
     finally:

@@ -23,7 +23,7 @@ from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import Placement, point_to_file
 from popcompile.loading import quiet, reading
 from popcompile.package import LAYOUTS, MANIFEST, describe_files, read_manifest
-from popcompile.passes import Pass, PassManager, Program, canonicalization, lowering, pruning
+from popcompile.passes import Pass, PassManager, Program, canonicalization, pruning
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import clone_module, find
 from popcompile.passes.pack_qkv import packed_name
@@ -86,7 +86,7 @@ class Variants:
         changes: of the manifest.
         """
         program = self._copy()
-        PassManager([*passes, *lowering(self._precision.quantization, self._precision.experts)]).run(program)
+        PassManager([*passes, *self._precision.lowering()]).run(program)
         manifest = replace(self.manifest, **changes)
         changed = {manifest.graphs[stage] for stage in stages}
         try:

@@ -28,6 +28,7 @@ from popcompile.passes.lower_rms_norm import LowerRMSNorm
 from popcompile.passes.lower_rotary_embedding import LowerRotaryEmbedding
 from popcompile.passes.normalize import Normalize
 from popcompile.passes.pack_qkv import PackQKV
+from popcompile.passes.pad_heads import AttentionKernels, PadHeads
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.prune_prefill import PrunePrefill
 from popcompile.passes.quantize_dynamic import QuantizeDynamic
@@ -196,6 +197,12 @@ BREACHES = {
         PruneLMHead, nothing, r"logits are .*, not \[batch, 1, vocabulary\]", ensures=True, at="InsertBoundaryRecompute"
     ),
     "Cleanup": Breach(Cleanup, use_before_definition, "was used before it has been defined"),
+    "PadHeads": Breach(
+        lambda: PadHeads(AttentionKernels(max_head_size=8)), nothing, "heads of 16 features, the kernels take at most 8"
+    ),
+    "PadHeads, after": Breach(
+        lambda: PadHeads(AttentionKernels(head_multiple=12)), nothing, r"heads of \[16\] features are", ensures=True
+    ),
     "LowerAttention": Breach(LowerAttention, attend_to_an_input, "attention reads no cache of its own"),
     "LowerAttention, after": Breach(LowerAttention, nothing, r"\['attention', .* left", ensures=True, at="Cleanup"),
     "PackQKV": Breach(PackQKV, nothing, "attention is lowered first", at="LowerAttention"),
