@@ -45,6 +45,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "is_causal": (lambda value: value is False, "bidirectional attention"),
     "prefix_lm": (_GIVEN, "prefixes that are attended to in both directions"),
     "add_cross_attention": (_GIVEN, "cross-attention"),
+    **dict.fromkeys(
+        ("n_recurrent_loops", "H_cycles"), (lambda value: value != 1 and bool(value), "layers that run again")
+    ),
 }
 """Fields of configs that ask for what is not compiled: whether a value does, and what it is.
 

@@ -21,7 +21,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
@@ -356,6 +361,8 @@ def _reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
                 _NOT_TRACED,
                 TypeError("its attention does not go through AttentionInterface"),
             )
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+            problem, error = _NOT_TRACED, TypeError("its module reads the values of tensors")
         raise PopcompileError(f"{config.model_type}: {problem}: {one_line(error)}") from error
     finally:
         logging.disable(disabled)

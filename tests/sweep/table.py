@@ -29,7 +29,8 @@ def main(file: str) -> None:
 `pytest -m sweep tests/test_sweep.py` converts a tiny model of each type of transformers' causal LM mapping, and of the
 variants of its config, and compares it with transformers' own module: a whole prompt, a second one after it, a batch
 that is padded on the left, and a pruned prefill, all within 1e-4 of the largest logit. This table was printed by
-`python tests/sweep/table.py` with transformers {version("transformers")}: {len(works)} of {len(by_type)} types work.
+`python tests/sweep/table.py` with transformers {version("transformers")}:
+{len(works)} of the {len(by_type)} types below work.
 
 | model type | default config | variants that work | refused variants |
 |---|---|---|---|""")
