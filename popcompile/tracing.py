@@ -19,18 +19,25 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import errors_only
 from popcompile.passes import ops
 from popcompile.passes.base import Program
-from popcompile.upstream import cache_argument
+from popcompile.upstream import (
+    FakeTensorMode,
+    cache_argument,
+    computed_buffers,
+    has_default_gate,
+    initialize_buffers,
+    rename,
+    set_buffer,
+)
 
 #: what transformers knows the functions below as
 _IMPLEMENTATION = "popcompile"
@@ -77,11 +84,7 @@ def _experts(
     stored_as_known = (
         parameters == {"gate_up_proj", "down_proj"} and module.is_concatenated and not module.is_transposed
     )
-    if (
-        not stored_as_known
-        or type(module)._apply_gate is not _default_apply_gate
-        or not isinstance(module.act_fn, _SILU)
-    ):
+    if not stored_as_known or not has_default_gate(module) or not isinstance(module.act_fn, _SILU):
         raise PopcompileError(
             f"{type(module).__name__} has other experts than popcompile supports: SwiGLU blocks (hidden_act silu)"
             " without biases"
@@ -204,7 +207,7 @@ def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.target = name
-        node._rename(name)
+        rename(node, name)
     for node in list(graph.nodes):
         if node.op == "get_attr":
             node.target = node.target.removeprefix("decoder.")
@@ -229,21 +232,19 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     values: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
-        computed = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
+        computed = computed_buffers(module)
         if not computed:
             continue
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own flag
         fakes = {n: getattr(module, n) for n in computed}
         for n in computed:
-            module._buffers[n] = torch.full(fakes[n].shape, float("nan"), dtype=fakes[n].dtype)
+            set_buffer(module, n, torch.full(fakes[n].shape, float("nan"), dtype=fakes[n].dtype))
         with torch.no_grad():
-            model._init_weights(module)
+            initialize_buffers(model, module)
         for n in computed:
-            real = module._buffers[n]
+            real = getattr(module, n)
             assert real is not None
             values[f"{path}.{n}" if path else n] = real
-            module._buffers[n] = fakes[n]
+            set_buffer(module, n, fakes[n])
     return values
 
 
