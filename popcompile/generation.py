@@ -31,7 +31,7 @@ from popcompile.generation_arguments import (
 from popcompile.generation_cache import PopCache, PopOutput, generated
 from popcompile.package_configs import read_config, read_generation_config
 from popcompile.runtime import Runtime, Stage
-from popcompile.upstream import CACHE, OTHER_CACHE, register_for_pipelines
+from popcompile.upstream import CACHE, OTHER_CACHE, mask_length, register_for_pipelines
 
 PREFILLS = ("auto", "pop", "full")
 
@@ -160,8 +160,8 @@ class PopForCausalLM(_GenerationMixin):
             logits = _unpack(logits, new)
         if every_token and logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        cache_output: dict[str, Any] = {CACHE: None if use_cache is False else held}
-        output = PopOutput(logits=logits, **cache_output)
+        kept: dict[str, Any] = {CACHE: None if use_cache is False else held}
+        output = PopOutput(logits=logits, **kept)
         return output if return_dict is not False else output.to_tuple()
 
     def choose_prefill(self, tokens: int, prefill: str | None = None) -> str:
@@ -268,7 +268,8 @@ class PopForCausalLM(_GenerationMixin):
         if mask is not None:
             prompt = int(mask.sum(1).max())
         else:  # transformers has dropped a mask of ones
-            prompt = max(cache.kv.lengths) + generation_config._mask_length - cache.get_seq_length()
+            columns = mask_length(generation_config) or cache.get_seq_length()
+            prompt = max(cache.kv.lengths) + columns - cache.get_seq_length()
         self._require_room(prompt, generation_config._new_tokens)
         model_kwargs[CACHE] = cache
 

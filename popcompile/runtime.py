@@ -37,6 +37,7 @@ from popcompile.integrity import check_small_files, open_weights
 from popcompile.loading import one_line
 from popcompile.package import Manifest, read_manifest
 from popcompile.paths import require_utf8
+from popcompile.upstream import memory_map
 
 Stage = Literal["prefill", "decode"]
 
@@ -177,7 +178,7 @@ class SharedWeights:
 
     def release_pages(self) -> None:
         """Let go of the pages read so far; they are mapped again when something reads them."""
-        mapping = getattr(self._file, "_mmap", None)
+        mapping = memory_map(self._file)
         if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
 
