@@ -13,7 +13,7 @@ samples it hashed, for good, whatever takes its place in the folder.
 A package is the files of its manifest, and no others. transformers, tokenizers and onnxruntime-genai look for files by
 names and patterns that change with their versions (chat_template.jinja, additional_chat_templates/, added_tokens.json),
 so that any file more may change what is answered. Exceptions are what nobody reads by its name, and what people,
-desktops and the hub put into a folder: names that begin with a dot, and `_IGNORED`.
+desktops, the hub and our own --html put into a folder: names that begin with a dot, `_IGNORED`, and pages and pictures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "popcompile.json"
 #: unlisted files that are no fault, besides hidden ones
-_IGNORED = frozenset({"README.md", "LICENSE", "LICENSE.txt", "Thumbs.db", "desktop.ini"})
+_IGNORED = frozenset({"LICENSE", "LICENSE.txt", "Thumbs.db", "desktop.ini"})
+_IGNORED_ENDS = (".html", ".md", ".svg", ".png")
 #: bytes, at most, of files that are read whole, by how their names end, the first that fits; what ONNX and JSON take in
 #: memory is up to fifty times as much
 _LIMITS = {".onnx": 32 << 20, "tokenizer.json": 256 << 20, ".json": 16 << 20, "": 256 << 20}
@@ -164,7 +165,8 @@ def require_only_listed(folder: Path, listed: Container[str]) -> None:
     """Raises PopcompileError where the folder has a file that its manifest does not list and that may be read."""
     for name in unlisted_files(folder, listed):
         parts = name.split("/")
-        if parts[-1] not in _IGNORED and not any(part.startswith(".") for part in parts):
+        ignored = parts[-1] in _IGNORED or parts[-1].endswith(_IGNORED_ENDS)
+        if not ignored and not any(part.startswith(".") for part in parts):
             raise PopcompileError(
                 f"{folder}: has {name}, which its manifest does not list and which may change what it answers;"
                 " remove it"

@@ -118,7 +118,7 @@ def test_files_that_no_manifest_lists(name: str, cli: Cli, package: Path) -> Non
 
 
 def test_files_that_nobody_reads(cli: Cli, package: Path) -> None:
-    for name in (".DS_Store", ".gitattributes", ".cache/huggingface/x.json", "README.md"):
+    for name in (".DS_Store", ".gitattributes", ".cache/huggingface/x.json", "README.md", "page.html"):
         (package / name).parent.mkdir(exist_ok=True, parents=True)
         (package / name).write_text("x")
     assert cli.run("verify", package)[0] == 0
