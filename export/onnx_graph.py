@@ -24,12 +24,12 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from popcompile.loading import errors_only
 from popcompile.passes import Program
 from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
+from popcompile.upstream import FakeTensorMode, own_tensors
 
 from .branches import choose_by_tokens
 from .cached_attention import attend_to_prompts
@@ -114,8 +114,7 @@ def _reexport(gm: fx.GraphModule) -> torch.export.ExportedProgram:
     gm.recompile()
     mode = FakeTensorMode()
     for module in gm.modules():
-        tensors = {**module._parameters, **module._buffers}
-        for key, tensor in tensors.items():
+        for key, tensor in own_tensors(module).items():
             if tensor is not None:
                 delattr(module, key)
                 with mode:

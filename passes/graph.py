@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from popcompile.upstream import OpOverload, operator_name, symbolic_dispatch
+
 
 def layer_of(node: fx.Node) -> int | None:
     """The decoder layer that a node belongs to, or None (embedding, head, inputs)."""
@@ -110,8 +112,7 @@ def emit(
 
     `like` passes on the metadata of another node (layer, role, module path).
     """
-    schema = getattr(target, "_schema", None)
-    name = schema.name.split("::")[1] if schema else None
+    name = operator_name(target) if isinstance(target, OpOverload) else None
     if target.__name__.startswith("symbolic"):
         name = str(args[0]).rpartition("::")[2]
     node = graph.create_node("call_function", target, args, kwargs, name=name)
@@ -125,7 +126,7 @@ def set_value(node: fx.Node) -> None:
     """Recompute a call's fake value from those of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
     assert callable(node.target)
-    with fake_mode_of(node.graph), torch.no_grad():
+    with fake_mode_of(node.graph), symbolic_dispatch(), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
 
 

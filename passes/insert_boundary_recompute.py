@@ -21,6 +21,8 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
+from popcompile.upstream import tree_leaves
+
 from . import ops
 from .base import Pass
 from .contract import ContractError
@@ -92,7 +94,7 @@ class _LayerCopier:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._map(n, mapping))
             if node.target == ops.append_kv:
                 mapping[node] = self._write_cache(node, args)
-            elif not any(isinstance(a, fx.Node) for a in torch.utils._pytree.tree_leaves((args, kwargs))):
+            elif not any(isinstance(a, fx.Node) for a in tree_leaves((args, kwargs))):
                 mapping[node] = node.target(*args, **kwargs)
             else:
                 mapping[node] = copied = emit(self.target.graph, node.target, *args, like=node, **kwargs)

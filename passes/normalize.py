@@ -16,6 +16,8 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from popcompile.upstream import changes_its_input, operator_name, overload_name, shares_its_input
+
 from .base import Pass
 from .graph import call_nodes, replace, set_value, shape_of
 
@@ -81,7 +83,7 @@ class Normalize(Pass):
         changed = node.args[0]
         shared = [n for n in (changed, *changed.users) if n < node and _is_view(n)]
         self.check(not shared, f"{node.name} changes what {[n.name for n in shared]} show")
-        name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
+        name, overload = operator_name(node.target), overload_name(node.target)
         node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
         set_value(node)
         changed.replace_all_uses_with(node, lambda user: user > node)
@@ -103,11 +105,9 @@ def _parts(cat: fx.Node) -> list[fx.Node]:
 
 
 def _is_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return changes_its_input(node.target)
 
 
 def _is_view(node: fx.Node) -> bool:
     """Whether a node's value may share memory with an argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        r.alias_info is not None for r in node.target._schema.returns
-    )
+    return shares_its_input(node.target)

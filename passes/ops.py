@@ -18,16 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from popcompile.upstream import OpOverload
+
 _LIBRARY = torch.library.Library("popcompile", "FRAGMENT")
 
 #: operator overload -> its reference implementation, a plain differentiable PyTorch function
-REFERENCE: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
+REFERENCE: dict[OpOverload, Callable[..., Tensor]] = {}
 
 
-def operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
+def operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
     """Register the decorated reference implementation as `popcompile::<schema>`; returns the overload."""
 
-    def register(reference: Callable[..., Tensor]) -> torch._ops.OpOverload:
+    def register(reference: Callable[..., Tensor]) -> OpOverload:
         name = schema.split("(", 1)[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")

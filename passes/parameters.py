@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from popcompile.upstream import rename
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -48,7 +50,7 @@ def extract(
     mapping: dict[fx.Node, fx.Node] = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
     for i, node in enumerate(body):
         mapping[node] = graph.node_copy(node, lambda n: numbers[n] if n in numbers else mapping[n])
-        mapping[node]._rename(f"step_{i}")  # equal expressions read the same, wherever they come from
+        rename(mapping[node], f"step_{i}")  # equal expressions read the same, wherever they come from
     values = [mapping[r] for r in roots]
     graph.output(values[0] if len(values) == 1 else tuple(values))
     return fx.GraphModule(torch.nn.Module(), graph)

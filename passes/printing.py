@@ -13,6 +13,8 @@ import sympy
 import torch
 from torch import fx
 
+from popcompile.upstream import OpOverload, operator_name
+
 from .graph import dimension_names, inputs_of, is_size, layer_of, output_of, value_of
 from .onnx_ops import attributes_of, onnx_inputs, onnx_op_type
 
@@ -58,8 +60,8 @@ def _call(node: fx.Node, names: dict[str, str]) -> str:
 
 
 def _target(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
+    if isinstance(target, OpOverload):
+        return operator_name(target)
     return getattr(target, "__name__", str(target))
 
 

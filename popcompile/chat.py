@@ -107,7 +107,8 @@ def generate(
 ) -> tuple[str, Timing, Any]:
     """Stream an answer to `out` (default: stdout); returns its text, its timing and the cache after it."""
     streamer = _TimedStreamer(tokenizer, out or sys.stdout)
-    cached = arguments["past_key_values"].get_seq_length() if arguments.get("past_key_values") is not None else 0
+    cache = arguments.get("past_key_values")
+    cached = cache.get_seq_length() if cache is not None else 0
     path = model.choose_prefill(input_ids.shape[1] - cached, prefill)
     started = time.perf_counter()
     result = model.generate(

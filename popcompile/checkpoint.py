@@ -14,14 +14,18 @@ from itertools import chain, product
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from popcompile.adapter import Adapter
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program
 from popcompile.source import Source, TensorInfo, random_tensor
+from popcompile.upstream import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    get_checkpoint_conversion_mapping,
+)
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,39 @@ row is packed to the left without its pads; PopCache remembers which of the call
 from __future__ import annotations
 
 import contextlib
-import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from popcompile.errors import PopcompileError
+from popcompile.generation_arguments import (
+    ARGUMENTS,
+    FIELDS,
+    refuse_batching,
+    refuse_hub_code,
+    require_function,
+    require_supported,
+    unknown_arguments,
+)
+from popcompile.generation_cache import PopCache, PopOutput, generated
 from popcompile.loading import quiet, reading
-from popcompile.runtime import KVCache, Runtime, Stage
+from popcompile.runtime import Runtime, Stage
+from popcompile.upstream import CACHE, OTHER_CACHE, mask_length, register_for_pipelines
 
 PREFILLS = ("auto", "pop", "full")
 
 #: transformers types its mixin for PreTrainedModel, which this module's is not
 _GenerationMixin: Any = GenerationMixin
+#: of generate, in their order
+_ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+register_for_pipelines("PopForCausalLM")
 
 
 def load(
@@ -60,64 +74,6 @@ def load(
 def _require_prefill(prefill: str) -> None:
     if prefill not in PREFILLS:
         raise PopcompileError(f"prefill {prefill}: unknown; choose one of {', '.join(PREFILLS)}")
-
-
-class PopCache(Cache):
-    """What the model remembers of the rows fed so far, for transformers' generation loop.
-
-    It belongs to one model and grows in place, as transformers' DynamicCache does; copy.deepcopy branches it.
-    """
-
-    def __init__(self, kv: KVCache) -> None:
-        super().__init__(layers=[])
-        self.kv = kv
-        #: [batch, columns fed] bool, in the caller's layout: which columns are tokens that the cache holds
-        self.seen = torch.zeros((len(kv.lengths), 0), dtype=torch.bool)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns fed so far, pads included."""
-        return self.seen.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.kv.values) // 2
-
-    def __repr__(self) -> str:
-        return f"PopCache(lengths={self.kv.lengths})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PopCache:
-        other = PopCache(copy.deepcopy(self.kv, memo))
-        other.seen = self.seen.clone()
-        return other
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.kv.lengths)
-
-    def hide(self, seen: Tensor) -> None:
-        """Forget the columns that a later mask hides: pads that generation put behind a finished row."""
-        if bool((seen & ~self.seen).any()):
-            raise PopcompileError(
-                "attention_mask has a 1 for a column that was padding when it was fed; give the same mask again,"
-                " followed by ones for the new tokens"
-            )
-        for row in (self.seen & ~seen).any(1).nonzero().flatten().tolist():
-            kept = seen[row][self.seen[row]]  # of the cached tokens, in their order
-            length = int(kept.sum())
-            if not bool(kept[:length].all()):
-                raise PopcompileError(
-                    "attention_mask hides cached tokens before others; the cache can only forget its last ones, start"
-                    " again without past_key_values"
-                )
-            self.kv.lengths[row] = length
-        self.seen = seen
-
-    def _refuse(self, *_: object, **__: object) -> Any:
-        raise PopcompileError(
-            "a PopCache cannot be reordered, cropped or updated; it serves greedy search and sampling"
-        )
-
-    update = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
-    activate_past_recording = reset = _refuse
 
 
 class PopForCausalLM(_GenerationMixin):
@@ -174,42 +130,44 @@ class PopForCausalLM(_GenerationMixin):
         logits_to_keep: int = 0,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> PopOutput | tuple[Any, ...]:
         """Append tokens and return logits.
 
         input_ids: [B, S] integers. attention_mask: [B, columns fed before + S], 0 for pads, which may be anywhere;
-        without it every new column is a token. past_key_values: a cache that this model returned; it grows in place.
+        without it every new column is a token. past_key_values, or cache as transformers calls it since 5.24: one that
+        this model returned; it grows in place.
         prefill: None runs the full model; "pop", "full" and "auto" as in `load`.
         logits_to_keep: 0 for the logits of every column, [B, S, vocabulary], zeros at pads; 1 for those of each row's
         last token, [B, 1, vocabulary], wherever its pads are. The pruned prefill has the latter only.
         Raises PopcompileError for tokens that are not the model's, rows without any, and too many for its context.
         """
-        unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
-        if unknown:
-            raise PopcompileError(f"{', '.join(unknown)}: not taken by a compiled model; leave it out")
+        self._require_known(kwargs)
         if prefill is not None:
             _require_prefill(prefill)
         ids = self._require_ids(input_ids)
-        cache = self._require_cache(past_key_values, len(ids))
-        mask = _columns(ids, attention_mask, cache)
-        new = mask[:, cache.get_seq_length() :]
+        held = self._require_cache(_either(past_key_values, cache), len(ids))
+        mask = _columns(ids, attention_mask, held)
+        new = mask[:, held.get_seq_length() :]
         rows = [row[keep] for row, keep in zip(ids, new, strict=True)]
         self._require_tokens(rows)
         lengths = [int(n) for n in mask.sum(1)]
         self._require_room(max(lengths), 0)
-        cache.hide(mask[:, : cache.get_seq_length()])
+        held.hide(mask[:, : held.get_seq_length()])
 
         pruned = prefill is not None and self.choose_prefill(max(len(r) for r in rows), prefill) == "pop"
         stage: Stage = "prefill" if pruned else "decode"
         every_token = logits_to_keep != 1 and stage == "decode"
-        logits = self.runtime.feed(rows, cache.kv, stage, every_token=every_token)
-        cache.seen = mask
+        logits = self.runtime.feed(rows, held.kv, stage, every_token=every_token)
+        held.seen = mask
         if every_token and not bool(new.all()):
             logits = _unpack(logits, new)
         if every_token and logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
+        kept: dict[str, Any] = {CACHE: None if use_cache is False else held}
+        output = PopOutput(logits=logits, **kept)
         return output if return_dict is not False else output.to_tuple()
 
     def choose_prefill(self, tokens: int, prefill: str | None = None) -> str:
@@ -237,17 +195,24 @@ class PopForCausalLM(_GenerationMixin):
     ) -> Any:
         """transformers' `generate`, greedy or sampled; `prefill` overrides the model's own.
 
-        With past_key_values of an earlier call (return_dict_in_generate=True) and the whole conversation's input_ids,
-        only the new tokens are encoded. use_cache=False changes no token; it leaves the cache out of what is returned.
-        Raises PopcompileError as `forward` does, and for generation modes that need another cache, beam search among
-        them.
+        With past_key_values (or cache) of an earlier call (return_dict_in_generate=True) and the whole conversation's
+        input_ids, only the new tokens are encoded. use_cache=False changes no token; it leaves the cache out of what is
+        returned.
+        Raises PopcompileError as `forward` does, and by their names for arguments that need another cache or other
+        outputs than logits, beam search's among them (popcompile/generation_arguments.py).
         """
         prefill = self.prefill if prefill is None else prefill
         _require_prefill(prefill)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
+        cache = _either(kwargs.pop(OTHER_CACHE, None), kwargs.pop(CACHE, None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        given = dict(zip(_ARGUMENTS, (inputs, generation_config, *args), strict=False)) | kwargs
+        require_supported(given, ARGUMENTS | FIELDS)
+        require_function(given.get("custom_generate"))
         if ids is not None:
             self._require_ids(ids)
-            self._require_continuation(ids, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+            self._require_continuation(ids, kwargs.get("attention_mask"), cache)
         with _one_thread():
             return super().generate(inputs, generation_config, *args, prefill=prefill, **kwargs)
 
@@ -255,19 +220,31 @@ class PopForCausalLM(_GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        require_supported(vars(config), FIELDS)
         config._return_cache = config.use_cache is not False
         config.use_cache = True  # without a cache each step would encode its own text as a pruned prompt
         return config, model_kwargs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What of the caller's arguments is left for `forward`."""
+        self._require_known(model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        unknown = unknown_arguments(inputs, self.forward)
+        if unknown:  # the caller's own were checked before
+            raise PopcompileError(
+                f"generate of transformers {transformers.__version__} passes {', '.join(unknown)}, which is newer than"
+                " this popcompile; install the versions that were tested: pip install --upgrade popcompile"
+            )
+        return inputs
+
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: Any, generation_mode_kwargs: Any
     ) -> None:
-        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):  # one that FIELDS has not
             mode = generation_mode.value.replace("_", " ")
             raise PopcompileError(f"{mode} is not supported; use greedy search or sampling (num_beams=1)")
-        for option in ("prefill_chunk_size", "cache_implementation"):
-            if getattr(generation_config, option, None) is not None:
-                raise PopcompileError(f"{option} is not supported; leave it out")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_generated_length(
@@ -292,24 +269,30 @@ class PopForCausalLM(_GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Put a PopCache where transformers would put its DynamicCache, once prompt and new tokens fit the context."""
-        cache = self._require_cache(
-            model_kwargs.get("past_key_values"), batch_size * generation_config.num_return_sequences
-        )
+        cache = self._require_cache(model_kwargs.get(CACHE), batch_size * generation_config.num_return_sequences)
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
             prompt = int(mask.sum(1).max())
         else:  # transformers has dropped a mask of ones
-            prompt = max(cache.kv.lengths) + generation_config._mask_length - cache.get_seq_length()
+            columns = mask_length(generation_config) or cache.get_seq_length()
+            prompt = max(cache.kv.lengths) + columns - cache.get_seq_length()
         self._require_room(prompt, generation_config._new_tokens)
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        kwargs.pop("tokenizer", None)  # of stop_strings and token_healing; the loop would hand it to forward
         output = super()._sample(input_ids, *args, generation_config=generation_config, **kwargs)
-        if not generation_config._return_cache and not isinstance(output, Tensor):
-            output.past_key_values = None
-        return output
+        return generated(output, generation_config._return_cache)
+
+    load_custom_generate = refuse_hub_code
+    generate_batch = init_continuous_batching = continuous_batching_context_manager = refuse_batching
 
     # --- checks ------------------------------------------------------------------------------------------------
+
+    def _require_known(self, arguments: dict[str, Any]) -> None:
+        unknown = unknown_arguments(arguments, self.forward)
+        if unknown:
+            raise PopcompileError(f"{', '.join(unknown)}: not taken by a compiled model; leave it out")
 
     def _require_ids(self, ids: Any) -> Tensor:
         if not isinstance(ids, Tensor):
@@ -368,6 +351,13 @@ class PopForCausalLM(_GenerationMixin):
                 f"past_key_values holds {cache.get_seq_length()} columns and input_ids has {columns}; give the whole"
                 " conversation's input_ids, old and new"
             )
+
+
+def _either(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that was given, under whichever of its names."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise PopcompileError("past_key_values and cache are two names of one argument; give one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 @contextlib.contextmanager

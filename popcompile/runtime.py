@@ -34,6 +34,7 @@ from popcompile.export.providers import PROVIDERS, Provider
 from popcompile.gpu import has_gpu
 from popcompile.loading import one_line
 from popcompile.package import Manifest, check_external_data, check_files, read_manifest
+from popcompile.upstream import memory_map
 
 Stage = Literal["prefill", "decode"]
 
@@ -172,7 +173,7 @@ class SharedWeights:
 
     def release_pages(self) -> None:
         """Let go of the pages read so far; they are mapped again when something reads them."""
-        mapping = getattr(self._file, "_mmap", None)
+        mapping = memory_map(self._file)
         if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
 

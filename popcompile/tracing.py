@@ -21,19 +21,28 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import one_line
 from popcompile.passes import ops
 from popcompile.passes.base import Program
 from popcompile.positions import context_length, require_positions
+from popcompile.upstream import (
+    FakeTensor,
+    FakeTensorMode,
+    cache_argument,
+    computed_buffers,
+    has_capped_gate,
+    has_default_gate,
+    initialize_buffers,
+    rename,
+    set_buffer,
+)
 
 #: what transformers knows the functions below as
 _IMPLEMENTATION = "popcompile"
@@ -98,10 +107,9 @@ def _experts(
 
 def _gate(module: Any) -> tuple[float, float, float] | None:
     """alpha, shift and limit of experts' SwiGLU (ops.experts), or None where they have another gate."""
-    kind = type(module)._apply_gate
-    if kind is _default_apply_gate and module.is_concatenated and isinstance(module.act_fn, _SILU):
+    if has_default_gate(module) and module.is_concatenated and isinstance(module.act_fn, _SILU):
         return 1.0, 0.0, 0.0
-    if kind is GptOssExperts._apply_gate and not module.is_concatenated:
+    if has_capped_gate(module) and not module.is_concatenated:
         return float(module.alpha), 1.0, float(module.limit)
     return None
 
@@ -151,7 +159,8 @@ class _Decoder(torch.nn.Module):
         _positions.append(positions)
         try:
             cache = Cache(layers=list(layers))
-            out = self.decoder(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            named = {cache_argument(self.decoder.forward): cache}
+            out = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=True, **named)
         finally:
             _positions.pop()
         return out.logits, [t for layer in layers for t in (layer.keys, layer.values)]
@@ -213,13 +222,13 @@ def _arguments(dtype: torch.dtype, layers: int, heads: int, head_size: int) -> t
 @contextlib.contextmanager
 def _restoring(model: torch.nn.Module) -> Iterator[None]:
     """Let modules forget what they keep of a run: frequencies of RoPE for its length, for instance."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    before = [(m, dict(vars(m)), dict(m.named_buffers(recurse=False))) for m in model.modules()]
     yield
     for module, attributes, buffers in before:
         vars(module).clear()
         vars(module).update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
+        for name, value in buffers.items():
+            set_buffer(module, name, value)
 
 
 def _cache_shape(config: PretrainedConfig, entries: Sequence[torch.Tensor | None]) -> tuple[int, int]:
@@ -254,7 +263,7 @@ def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.target = name
-        node._rename(name)
+        rename(node, name)
     for node in list(graph.nodes):
         if node.op == "get_attr":
             node.target = node.target.removeprefix("decoder.")
@@ -282,21 +291,19 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for path, module in model.named_modules():
         parent = owners[path.rpartition(".")[0]] if path else model
         owners[path] = module if isinstance(module, PreTrainedModel) else parent
-        computed = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
+        computed = computed_buffers(module)
         if not computed:
             continue
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own flag
         fakes = {n: getattr(module, n) for n in computed}
         for n in computed:
-            module._buffers[n] = _unknown(fakes[n])
+            set_buffer(module, n, _unknown(fakes[n]))
         with torch.no_grad():
-            owners[path]._init_weights(module)
+            initialize_buffers(owners[path], module)
         for n in computed:
-            real = module._buffers[n]
+            real = getattr(module, n)
             assert real is not None
             values[f"{path}.{n}" if path else n] = real
-            module._buffers[n] = fakes[n]
+            set_buffer(module, n, fakes[n])
     return values
 
 

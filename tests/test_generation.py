@@ -229,7 +229,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"ids": torch.tensor([[1, 2]]), "prompt_lookup_num_tokens": 2},
         "assisted generation is not supported",
     ),
-    "static cache": ({"ids": torch.tensor([[1, 2]]), "cache_implementation": "static"}, "cache_implementation is not"),
+    "static cache": ({"ids": torch.tensor([[1, 2]]), "cache_implementation": "static"}, "cache_implementation"),
     "other cache": ({"ids": torch.tensor([[1, 2]]), "past_key_values": DynamicCache()}, "past_key_values is a Dynamic"),
 }
 

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    "]
 NEW_TOKENS = 24
 #: this range of torch keeps pip from fetching a CUDA build that nothing here needs
-OPTIMUM = ["optimum-onnx[onnxruntime]", "torch>=2.11,<2.14"]
+OPTIMUM = ["optimum-onnx[onnxruntime]>=0.1,<0.2", "torch>=2.11,<2.14"]
 NODE = ["@huggingface/transformers", "onnxruntime-node"]
 
 

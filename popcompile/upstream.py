@@ -1,0 +1,229 @@
+"""What popcompile takes from other libraries that they do not promise to keep: private names, and names that changed.
+
+No other module imports such a name or reaches into such an attribute (tests/test_upstream.py). Each says what it is for
+and since which version it holds; where a release changes one, this is the file to edit. Names of transformers are
+imported when they are asked for: passes/ and export/ import this module and stand on torch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import mmap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch._dispatch.python
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+
+    CACHE: str
+    OTHER_CACHE: str
+
+__all__ = [
+    "CACHE", "OTHER_CACHE", "FakeTensor", "FakeTensorMode", "OpOverload", "WeightConverter", "WeightRenaming",
+    "WeightTransform", "get_checkpoint_conversion_mapping", "tree_leaves",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Private:
+    """A name of another library: where it is, what it is for, and the oldest release that it was seen in."""
+
+    where: str
+    purpose: str
+    since: str
+
+
+#: what is imported or read below
+NAMES = (
+    Private("torch._ops:OpOverload", "tells an ATen operator in a graph from a function", "2.11"),
+    Private("torch._ops:OpOverload._schema", "whether an operator changes or shares its input", "2.11"),
+    Private("torch._subclasses.fake_tensor:FakeTensor", "which of an export's constants have no values", "2.11"),
+    Private("torch._subclasses.fake_tensor:FakeTensorMode", "tracing without weights", "2.11"),
+    Private("torch._dispatch.python:enable_python_dispatcher", "fake values of free sizes, before torch 2.13", "2.11"),
+    Private("torch.utils._pytree:tree_leaves", "the nodes among nested arguments", "2.11"),
+    Private("torch.fx:Node._rename", "names in printed graphs; Node.name has no setter", "2.11"),
+    Private("torch._ops:OpOverload._overloadname", "the overload without its operator", "2.11"),
+    Private("torch.nn:Module._buffers", "replace real buffers by fakes and back", "2.11"),
+    Private("torch.nn:Module._parameters", "replace real parameters by fakes", "2.11"),
+    Private("torch.nn:Module._non_persistent_buffers_set", "which buffers no checkpoint holds", "2.11"),
+    Private("transformers.integrations.moe:_default_apply_gate", "which experts are plain SwiGLU", "5.10"),
+    Private(
+        "transformers.models.gpt_oss.modeling_gpt_oss:GptOssExperts._apply_gate", "which experts cap SwiGLU", "5.10"
+    ),
+    Private("transformers:PreTrainedModel._init_weights", "values of buffers that no checkpoint has", "5.10"),
+    Private("transformers:GenerationConfig._mask_length", "the columns of a mask that was dropped", "5.12"),
+    Private("transformers:PreTrainedModel._is_hf_initialized", "a flag on parameters that hold values", "5.10"),
+    Private("numpy:memmap._mmap", "give the pages of weights back", "2.0"),
+    Private("transformers.core_model_loading:WeightConverter", "rules that merge or split tensors", "5.10"),
+    Private("transformers.core_model_loading:WeightRenaming", "rules that rename tensors", "5.10"),
+    Private("transformers.core_model_loading:WeightTransform", "what both are", "5.10"),
+    Private(
+        "transformers.conversion_mapping:get_checkpoint_conversion_mapping", "those rules of a type", "5.10"
+    ),
+    Private(
+        "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "what pipelines compare names of classes with",
+        "5.10",
+    ),
+)  # fmt: skip
+
+#: private methods of GenerationMixin that PopForCausalLM overrides, with the parameters that it counts on
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_prepare_generation_config": ("self", "generation_config", "kwargs"),
+    "_validate_model_kwargs": ("self", "model_kwargs"),
+    "_validate_generation_mode": ("self", "generation_mode", "generation_config", "generation_mode_kwargs"),
+    "_validate_generated_length": ("self", "generation_config", "input_ids_length", "has_default_max_length"),
+    "_prepare_cache_for_generation": (
+        "self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length",
+    ),
+    "_sample": (
+        "self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
+        "model_kwargs",
+    ),
+}  # fmt: skip
+
+_LAZY = {
+    "get_checkpoint_conversion_mapping": "transformers.conversion_mapping",
+    "WeightConverter": "transformers.core_model_loading",
+    "WeightRenaming": "transformers.core_model_loading",
+    "WeightTransform": "transformers.core_model_loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in ("CACHE", "OTHER_CACHE"):
+        # The cache's name in what transformers' models and generation take and return: "cache" since 5.24,
+        # "past_key_values" before, whose use 5.24 reports as deprecated. OTHER_CACHE is the other one.
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        renamed = "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)}
+        return "cache" if renamed is (name == "CACHE") else "past_key_values"
+    raise AttributeError(name)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name that a model's forward gives its cache: a repository's own code keeps the old one."""
+    current, other = __getattr__("CACHE"), __getattr__("OTHER_CACHE")
+    parameters = inspect.signature(forward).parameters
+    return str(other if other in parameters and current not in parameters else current)
+
+
+def register_for_pipelines(name: str) -> None:
+    """Let transformers' text-generation pipeline take models of the class called `name` as it takes its own.
+
+    It compares names of classes with the values of this mapping, also in 5.24, and logs all of them as an error where
+    there is none; what AutoModelForCausalLM.register adds is not looked at. The key is nobody's model type.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("popcompile", name)
+
+
+def has_default_gate(experts: nn.Module) -> bool:
+    """Whether a layer's experts combine their two halves as transformers' own default does: act(gate) * up."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    return getattr(type(experts), "_apply_gate", None) is _default_apply_gate
+
+
+def has_capped_gate(experts: nn.Module) -> bool:
+    """Whether a layer's experts combine gate and up as those of gpt-oss do, whose parameters are alpha and limit."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    return getattr(type(experts), "_apply_gate", None) is GptOssExperts._apply_gate
+
+
+def initialize_buffers(model: Any, module: nn.Module) -> None:
+    """Let transformers compute a module's buffers from the config, and leave its parameters as they are.
+
+    `_is_hf_initialized` is its own flag on a parameter that needs no initial values.
+    """
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model._init_weights(module)
+
+
+def mask_length(generation_config: Any) -> int | None:
+    """Columns of the attention mask that generation dropped, for it hides nothing; None where it dropped none."""
+    return getattr(generation_config, "_mask_length", None)
+
+
+# --- numpy -----------------------------------------------------------------------------------------------------
+
+
+def memory_map(array: np.memmap) -> mmap.mmap | None:
+    """The mapping behind an array, to give its pages back."""
+    return getattr(array, "_mmap", None)
+
+
+# --- torch -----------------------------------------------------------------------------------------------------
+
+
+def computed_buffers(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that no checkpoint holds."""
+    return [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
+
+
+def set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Put a tensor, fake or real, in a buffer's place."""
+    module._buffers[name] = value
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters and buffers, those that are None too."""
+    return {**module._parameters, **module._buffers}
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node another name, made unique in its graph."""
+    node._rename(name)
+
+
+def operator_name(operator: OpOverload) -> str:
+    """Without its namespace and overload: "add" of aten::add.Tensor."""
+    return operator._schema.name.split("::")[1]
+
+
+def overload_name(operator: OpOverload) -> str:
+    """ "Tensor" of aten::add.Tensor."""
+    return operator._overloadname
+
+
+def changes_its_input(target: object) -> bool:
+    return isinstance(target, OpOverload) and operator_schema(target).is_mutable
+
+
+def shares_its_input(target: object) -> bool:
+    """Whether an operator's result may be a view of an argument."""
+    return isinstance(target, OpOverload) and any(r.alias_info is not None for r in operator_schema(target).returns)
+
+
+def operator_schema(operator: OpOverload) -> Any:
+    return operator._schema
+
+
+def symbolic_dispatch() -> contextlib.AbstractContextManager[None]:
+    """Around operators on fake tensors of free sizes, outside of tracing.
+
+    Before torch 2.13 some composite operators ask C++ for a size as a number, which fixes a free one to its example.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13):
+        return contextlib.nullcontext()
+    return torch._dispatch.python.enable_python_dispatcher()
