@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM, load
-from popcompile.integrity import read_file, require_only_listed
-from popcompile.loading import one_line, quiet
-from popcompile.package import PASSES, REPORT, Manifest, read_manifest
+from popcompile.loading import one_line
+from popcompile.package_configs import load_tokenizer
 from popcompile.runtime import find_provider
 from popcompile.terminal import say, without_controls
 from popcompile.texts import cannot_read
@@ -78,33 +76,6 @@ class _Stream(TextStreamer):
             text = without_controls(text)
         self._out.write(text + ("\n" if stream_end else ""))
         self._out.flush()
-
-
-def load_tokenizer(folder: Path, manifest: Manifest | None = None) -> PreTrainedTokenizerBase:
-    """The package's tokenizer, made of the files that its manifest means.
-
-    manifest: of the model that it is for, where that is loaded already. Raises PopcompileError where the package has
-    none, or is another one by now.
-    """
-    there = read_manifest(folder)
-    if manifest is not None and there != manifest:
-        raise PopcompileError(f"{folder}: was replaced while it was loaded; load it again")
-    require_only_listed(folder, there.files)
-    others = {*there.graphs.values(), there.weights, REPORT}
-    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary, quiet():
-        for name in there.files:
-            if name not in others and not name.startswith(f"{PASSES}/"):
-                path = Path(temporary, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(read_file(folder, there, name))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
-        except Exception as error:
-            raise PopcompileError(
-                f"{folder}: the package has no usable tokenizer; convert a model that comes with one"
-            ) from error
-    tokenizer.name_or_path = str(folder)
-    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], raw: bool) -> torch.Tensor:

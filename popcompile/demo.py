@@ -7,12 +7,13 @@ import re
 import time
 from pathlib import Path
 
-from popcompile.chat import Timing, encode, generate, load_tokenizer
+from popcompile.chat import Timing, encode, generate
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
 from popcompile.generation import load
 from popcompile.inspection import inspect_text
 from popcompile.package import MANIFEST
+from popcompile.package_configs import load_tokenizer
 from popcompile.progress import CONVERT_STEPS, progress_bar
 from popcompile.samples import sample_model
 from popcompile.terminal import show

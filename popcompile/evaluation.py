@@ -28,11 +28,11 @@ from torch import Tensor
 
 from popcompile.arguments import SEED
 from popcompile.bootstrap import CONFIDENCE, RESAMPLES, estimate
-from popcompile.chat import load_tokenizer
 from popcompile.conversion import Progress
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest, read_manifest
+from popcompile.package_configs import load_tokenizer
 from popcompile.predictions import compare
 from popcompile.runtime import KVCache, Runtime, find_provider
 from popcompile.texts import default_texts, read_texts, windows

@@ -76,7 +76,8 @@ class GgufSource(Source):
             blocks = np.fromfile(stream, np.uint8, tensor.bytes)
         if blocks.size != tensor.bytes:
             raise PopcompileError(f"{self.name}: {self._path.name} was cut short after it was opened; try again")
-        return torch.from_numpy(dequantize(blocks.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind))
+        with np.errstate(all="ignore"):  # of scales that are NaN: what they give is refused where it is read
+            return torch.from_numpy(dequantize(blocks.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind))
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         if "tokenizer.ggml.tokens" not in self._header.metadata:

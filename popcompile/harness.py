@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from popcompile.arguments import SEED
-from popcompile.chat import load_tokenizer
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM
 from popcompile.loading import errors_only, one_line, quiet
+from popcompile.package_configs import load_tokenizer
 from popcompile.runtime import KVCache, Runtime, Stage
 from popcompile.variants import with_full_model
 

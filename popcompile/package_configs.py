@@ -1,4 +1,4 @@
-"""transformers' configs of a package, made of the bytes that its manifest means. No code of the package is run.
+"""transformers' configs and tokenizer of a package, made of the bytes that its manifest means; none of its code is run.
 
 transformers' own `from_pretrained` looks for further files in a folder, and asks on the terminal whether it may run
 code that a config names; `from_dict` does neither.
@@ -7,15 +7,16 @@ code that a config names; `from_dict` does neither.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
-from popcompile.integrity import read_file
+from popcompile.integrity import read_file, require_only_listed
 from popcompile.loading import quiet, reading
-from popcompile.package import Manifest
+from popcompile.package import PASSES, REPORT, Manifest, read_manifest
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 #: how families call the number of layers
@@ -52,6 +53,34 @@ def read_generation_config(folder: Path, manifest: Manifest, config: PretrainedC
     data = _read(folder, manifest, GENERATION_CONFIG)
     with quiet(), reading(str(folder), f"{GENERATION_CONFIG} does not load"):
         return GenerationConfig.from_dict(data)
+
+
+def load_tokenizer(folder: Path, manifest: Manifest | None = None) -> PreTrainedTokenizerBase:
+    """The package's tokenizer, made of the files that its manifest means.
+
+    manifest: of the model that it is for, where that is loaded already. Raises PopcompileError where the package has
+    none, or is another one by now.
+    """
+    there = read_manifest(folder)
+    if manifest is not None and there != manifest:
+        raise PopcompileError(f"{folder}: was replaced while it was loaded; load it again")
+    require_only_listed(folder, there.files)
+    others = {*there.graphs.values(), there.weights, REPORT}
+    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary, quiet():
+        for name in there.files:
+            if name not in others and not name.startswith(f"{PASSES}/"):
+                path = Path(temporary, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(read_file(folder, there, name))
+        try:
+            with reading(str(folder), "its tokenizer does not load"):
+                tokenizer = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
+        except PopcompileError as error:
+            raise PopcompileError(
+                f"{folder}: the package has no usable tokenizer; convert a model that comes with one"
+            ) from error
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
 
 
 def _read(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:

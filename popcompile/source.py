@@ -201,7 +201,7 @@ class FolderSource(Source):
             for file in files:
                 with (self._folder / file).open("rb") as stream:
                     size = stream.read(8)
-                    headers.update(file.encode() + size + stream.read(int.from_bytes(size, "little")))
+                    headers.update(file.encode() + size + stream.read(min(int.from_bytes(size, "little"), TABLE_BYTES)))
             marks["safetensors_headers_sha256"] = headers.hexdigest()
             marks["safetensors_bytes"] = str(sum((self._folder / file).stat().st_size for file in files))
         return marks

@@ -17,6 +17,7 @@ from popcompile.errors import PopcompileError
 from popcompile.graph_check import read_graphs
 from popcompile.integrity import check_files
 from popcompile.package import Manifest, read_manifest
+from popcompile.package_configs import load_tokenizer, read_config, read_generation_config
 from popcompile.runtime import Runtime, Stage
 
 #: largest difference of two logits or cache entries, relative to the largest value, that rounding explains
@@ -37,6 +38,7 @@ def verify(folder: Path, *, provider: str = "cpu") -> list[dict[str, Any]]:
     size = sum(f["size"] for f in manifest.files.values()) / 1e6
     checks = [{"check": "files", "detail": f"{len(manifest.files)} files, {size:.0f} MB, SHA-256 as in the manifest"}]
     checks.append({"check": "graphs", "detail": _check_graphs(folder, manifest)})
+    checks.append({"check": "configs", "detail": _check_configs(folder, manifest)})
     difference = _self_check(folder, manifest, provider)
     detail = f"prefill equals decode on the boundary token, largest relative difference {difference:.1e} ({provider})"
     checks.append({"check": "numbers", "detail": detail})
@@ -47,6 +49,15 @@ def _check_graphs(folder: Path, manifest: Manifest) -> str:
     """Operators, places of the weights, inputs and outputs: see graph_check.py."""
     read_graphs(folder, manifest)
     return f"{', '.join(manifest.graphs.values())}: {manifest.num_layers} layers, inputs and outputs as in the manifest"
+
+
+def _check_configs(folder: Path, manifest: Manifest) -> str:
+    """What transformers makes of the configs and of the tokenizer, where there is one: as loading does."""
+    config = read_config(folder, manifest)
+    read_generation_config(folder, manifest, config)
+    if not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in manifest.files):
+        return f"{config.model_type}, no tokenizer"
+    return f"{config.model_type}, {type(load_tokenizer(folder, manifest)).__name__}"
 
 
 def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:

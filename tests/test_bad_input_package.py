@@ -13,10 +13,11 @@ from typing import Any
 import onnx
 import pytest
 from bad_input import Cli, save_model
+from resign import sign
 
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.package import LAYOUTS, MANIFEST, REPORT, check_files, describe_files, read_manifest
+from popcompile.package import LAYOUTS, MANIFEST, REPORT, check_files, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 
@@ -31,14 +32,6 @@ def other_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("others")
     convert(save_model(parent / "model", seed=1, rms_norm_eps=1e-5), parent / "out", prune=1)
     return parent / "out"
-
-
-def sign(package: Path, **changes: Any) -> None:
-    """Make the manifest fit the package's files again."""
-    manifest = read_manifest(package)
-    (package / MANIFEST).unlink()
-    manifest = dataclasses.replace(manifest, files=describe_files(package, WEIGHTS), **changes)
-    (package / MANIFEST).write_text(manifest.to_json())
 
 
 def flip(path: Path, at: float = 0.5) -> None:

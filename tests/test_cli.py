@@ -89,7 +89,8 @@ def test_verify(model: str, request: pytest.FixtureRequest, capsys: pytest.Captu
     assert capsys.readouterr().out.count("ok  ") == 3
     if model == "smollm2":
         assert main(["verify", str(package), "--json"]) == 0
-        assert [c["check"] for c in json.loads(capsys.readouterr().out)["checks"]] == ["files", "graphs", "numbers"]
+        checks = json.loads(capsys.readouterr().out)["checks"]
+        assert [check["check"] for check in checks] == ["files", "graphs", "configs", "numbers"]
 
 
 def test_inspect(smollm2_package: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_has_no_full_model(unified: Path, cli: Cli) -> None:
 
 
 def test_verify(unified: Path) -> None:
-    assert [check["check"] for check in verify(unified)] == ["files", "graphs", "numbers"]
+    assert [check["check"] for check in verify(unified)] == ["files", "graphs", "configs", "numbers"]
 
 
 def test_evaluate_compiles_the_full_model(unified: Path, tiny_package: Path, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from bad_input import Cli, names, refusal, snapshot
 from resign import sign
 
 import popcompile
-from popcompile.chat import load_tokenizer
 from popcompile.integrity import check_files
 from popcompile.package import MANIFEST, read_manifest
+from popcompile.package_configs import load_tokenizer
 from popcompile.staging import require_apart, staged
 
 #: every command that takes a package
@@ -102,6 +102,21 @@ def test_a_model_of_remote_code_becomes_a_package_without(
     assert loaded.config.model_type == "own"
     assert torch.equal(loaded(ids).logits, popcompile.load(tiny_package)(ids).logits), "it is the same model"
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", '{"model_type": "llama", "num_hidden_layers": "2"}', "config.json says num_hidden_layers '2'"),
+        ("generation_config.json", "[]", "generation_config.json is not a JSON object"),
+        ("tokenizer.json", "{}", "the package has no usable tokenizer"),
+    ],
+)
+def test_verify_reads_what_loading_reads(name: str, content: str, words: str, cli: Cli, package: Path) -> None:
+    (package / name).write_text(content)
+    sign(package)
+    for command in ("verify", "run"):
+        assert words in cli.refuses(command, package, *COMMANDS[command]), command
 
 
 # --- files -----------------------------------------------------------------------------------------------------
