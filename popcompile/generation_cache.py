@@ -63,6 +63,11 @@ class PopCache(Cache):
     is_initialized = property(lambda _: True)
     is_croppable = is_compileable = property(lambda _: False)
 
+    # the names of transformers before 5.24
+    get_max_cache_shape = get_max_length
+    max_batch_size = batch_size
+    max_cache_len = property(get_max_length)
+
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
