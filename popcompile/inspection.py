@@ -64,7 +64,7 @@ def inspect_pass(folder: Path, name: str) -> str:
         raise PopcompileError(f"--pass {name}: no such pass; the passes are {', '.join(dict.fromkeys(names))}")
     parts = []
     for index in matches:
-        changed = [graph for graph in _pass_graphs(manifest) if (graph.index, graph.name) == (index, names[index])]
+        changed = [graph for graph in _pass_graphs(manifest) if (graph.number, graph.name) == (index, names[index])]
         for graph in changed:
             before, after = _text_before(folder, manifest, graph), _read_text(folder, manifest, graph.file)
             stage = graph.stage
@@ -100,9 +100,9 @@ def readable_report(folder: Path) -> Iterator[None]:
 
 
 class _PassGraph(NamedTuple):
-    """A file with the graph of a stage after the pass `index`, called `name`."""
+    """A file with the graph of a stage after the pass `number`, called `name`."""
 
-    index: int
+    number: int
     name: str
     stage: str
     file: str
@@ -122,7 +122,7 @@ def _read_text(folder: Path, manifest: Manifest, name: str) -> str:
 
 def _text_before(folder: Path, manifest: Manifest, graph: _PassGraph) -> str:
     """The stage's graph as the last pass before left it; before the split, the one traced graph."""
-    earlier = [g for g in _pass_graphs(manifest) if g.index < graph.index and g.stage in (graph.stage, "model")]
+    earlier = [g for g in _pass_graphs(manifest) if g.number < graph.number and g.stage in (graph.stage, "model")]
     traced = f"{PASSES}/traced.model.txt"
     name = max(earlier).file if earlier else traced
     if name not in manifest.files:
