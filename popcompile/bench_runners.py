@@ -108,7 +108,8 @@ def _worded(graph: str, what: str) -> Iterator[None]:
         import onnxruntime as ort
 
         raise PopcompileError(
-            f"{graph}: {what} onnxruntime {ort.__version__}: {one_line(error)}; leave it out, or build it again"
+            f"{graph}: {what} onnxruntime {ort.__version__}: {one_line(error)}; build it again, or leave it out of"
+            " --against"
         ) from error
 
 
