@@ -109,7 +109,7 @@ def convert(
     CPU, most of these layers multiply in int8, with a scale for every token. provider: what the graphs are lowered for
     and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or
     "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
-    `out` appears whole or not at all. Raises PopcompileError for what the user can mend.
+    `out` appears whole or not at all. Raises PopcompileError for what the user can fix.
     """
     out = Path(out)
     _require_choice("--provider", provider, PROVIDERS)
@@ -329,7 +329,7 @@ def _write_weights(
     try:
         return str(write_weights(file, models, program, checkpoint.read, count)["sha256"])
     except WeightError as error:
-        raise PopcompileError(f"{name}: {error}; mend the checkpoint or choose another --dtype") from error
+        raise PopcompileError(f"{name}: {error}; fix the checkpoint or choose another --dtype") from error
 
 
 def _write_configs(folder: Path, source: Source, shapes: _ModelShapes, layout: Layout, provider: str) -> None:

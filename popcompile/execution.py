@@ -19,7 +19,7 @@ from popcompile.errors import PopcompileError
 from popcompile.passes import Program, ops
 from popcompile.passes.graph import call_nodes, clone_module, register_parameter
 
-NO_NUMBERS = "the model's probabilities are no numbers: its activations overflow in fp32; mend the checkpoint"
+NO_NUMBERS = "the model's probabilities are no numbers: its activations overflow in fp32; fix the checkpoint"
 
 #: reads a parameter by its traced name
 Reader = Callable[[str], Tensor]
@@ -62,7 +62,7 @@ def held_in_memory(read: Reader, model: str) -> Reader:
         if name not in held:
             tensor = read(name).float()
             if not torch.isfinite(tensor).all():
-                raise PopcompileError(f"{model}: tensor {name} holds NaN or infinity; mend the checkpoint")
+                raise PopcompileError(f"{model}: tensor {name} holds NaN or infinity; fix the checkpoint")
             held[name] = tensor
         return held[name]
 

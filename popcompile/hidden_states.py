@@ -86,5 +86,5 @@ def require_finite(x: Tensor, layer: int) -> None:
     if not torch.isfinite(x).all():
         raise PopcompileError(
             f"layer {layer} computes NaN or infinity on the calibration text; the checkpoint is damaged or does not fit"
-            " its config: mend it, or convert with --kv-projection layer"
+            " its config: fix it, or convert with --kv-projection layer"
         )

@@ -146,9 +146,7 @@ class _Facts:
     def name(self, what: str) -> str:
         name = self._names[what]
         if not isinstance(name, str) or (what.endswith("_names") and name.count("%d") != 1):
-            raise PopcompileError(
-                f"{self._path.with_name(GENAI_CONFIG)}: {what} is not a name; mend or remove the file"
-            )
+            raise PopcompileError(f"{self._path.with_name(GENAI_CONFIG)}: {what} is not a name; fix or remove the file")
         return name
 
     def number(self, what: str) -> int | None:

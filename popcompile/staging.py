@@ -122,7 +122,7 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up; free some space and convert again",
     errno.EFBIG: "a file gets larger than this process or disk allows; raise the limit (ulimit -f) and convert again",
 }
-#: what the user can mend where writing fails, by errno; another OSError is a failure of ours
+#: what the user can fix where writing fails, by errno; another OSError is a failure of ours
 _WRITE_ERRORS = _FULL | {
     errno.EACCES: "no permission to write there; choose another place",
     errno.EPERM: "no permission to write there; choose another place",

@@ -135,6 +135,6 @@ TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], list[str
     "missing": (lambda t: None, [], f"has no tensor {UP}; its config describes another model"),
     "shape": (lambda t: t[:, 1:].clone(), [], f"tensor {UP} has shape [64, 31], its config asks for [64, 32]"),
     "integers": (lambda t: t.to(torch.int8), [], f"tensor {UP} holds int8; give an unquantized checkpoint"),
-    "NaN": (fill(float("nan")), [], f"tensor {UP} holds NaN or infinity; mend the checkpoint"),
-    "fp16 overflow": (fill(1e5), ["--dtype", "fp16"], f"tensor {UP} has values beyond the range of float16; mend"),
+    "NaN": (fill(float("nan")), [], f"tensor {UP} holds NaN or infinity; fix the checkpoint"),
+    "fp16 overflow": (fill(1e5), ["--dtype", "fp16"], f"tensor {UP} has values beyond the range of float16; fix"),
 }

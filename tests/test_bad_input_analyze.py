@@ -1,4 +1,4 @@
-"""Bad input to `popcompile analyze`: one line with cause and mend, exit status 2, nothing written."""
+"""Bad input to `popcompile analyze`: one line with cause and fix, exit status 2, nothing written."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_wrong_tensors(case: str, cli: Cli, model: Path) -> None:
 
 def test_infinity_names_the_layers_tensor(cli: Cli, model: Path) -> None:
     change_tensor(model, UP, fill(float("inf")))
-    assert f"tensor {UP} holds NaN or infinity; mend the checkpoint" in cli.refuses("analyze", model, *FEW)
+    assert f"tensor {UP} holds NaN or infinity; fix the checkpoint" in cli.refuses("analyze", model, *FEW)
 
 
 def test_activations_that_overflow(cli: Cli, model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bad input to `popcompile bench`: one line on stderr with cause and mend, status 2, nothing changed on disk."""
+"""Bad input to `popcompile bench`: one line on stderr with cause and fix, status 2, nothing changed on disk."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ PEERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "pipeline": (lambda empty, peer: config(peer, pipeline=[]), "its genai_config.json describes several graphs"),
     "vision": (lambda empty, peer: write_config(peer, '{"model": {"decoder": {}, "vision": {}}}'), "several graphs"),
     "other graph": (lambda empty, peer: config(peer, filename="x.onnx"), "names the graph x.onnx, which is not there"),
-    "bad name": (lambda empty, peer: config(peer, inputs={"past_key_names": 3}), "past_key_names is not a name; mend"),
+    "bad name": (lambda empty, peer: config(peer, inputs={"past_key_names": 3}), "past_key_names is not a name; fix"),
     "no %d": (lambda empty, peer: config(peer, inputs={"past_key_names": "past"}), "past_key_names is not a name"),
     "no ids": (lambda empty, peer: rename(peer, "input_ids", "ids"), "it has no input input_ids; looked for input_ids"),
     "no logits": (lambda empty, peer: rename(peer, "logits", "scores"), "it has no output logits"),

@@ -1,4 +1,4 @@
-"""Bad input to calibration and to the choice of layers: one line with cause and mend, status 2, nothing on disk."""
+"""Bad input to calibration and to the choice of layers: one line with cause and fix, status 2, nothing on disk."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_damaged_weights_name_the_layer(cli: Cli, tmp_path: Path) -> None:
     model = save_model(tmp_path / "nan", num_hidden_layers=3, max_position_embeddings=96, vocab_size=128)
     change(model, "model.layers.1.mlp.up_proj.weight", float("nan"))
     line = cli.refuses("convert", model, tmp_path / "out", "--prune", "2")
-    assert "tensor model.layers.1.mlp.up_proj.weight holds NaN or infinity; mend the checkpoint" in line
+    assert "tensor model.layers.1.mlp.up_proj.weight holds NaN or infinity; fix the checkpoint" in line
 
 
 def test_overflow_names_the_layer(cli: Cli, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bad input to `popcompile evaluate`: one line on stderr with cause and mend, status 2, nothing changed on disk."""
+"""Bad input to `popcompile evaluate`: one line on stderr with cause and fix, status 2, nothing changed on disk."""
 
 from __future__ import annotations
 

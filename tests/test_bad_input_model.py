@@ -1,4 +1,4 @@
-"""Bad models: one line on stderr that says what is wrong and how to mend it, exit status 2, nothing left on disk."""
+"""Bad models: one line on stderr that says what is wrong and how to fix it, exit status 2, nothing left on disk."""
 
 from __future__ import annotations
 

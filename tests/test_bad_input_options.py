@@ -1,4 +1,4 @@
-"""Bad options, and outputs that cannot be written: one line with cause and mend, exit status 2, nothing on disk."""
+"""Bad options, and outputs that cannot be written: one line with cause and fix, exit status 2, nothing on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged packages: every command says in one line what is wrong and how to mend it, exit status 2."""
+"""Damaged packages: every command says in one line what is wrong and how to fix it, exit status 2."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_not_a_package(command: str, cli: Cli, model: Path, tmp_path: Path) -> N
     assert "no such package folder" in line(model / "config.json")
     assert "no such package folder" in line(Path("org/hub-id"))
     assert f"not a popcompile package, it has no {MANIFEST}; give the folder that" in line(model)
-    assert "cannot be read (File name too long)" in line(tmp_path / ("x" * 300))
+    assert "File name too long; give another" in line(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("content", REPORTS)

@@ -1,4 +1,4 @@
-"""Bad places for a package, and conversions that are killed: one line with cause and mend, no half package."""
+"""Bad places for a package, and conversions that are killed: one line with cause and fix, no half package."""
 
 from __future__ import annotations
 

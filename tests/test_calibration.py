@@ -280,7 +280,7 @@ def test_nan_weights_name_the_layer(tmp_path: Path) -> None:
     name = "model.layers.2.mlp.down_proj.weight"
     weights[name] = torch.full_like(weights[name], float("nan"))
     damaged = LayerwiseModel(materialise(source.program.graphs["model"], source.program, weights))
-    with pytest.raises(PopcompileError, match=r"^layer 2 computes NaN or infinity .* mend it, or convert with"):
+    with pytest.raises(PopcompileError, match=r"^layer 2 computes NaN or infinity .* fix it, or convert with"):
         HiddenStates(damaged, text(), 4, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -105,5 +105,5 @@ def test_nan_weights_are_one_error() -> None:
     weights = dict(source.model.state_dict())
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
     damaged = materialise(source.program.graphs["model"], source.program, weights)
-    with pytest.raises(PopcompileError, match=r"^the model cannot be sampled from: .* mend the checkpoint$"):
+    with pytest.raises(PopcompileError, match=r"^the model cannot be sampled from: .* fix the checkpoint$"):
         sample(damaged, STARTS, LENGTH, seed=0)
