@@ -35,15 +35,15 @@ def genai_config(
 ) -> dict[str, Any]:
     """The contents of genai_config.json; graphs: stage -> file name, of one stage in the unified layout."""
     layers = config.num_hidden_layers
-    eos = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    bos, eos, pad = (_token(kind, generation, config) for kind in ("bos", "eos", "pad"))
     first_eos = eos[0] if isinstance(eos, list) else eos
-    pad = next((t for t in (generation.pad_token_id, config.pad_token_id, first_eos) if t is not None), 0)
+    pad = next((token for token in (pad, first_eos) if token is not None), 0)
     unified = len(graphs) == 1
     family = config.model_type if config.model_type in _TYPES else "llama"
     return {
         "model": {
             "type": family if unified else "decoder-pipeline",
-            **({"bos_token_id": config.bos_token_id} if config.bos_token_id is not None else {}),
+            **({"bos_token_id": bos} if bos is not None else {}),
             **({"eos_token_id": eos} if eos is not None else {}),
             "pad_token_id": pad,
             "context_length": config.max_position_embeddings,
@@ -80,6 +80,12 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
+
+
+def _token(kind: str, generation: GenerationConfig, config: PretrainedConfig) -> Any:
+    """A special token's id, or several; None where neither has one: not every family's config has the field."""
+    found = (getattr(source, f"{kind}_token_id", None) for source in (generation, config))
+    return next((token for token in found if token is not None), None)
 
 
 def _pipeline(graphs: dict[str, str], layers: int) -> list[dict[str, Any]]:

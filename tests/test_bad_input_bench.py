@@ -177,7 +177,7 @@ def test_what_a_user_types(package: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     done = popcompile("bench", package, *SMALL, "--against", peer, "--json")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"popcompile: error: {peer}: ")
+    assert done.stderr.startswith(f"popcompile: error: {peer / 'model.onnx'}: does not load in onnxruntime ")
     assert snapshot(tmp_path) == before
     shown = popcompile("bench", "--help")
     assert shown.returncode == 0 and "example: popcompile bench" in shown.stdout

@@ -119,6 +119,14 @@ def test_verify_reads_what_loading_reads(name: str, content: str, words: str, cl
         assert words in cli.refuses(command, package, *COMMANDS[command]), command
 
 
+def test_names_are_printed_escaped(cli: Cli, package: Path) -> None:
+    """A manifest's strings are anyone's; a terminal obeys some of them."""
+    sign(package, source={"name": "a\x1b[2Jb\u202ec", "kind": "folder"})
+    for arguments in ([], ["--json"]):
+        status, out, _ = cli.run("inspect", package, *arguments)
+        assert status == 0 and "\x1b" not in out and "\u202e" not in out and "202e" in out
+
+
 # --- files -----------------------------------------------------------------------------------------------------
 
 
