@@ -308,7 +308,7 @@ def test_places_that_take_no_page(package: Path, tmp_path: Path, cli: Cli) -> No
         tmp_path / "dangling": "create it first",
         tmp_path / MANIFEST / "x.html": "create it first",
         tmp_path: "is a folder; give a file name",
-        tmp_path / ("x" * 300): "cannot be written (File name too long); choose another place",
+        tmp_path / ("x" * 300): "File name too long; give another",
         tmp_path / "pipe": "is no regular file; give a file name",
         package / REPORT: "is report.json of the package; choose another place",
         package / "passes" / ".." / "prefill.onnx": "is prefill.onnx of the package",
@@ -317,7 +317,7 @@ def test_places_that_take_no_page(package: Path, tmp_path: Path, cli: Cli) -> No
         tmp_path / "hard-link": "is config.json of the package",
     }.items():
         assert words in cli.refuses("inspect", package, "--html", path)
-    assert "is a folder" in cli.refuses("inspect", package, "--html", "")
+    assert "is empty; give a name" in cli.refuses("inspect", package, "--html", "")
     assert cli.run("inspect", package, "--html", package / "new.html")[0] == 0
     check_files(package, read_manifest(package), full=True)
 
