@@ -25,6 +25,7 @@ from popcompile.loading import quiet, reading
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
 from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
+from popcompile.positions import context_length
 from popcompile.self_sampling import random_starts, sample
 from popcompile.source import Source, open_source
 from popcompile.tensor_names import settle_ties
@@ -114,10 +115,8 @@ def analyze(
     documents = read_texts(text) if text is not None else None
     source = open_source(str(model), gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     merged = Adapter(str(adapter)) if adapter is not None else None
-    if tokens > source.config.max_position_embeddings:
-        raise PopcompileError(
-            f"--tokens {tokens}: {source.name} has {source.config.max_position_embeddings} positions; give fewer"
-        )
+    if tokens > (positions := context_length(source.config)):
+        raise PopcompileError(f"--tokens {tokens}: {source.name} has {positions} positions; give fewer")
     tokenizer = source_tokenizer(source, trust_remote_code)
     chosen = None
     if text is not None and documents is not None:

@@ -206,7 +206,7 @@ def test_analyze_smollm2(smollm2_checkpoint: Path, tmp_path: Path) -> None:
 def test_table_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "model")
     outputs = []
-    for seed in (0, 0, -1):
+    for seed in (0, 0, 1):
         assert main(["analyze", str(model), "--texts", "3", "--tokens", "8", "--seed", str(seed)]) == 0
         outputs.append(capsys.readouterr().out.splitlines())
     table, footer = outputs[0][:4], outputs[0][-1]
