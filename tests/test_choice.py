@@ -102,7 +102,7 @@ def test_the_choice_is_the_largest_within_the_budget(chosen: Path) -> None:
     assert quality["texts"] == 12 and quality["prompt_tokens"] == 76 and quality["continuation_tokens"] == 20
     assert quality["own_projection"] != quality["loss"]
     assert report["importance"]["layers"][-1]["prefill"] == 0.0
-    assert len(verify(chosen)) == 3
+    assert len(verify(chosen)) == 4
 
 
 def test_refinement_prunes_more_within_a_budget(checkpoint: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path
     assert "importance" not in report
     names = {record["name"]: record for record in report["passes"]}
     assert names["InsertBypass"]["matches"] == 1
-    assert len(verify(tmp_path / "out")) == 3
+    assert len(verify(tmp_path / "out")) == 4
 
 
 def test_a_count_is_chosen_by_loss(checkpoint: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_fp16(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     manifest = popcompile.convert(tmp_path / "model", tmp_path / "out", prune=1, dtype="fp16")
     assert manifest.dtype == "fp16"
-    assert len(verify(tmp_path / "out")) == 3
+    assert len(verify(tmp_path / "out")) == 4
     ids = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
     loaded = popcompile.load(tmp_path / "out")
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_random_weights_need_only_a_config(checkpoint: Path, tmp_path: Path) -> 
     with pytest.raises(popcompile.PopcompileError):
         popcompile.convert(checkpoint, tmp_path / "out", prune=1)
     popcompile.convert(checkpoint, tmp_path / "out", random_weights=True)
-    assert len(verify(tmp_path / "out")) == 3
+    assert len(verify(tmp_path / "out")) == 4
 
 
 def test_remote_code_runs_only_when_trusted(checkpoint: Path, tmp_path: Path) -> None:

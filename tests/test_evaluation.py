@@ -231,7 +231,7 @@ def test_a_variant_with_other_layers_pruned(tiny: tuple[PreTrainedModel, Path], 
     logits = runtime.feed([ids[0]], runtime.new_cache(1), "prefill")
     torch.testing.assert_close(logits, pop_prefill(model, ids, [0, 3])[0], atol=TOLERANCE, rtol=0)
     assert read_manifest(runtime.folder).pruned == [0, 3]
-    assert len(verify(runtime.folder)) == 3
+    assert len(verify(runtime.folder)) == 4
     assert snapshot(package) == before
 
 
@@ -342,7 +342,7 @@ def test_saving(
         report = json.loads((package / REPORT).read_text())
         assert report.pop("evaluation") == printed
         assert report == converted
-        assert len(verify(package)) == 3 and "PrunePrefill" in inspect_text(package)
+        assert len(verify(package)) == 4 and "PrunePrefill" in inspect_text(package)
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "out"]
     runtime.feed([torch.arange(9)], runtime.new_cache(1), "prefill")  # what had loaded the package goes on
 
@@ -361,7 +361,7 @@ def test_a_failure_while_saving_changes_nothing(
     monkeypatch.setattr(os, "link", _no_links)
     save_in_report(package, manifest, "evaluation", {"fine": 1})
     assert json.loads((package / REPORT).read_text())["evaluation"] == {"fine": 1}
-    assert len(verify(package)) == 3
+    assert len(verify(package)) == 4
 
 
 def _no_links(*_: object, **__: object) -> None:

@@ -108,4 +108,4 @@ def test_a_calibrated_package_beats_the_papers(unified_package: Path) -> None:
     for metric in ("first_token_kl_mean", "continuation_kl_mean"):
         assert 0 < ours[metric]["value"] < 0.7 * papers[metric]["value"]
     assert abs(ours["perplexity_ratio"]["value"] - 1) < papers["perplexity_ratio"]["value"] - 1
-    assert len(verify(unified_package)) == 3
+    assert len(verify(unified_package)) == 4
