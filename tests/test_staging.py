@@ -193,11 +193,14 @@ def test_places_that_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "work" / "notes.txt").touch()
     (tmp_path / "link").symlink_to(tmp_path / "work")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path / "work")
     for place, force, words in [
         ("../work", False, "exists already; give another folder, or --force"),
-        (".", True, "is no package, and --force replaces packages only; give another folder"),
-        ("..", True, "is no package"),
+        (".", True, "is or holds the folder that you are in; run the command from elsewhere"),
+        ("..", True, "is or holds the folder that you are in"),
+        ("../other", True, "is no package, and --force replaces packages only; give another folder"),
         ("/", True, "is a mount point, which no folder can replace; give a folder in it"),
         ("notes.txt", False, "exists already"),
         ("notes.txt", True, "is no folder, and --force replaces packages only; give another folder"),
@@ -210,4 +213,4 @@ def test_places_that_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]:
         message = refusal(lambda p=place, f=force: require_writable(Path(p), f))  # type: ignore[misc]
         assert words in message and message.startswith(place), place
-    assert names(tmp_path) == ["dangling", "link", "work"] and names(tmp_path / "work") == ["notes.txt"]
+    assert names(tmp_path) == ["dangling", "link", "other", "work"] and names(tmp_path / "work") == ["notes.txt"]

@@ -13,6 +13,7 @@ import io
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,12 @@ def transformers_logits(folder: Path, adapter: Path | None = None, **options: An
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with tempfile.TemporaryDirectory() as temporary:
+            plain = Path(shutil.copytree(adapter, Path(temporary, "adapter")))
+            config = json.loads((plain / "adapter_config.json").read_bytes())
+            config["task_type"] = None  # it chooses a class around the model, and changes no weight
+            (plain / "adapter_config.json").write_text(json.dumps(config))
+            model = PeftModel.from_pretrained(model, plain).merge_and_unload()
     with torch.no_grad():
         ids = torch.tensor([PROMPT]) % model.config.vocab_size
         logits = model.eval()(ids).logits[0].float().numpy()
