@@ -18,9 +18,10 @@ from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM, load
 from popcompile.loading import one_line
 from popcompile.package_configs import load_tokenizer
+from popcompile.regular_file import read_regular
 from popcompile.runtime import find_provider
 from popcompile.terminal import say, without_controls
-from popcompile.texts import cannot_read
+from popcompile.texts import TEXT_BYTES, cannot_read
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def _sampling(options: Namespace) -> dict[str, Any]:
 
 def _read_prompt(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, TEXT_BYTES).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise PopcompileError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"

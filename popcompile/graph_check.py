@@ -314,8 +314,9 @@ def _check_io(graph: GraphProto, manifest: Manifest, stage: str) -> None:
     names = [[v.name for v in values] for values in (graph.input, graph.output)]
     if names != [manifest.inputs, manifest.outputs]:
         raise _Fault("has other inputs or outputs than the manifest")
-    floats = {v.type.tensor_type.elem_type for v in (*graph.input[2:], *graph.output)}
-    if len(floats) != 1 or not floats <= set(_FLOATS):
+    cache = {v.type.tensor_type.elem_type for v in (*graph.input[2:], *graph.output[1:])}
+    logits = graph.output[0].type.tensor_type.elem_type
+    if len(cache) != 1 or not cache <= set(_FLOATS) or logits not in cache | {TensorProto.FLOAT}:
         raise _Fault("has a cache or logits in a type that no package has")
     heads, size = manifest.num_kv_heads, manifest.head_size
     for value in graph.input[:2]:

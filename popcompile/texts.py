@@ -17,11 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import one_line
+from popcompile.regular_file import read_regular
 
 #: what stands between two documents that share a window
 _BETWEEN = "\n\n"
 #: fields of a .jsonl line that hold what follows its "prompt"
 _SOLUTIONS = ("canonical_solution", "solution", "completion")
+
+
+#: the largest file of text that is read
+TEXT_BYTES = 1 << 30
 
 
 def read_texts(path: Path) -> list[str]:
@@ -31,7 +36,7 @@ def read_texts(path: Path) -> list[str]:
     or "completion". Raises PopcompileError where the file cannot be read or holds no text.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path, TEXT_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise PopcompileError(f"{path}: no such file; give a UTF-8 .txt or .jsonl file") from None
     except IsADirectoryError:

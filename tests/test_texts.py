@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -82,6 +83,15 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_texts(tmp_path)
     with pytest.raises(PopcompileError, match="cannot be read"):
         read_texts(write(tmp_path / "file", "x") / "below.txt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    for name in ("pipe.txt", "endless.txt"):
+        with pytest.raises(PopcompileError, match=r"cannot be read \(not a regular file\); give another file"):
+            read_texts(tmp_path / name)
 
 
 def test_default_texts() -> None:
