@@ -327,7 +327,7 @@ def test_saving(
 ) -> None:
     package = Path(shutil.copytree(tiny[1], tmp_path / "out"))
     (package / "notes").mkdir()
-    (package / "notes" / "mine.txt").write_text("keep this")
+    (package / "notes" / "mine.md").write_text("keep this")
     (tmp_path / "link").symlink_to("out")
     before, runtime = snapshot(package), Runtime(package)
     converted = json.loads((package / REPORT).read_text())
