@@ -210,20 +210,23 @@ def convert(
         )
         manifest = replace(manifest, files=describe_files(folder, files.weights, hashes))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        _require_readable(folder, manifest)
+        _require_readable(folder, manifest, source.name)
         report_progress("flush", 0, 1)
     report_progress("done", 1, 1)
     return manifest
 
 
-def _require_readable(folder: Path, manifest: Manifest) -> None:
-    """What every use of the package checks: the operators that are exported, and those that are known there, are two
-    lists.
+def _require_readable(folder: Path, manifest: Manifest, name: str) -> None:
+    """What every use of the package checks: what an architecture is exported with, and what packages may have, are two
+    lists. Raises PopcompileError.
     """
     try:
         read_graphs(folder, manifest)
     except PopcompileError as error:
-        raise RuntimeError(f"exported what graph_operators.py does not know: {error}") from error
+        what = str(error).removeprefix(f"{folder}: ").partition(";")[0]
+        raise PopcompileError(
+            f"{name}: {manifest.model_type} is exported with operators that packages may not have ({what}); report it"
+        ) from error
 
 
 def _described(source: Source, adapter: Adapter | None) -> dict[str, str]:

@@ -64,35 +64,51 @@ _EXPERTS: dict[str, Attribute] = {
     "use_sparse_mixer": _FLAG,
 }
 _PLAIN = (
-    "Abs Add And Ceil Clip Cos Div Equal Erf Exp Expand Floor Greater GreaterOrEqual Identity Less LessOrEqual Log"
-    " IsInf IsNaN MatMul Max Min Mul Neg Not Or Pow Range Reciprocal Relu Round Sigmoid Sign Sin Slice Softplus"
-    " Sqrt Squeeze Sub Tanh Unsqueeze Where"
+    "Abs Acos Acosh Add And Asin Asinh Atan Atanh Ceil Clip Cos Cosh Div Equal Erf Exp Expand Floor Greater"
+    " GreaterOrEqual HardSwish Identity IsNaN Less LessOrEqual Log MatMul Max Mean Min Mish Mul Neg Not Or Pow Range"
+    " Reciprocal Relu Round Sigmoid Sign Sin Sinh Size Slice Softplus Softsign Sqrt Squeeze Sub Sum Tan Tanh Unsqueeze"
+    " Where Xor"
 )
 
 #: of the standard domain
 STANDARD: dict[str, dict[str, Attribute]] = {
     **{name: {} for name in _PLAIN.split()},
+    "ArgMax": {"axis": _AXIS, "keepdims": _FLAG, "select_last_index": _FLAG},
     "Cast": {"to": _TYPE, "saturate": _FLAG},
+    "CastLike": {"saturate": _FLAG},
+    "Celu": {"alpha": Floats()},
     "Concat": _AXIS_ONLY,
     "ConstantOfShape": {"value": Scalar()},
     "CumSum": {"exclusive": _FLAG, "reverse": _FLAG},
+    "Elu": {"alpha": Floats()},
+    "Flatten": {"axis": _AXES},
     "Gather": _AXIS_ONLY,
     "GatherElements": _AXIS_ONLY,
     "GatherND": {"batch_dims": _FLAG},
     "Gelu": {"approximate": Words(("none", "tanh"))},
     "Gemm": {"alpha": Floats(), "beta": Floats(), "transA": _FLAG, "transB": _FLAG},
+    "HardSigmoid": {"alpha": Floats(), "beta": Floats()},
     "If": {"then_branch": Subgraph(), "else_branch": Subgraph()},
     "LayerNormalization": _NORM,
+    "IsInf": {"detect_negative": _FLAG, "detect_positive": _FLAG},
+    "LeakyRelu": {"alpha": Floats()},
     "LogSoftmax": _AXIS_ONLY,
     "Loop": {"body": Subgraph()},
+    "LpNormalization": {"axis": _AXIS, "p": Ints(1, 2)},
     "Mod": {"fmod": _FLAG},
     "QuantizeLinear": {"axis": _AXIS, "saturate": _FLAG},
+    "ReduceL1": _REDUCE,
+    "ReduceL2": _REDUCE,
+    "ReduceLogSumExp": _REDUCE,
     "ReduceMax": _REDUCE,
     "ReduceMean": _REDUCE,
     "ReduceMin": _REDUCE,
+    "ReduceProd": _REDUCE,
     "ReduceSum": _REDUCE,
+    "ReduceSumSquare": _REDUCE,
     "Reshape": {"allowzero": _FLAG},
     "ScatterElements": {"axis": _AXIS, "reduction": Words(("none", "add", "mul", "max", "min"))},
+    "Selu": {"alpha": Floats(), "gamma": Floats()},
     "Shape": {"start": _AXES, "end": Ints(-4, 5)},
     "SimplifiedLayerNormalization": _NORM,
     "Softmax": _AXIS_ONLY,
