@@ -102,8 +102,8 @@ def cases() -> list[Case]:
 
 
 def model_types() -> list[str]:
-    """Every type of the causal LM mapping of the installed transformers."""
-    return sorted(CAUSAL_LMS)
+    """Every type of the causal LM mapping of the installed transformers, without popcompile's own entry for pipelines."""
+    return sorted(model_type for model_type in CAUSAL_LMS if model_type in CONFIG_MAPPING)
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
