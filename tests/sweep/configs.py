@@ -102,7 +102,7 @@ def cases() -> list[Case]:
 
 
 def model_types() -> list[str]:
-    """Every type of the causal LM mapping of the installed transformers, without popcompile's own entry for pipelines."""
+    """Every type of the causal LM mapping of the installed transformers, but for popcompile's own entry."""
     return sorted(model_type for model_type in CAUSAL_LMS if model_type in CONFIG_MAPPING)
 
 
