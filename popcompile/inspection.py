@@ -41,6 +41,7 @@ def inspect_json(folder: Path) -> dict[str, Any]:
     with readable_report(folder):
         missing = unmeasured(folder, manifest, read_measurements(report, manifest))
     known = [asdict(runtime) for runtime in runtimes(manifest)]
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
     return {"manifest": asdict(manifest), "report": report, "not_measured": missing, "runtimes": known}
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args, get_origin, get_type_hints
@@ -127,6 +128,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise PopcompileError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from error
     except ValueError as error:  # NUL or a lone surrogate in the path
         raise PopcompileError(f"{str(folder)!r}: no such package folder; no path is called so") from error
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise PopcompileError(f"{path}: is a link that leads out of the package; put the file itself there")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:

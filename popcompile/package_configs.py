@@ -13,12 +13,13 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
 from popcompile.integrity import read_file, require_only_listed
 from popcompile.loading import quiet, reading
 from popcompile.package import PASSES, REPORT, Manifest, read_manifest
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 #: how families call the number of layers
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -51,6 +52,7 @@ def read_generation_config(folder: Path, manifest: Manifest, config: PretrainedC
     if GENERATION_CONFIG not in manifest.files:
         return GenerationConfig.from_model_config(config)
     data = _read(folder, manifest, GENERATION_CONFIG)
+    config_schema.check_fields(f"{folder}: {GENERATION_CONFIG}", data, config_schema.GENERATION)
     with quiet(), reading(str(folder), f"{GENERATION_CONFIG} does not load"):
         return GenerationConfig.from_dict(data)
 
@@ -65,6 +67,9 @@ def load_tokenizer(folder: Path, manifest: Manifest | None = None) -> PreTrained
     if manifest is not None and there != manifest:
         raise PopcompileError(f"{folder}: was replaced while it was loaded; load it again")
     require_only_listed(folder, there.files)
+    if TOKENIZER_CONFIG in there.files:
+        data = _read(folder, there, TOKENIZER_CONFIG)
+        config_schema.check_types(f"{folder}: {TOKENIZER_CONFIG}", data, config_schema.TOKENIZER)
     others = {*there.graphs.values(), there.weights, REPORT}
     with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary, quiet():
         for name in there.files:

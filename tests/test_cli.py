@@ -86,7 +86,7 @@ def test_a_prompt_file_that_is_not_text(
 def test_verify(model: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
     package = request.getfixturevalue(f"{model}_package")
     assert main(["verify", str(package)]) == 0
-    assert capsys.readouterr().out.count("ok  ") == 3
+    assert capsys.readouterr().out.count("ok  ") == 4
     if model == "smollm2":
         assert main(["verify", str(package), "--json"]) == 0
         checks = json.loads(capsys.readouterr().out)["checks"]

@@ -109,6 +109,8 @@ def test_a_model_of_remote_code_becomes_a_package_without(
     [
         ("config.json", '{"model_type": "llama", "num_hidden_layers": "2"}', "config.json says num_hidden_layers '2'"),
         ("generation_config.json", "[]", "generation_config.json is not a JSON object"),
+        ("generation_config.json", '{"bos_token_id": {"": null}}', "generation_config.json: bos_token_id is"),
+        ("tokenizer_config.json", '{"model_max_length": {"type": "x"}}', "tokenizer_config.json: model_max_length is"),
         ("tokenizer.json", "{}", "the package has no usable tokenizer"),
     ],
 )
@@ -117,6 +119,19 @@ def test_verify_reads_what_loading_reads(name: str, content: str, words: str, cl
     sign(package)
     for command in ("verify", "run"):
         assert words in cli.refuses(command, package, *COMMANDS[command]), command
+
+
+def test_a_manifest_that_is_a_link(cli: Cli, package: Path, tmp_path: Path) -> None:
+    (package / MANIFEST).rename(tmp_path / "elsewhere.json")
+    (package / MANIFEST).symlink_to(tmp_path / "elsewhere.json")
+    refused(cli, package, f"{MANIFEST}: is a link that leads out of the package; put the file itself there")
+
+
+def test_json_without_numbers_that_json_has_not(cli: Cli, package: Path) -> None:
+    edit(package / "report.json", seconds=float("nan"))
+    sign(package)
+    status, out, _ = cli.run("inspect", package, "--json")
+    assert status == 0 and json.loads(out)["report"]["seconds"] is None and "NaN" not in out
 
 
 def test_names_are_printed_escaped(cli: Cli, package: Path) -> None:

@@ -113,7 +113,7 @@ def transformers_logits(folder: Path, adapter: Path | None = None, **options: An
         with tempfile.TemporaryDirectory() as temporary:
             plain = Path(shutil.copytree(adapter, Path(temporary, "adapter")))
             config = json.loads((plain / "adapter_config.json").read_bytes())
-            config["task_type"] = None  # it chooses a class around the model, and changes no weight
+            config |= {"task_type": None, "megatron_config": None}  # about how a model is run; they change no weight
             (plain / "adapter_config.json").write_text(json.dumps(config))
             model = PeftModel.from_pretrained(model, plain).merge_and_unload()
     with torch.no_grad():

@@ -190,9 +190,10 @@ def _file(rng: Random, workspace: Workspace) -> Case:
     packages_kind = rng.random() < 0.5
     text = workspace.root / "text.txt"
     text.write_text(TEXT)
-    words, odd, state = "", "", "other"
-    if rng.random() < 0.5:
-        what, state, unprivileged = spoil(rng, workspace, text)
+    words, odd = "", ""
+    spoiled = rng.random() < 0.5
+    if spoiled:
+        what, _, unprivileged = spoil(rng, workspace, text)
         words, odd = f"the file {what}", "text.txt"
     else:
         odd, unprivileged = _odd(rng, workspace), False
@@ -218,8 +219,8 @@ def _file(rng: Random, workspace: Workspace) -> Case:
         out = []
         odd = odd if rng.random() < 0.3 else f"{odd}.svg"
         out = [odd]
-    if state == "left" and out == [odd]:
-        out.append(f"outside/{odd}")  # an output that is a link is written where it leads
+    if spoiled and out == [odd]:
+        out += [f"outside/{odd}", "kept.bin", "nowhere"]  # an output that is a link is written where it leads
     return Case(f"{option}: {words}", [*parts, option, odd], "any", out=out, unprivileged=unprivileged)
 
 
