@@ -16,7 +16,7 @@ SUPPORTED = "popcompile supports decoder-only causal LMs of transformers with at
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """The values of `config.layer_types` that are softmax attention over a KV cache."""
 
-NOT_ATTENTION = {
+OTHER_TYPES = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "a state-space model"),
     **dict.fromkeys(("rwkv", "xlstm"), "a recurrent model"),
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h"), "a state-space hybrid"),
@@ -30,14 +30,22 @@ NOT_ATTENTION = {
     "trocr": "the decoder of an encoder-decoder",
     "xlm": "a model of several objectives with an attention of its own",
     "xlnet": "a permutation language model",
+    "cohere_compass_text": "a decoder whose rotary positions have three axes (M-RoPE)",
+    "cpmant": "a model whose positions are learned biases of attention",
+    "diffllama": "a model of differential attention",
+    "falcon": "a model whose attention does not go through transformers' AttentionInterface",
+    **dict.fromkeys(
+        ("aria_text", "dbrx"), "a mixture of experts that do not go through transformers' ExpertsInterface"
+    ),
 }
-"""Model types whose configs do not say, or not always, that they are something else than layers of attention."""
+"""Model types whose configs do not say, or not always, what they are other than layers of softmax attention, and those
+that transformers has no way to trace for."""
 
 DECODER_ANYWAY = frozenset({"gpt_neox", "gpt_neox_japanese"})
 """Decoders whose configs carry an `is_decoder` of False that means nothing."""
 
 _GIVEN: Callable[[Any], bool] = bool
-UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+OTHER_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kv_lora_rank": (_GIVEN, "multi-head latent attention (MLA)"),
     "num_kv_shared_layers": (_GIVEN, "layers that read another layer's keys and values"),
     "alibi": (_GIVEN, "ALiBi's biases for positions"),
@@ -75,8 +83,8 @@ def require_decoder(model: str, config: PretrainedConfig) -> None:
     named = f"{model}: {architecture}" + (f" (model type {kind})" if architecture != kind else "")
     if config.is_encoder_decoder:
         raise PopcompileError(f"{named} is an encoder-decoder; {SUPPORTED}")
-    if kind in NOT_ATTENTION:
-        raise PopcompileError(f"{named} is {NOT_ATTENTION[kind]}; {SUPPORTED}")
+    if kind in OTHER_TYPES:
+        raise PopcompileError(f"{named} is {OTHER_TYPES[kind]}; {SUPPORTED}")
     text = getattr(getattr(config, "text_config", None), "model_type", None)
     causal = kind in CAUSAL_LMS or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if text in CAUSAL_LMS or (causal and any(_parts(config))):
@@ -93,7 +101,7 @@ def require_decoder(model: str, config: PretrainedConfig) -> None:
         raise PopcompileError(f"{named} has layers of different sizes (config.per_layer_config); {SUPPORTED}")
     if other := sorted({str(t) for t in getattr(config, "layer_types", None) or ()} - ATTENTION_LAYERS):
         raise PopcompileError(f"{named} has layers of type {', '.join(other)}; {SUPPORTED}")
-    for field, (asks, what) in UNSUPPORTED.items():
+    for field, (asks, what) in OTHER_FIELDS.items():
         for place, holder in (("config", config), ("config.attn_config", getattr(config, "attn_config", None))):
             if asks(getattr(holder, field, None)):
                 raise PopcompileError(f"{named} has {what} ({place}.{field}); {SUPPORTED}")

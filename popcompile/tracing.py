@@ -353,7 +353,11 @@ def _reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
             contextlib.redirect_stderr(silence),
         ):
             yield
-    except (PopcompileError, MemoryError):
+    except PopcompileError as error:
+        if config.model_type in str(error):
+            raise
+        raise PopcompileError(f"{config.model_type}: {error}") from error
+    except MemoryError:
         raise
     except Exception as error:
         if isinstance(error, KeyError) and error.args == (_IMPLEMENTATION,):
