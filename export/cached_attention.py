@@ -286,7 +286,7 @@ class _WindowBlocks(_Blocks):
         if key is None:  # packed
             parts = [width, kv_heads * head_size, kv_heads * head_size]
             query, key, value = emit("Split", query, parts, outputs=3, axis=2)
-            query.shape = ir.Shape([None, None, width])
+            query.type, query.shape = self.attention.outputs[0].type, ir.Shape([None, None, width])
         nothing = emit("Slice", key, [0], [0], [1])
         if self.tables:
             rotated = 2 * _width(self.tables[0], 1)

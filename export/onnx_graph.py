@@ -22,6 +22,7 @@ from onnx_ir.passes.common import (
     NameFixPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
+    ShapeInferencePass,
 )
 from torch import fx
 
@@ -91,6 +92,8 @@ def _export(program: Program, stage: str) -> ir.Model:
             rewrite(model)
     _name_nodes(model)
     NameFixPass()(model)
+    with _quiet():
+        _infer_types(model)
     _leave_out_statistics(model)
     _name_dimensions(model)
     return model
@@ -125,6 +128,18 @@ def _reexport(gm: fx.GraphModule) -> torch.export.ExportedProgram:
 
 def _is_fake(value: Any) -> bool:
     return isinstance(getattr(value, "raw", None), torch.Tensor) and type(value.raw).__name__ != "Tensor"
+
+
+def _infer_types(model: ir.Model) -> None:
+    """Say the types that torch.onnx leaves open, of what its functions compute in between: a package's check asks."""
+    unknown = [v for node in model.graph for v in node.outputs if v.name and v.type is None]
+    if not unknown:
+        return
+    inferred = model.clone()
+    ShapeInferencePass(check_type=False, strict_mode=False)(inferred)
+    types = {value.name: value.type for node in inferred.graph for value in node.outputs}
+    for value in unknown:
+        value.type = types[value.name]
 
 
 def _leave_out_statistics(model: ir.Model) -> None:

@@ -33,9 +33,11 @@ OTHER_TYPES = {
     "cohere_compass_text": "a decoder whose rotary positions have three axes (M-RoPE)",
     "cpmant": "a model whose positions are learned biases of attention",
     "diffllama": "a model of differential attention",
-    "falcon": "a model whose attention does not go through transformers' AttentionInterface",
     **dict.fromkeys(
-        ("aria_text", "dbrx"), "a mixture of experts that do not go through transformers' ExpertsInterface"
+        ("falcon", "gpt_neo"), "a model whose attention does not go through transformers' AttentionInterface"
+    ),
+    **dict.fromkeys(
+        ("aria_text", "dbrx", "jetmoe"), "a mixture of experts that do not go through transformers' ExpertsInterface"
     ),
 }
 """Model types whose configs do not say, or not always, what they are other than layers of softmax attention, and those

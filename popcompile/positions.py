@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from popcompile.errors import PopcompileError
@@ -43,6 +44,19 @@ def context_length(config: PretrainedConfig) -> int:
             f"{config.model_type}: its config has {given}; give it the number of tokens that the model was made for"
         )
     return length
+
+
+def require_positions_from_zero(config: PretrainedConfig, model: nn.Module) -> None:
+    """Raise PopcompileError for learned positions that begin behind the padding token's id, as RoBERTa's do.
+
+    transformers counts so where it is given no positions, and from 0 where `generate` gives them.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            raise PopcompileError(
+                f"{config.model_type}: its positions begin behind the padding token's id, as RoBERTa's do; popcompile"
+                " supports positions that begin at 0"
+            )
 
 
 def _rope_types(config: PretrainedConfig) -> Iterator[Any]:

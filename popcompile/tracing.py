@@ -24,6 +24,7 @@ from torch import fx
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -32,7 +33,7 @@ from popcompile.loading import one_line
 from popcompile.masks import SUPPORTED, Mask, causal_mask
 from popcompile.passes import ops
 from popcompile.passes.base import Program
-from popcompile.positions import context_length, require_positions
+from popcompile.positions import context_length, require_positions, require_positions_from_zero
 from popcompile.upstream import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -189,7 +190,7 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
     config = copy.deepcopy(config)  # building a model writes to its config
     require_positions(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _reporting(config, "transformers cannot build the model from its config"), mode:
+    with _reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
         model = AutoModelForCausalLM.from_config(
             config,
             attn_implementation=_IMPLEMENTATION,
@@ -197,6 +198,8 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         ).eval()
+    require_positions_from_zero(config, model)
+    model.tie_weights()  # which is a part of their initialization
     layers = config.num_hidden_layers
     decoder = _Decoder(model)
     with _reporting(config, _NOT_TRACED), torch.no_grad():

@@ -54,6 +54,13 @@ def test_every_type_is_decided() -> None:
             assert by_config == bool(line), (model_type, known[model_type], line)
 
 
+@pytest.mark.parametrize("model_type", ["laguna", "modernbert-decoder"])
+def test_works_in_the_default_run(model_type: str, worker: Worker) -> None:
+    """Types that the sweep found refused, for a softplus whose type was open and for how weights are initialized."""
+    result = worker.run(Case(model_type, "default", {}))
+    assert result.outcome == "works", result.detail
+
+
 # --- the sweep -------------------------------------------------------------------------------------------------
 
 

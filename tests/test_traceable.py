@@ -45,6 +45,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         _SIZES | {"num_hidden_layers": 1, "head_dim": 8, "num_local_experts": 2, "layer_types": ["full_attention"]},
         "complex numbers",
     ),
+    "positions from the padding token's on": (
+        "camembert",
+        _TOKENS
+        | {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "is_decoder": True,
+        },
+        "positions begin behind the padding token's id",
+    ),
     "its own attention": (
         "gpt_neo",
         _TOKENS | {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
