@@ -16,10 +16,13 @@ copies the prefix before it, so blocks of long prompts are longer: there are at 
 is written first, and a block is given no keys but its window's of the cache, and no new ones, which the operator takes
 since ONNX Runtime 1.27. The operator takes several tokens after a past for one row only, so a batch is one block.
 
-    out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token
-    =>  GroupQueryAttention(q, k, v, Concat(past[:before], projected, past[after:]))
+    out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token, or a tail
+    =>  cache = Concat(past[:before], projected, past[after:])
+        If there is one row, or one token a row: GroupQueryAttention(q, k, v, cache)
+        else: for rows: GroupQueryAttention(q[row], k[row], v[row], cache[row]), each with its own end
 
-`past[after:]` is the room that a buffer has behind its tokens, and keeps.
+`past[after:]` is the room that a buffer has behind its tokens, and keeps. The rows of a batch end apart, so their tails
+follow pasts of unequal lengths, which the operator takes for one token a row only.
 """
 
 from __future__ import annotations
@@ -48,12 +51,17 @@ def attend_to_prompts(model: ir.Model, block: int | None) -> bool:
     unread = [n for value in graph.outputs if (n := value.producer()) and n.op_type == "Concat"]
     if not found and not unread:
         return False
-    shared = _Shared(graph, block or 0, {_has_window(attention) for attention in found})
+    tails = any(_is_tail(attention) for attention in found)
+    shared = _Shared(graph, block or 0, {_has_window(attention) for attention in found}, tails)
     for attention in found:
         emit = shared.emitter(str(attention.name))
         if appended := _appended(attention):
             cache = [shared.write(emit, *node.inputs[:2]) for node in appended]
-            outputs = _like(emit, attention, *attention.inputs[:3], *cache, *attention.inputs[5:])
+            inputs = [*attention.inputs[:3], *cache, *attention.inputs[5:]]
+            if _is_tail(attention):
+                outputs = _attend_to_tails(shared, attention, emit, inputs)
+            else:
+                outputs = _like(emit, attention, *inputs)
         else:
             outputs = _choose_blocks(shared, attention, emit)
         _rewrite(graph, [attention, *appended], emit, outputs)
@@ -71,6 +79,12 @@ def _appended(attention: ir.Node) -> list[ir.Node]:
     """The two Concat that append projected keys and values to the cache, where attention reads them as its past."""
     made = [past.producer() for past in attention.inputs[3:5] if past is not None]
     return [node for node in made if node is not None]
+
+
+def _is_tail(attention: ir.Node) -> bool:
+    """Whether it is of several tokens at the end of each row, over projected keys and values."""
+    shape = attention.outputs[0].shape
+    return bool(_appended(attention)) and (shape is None or shape[1] != 1)
 
 
 class _Emitter:
@@ -104,10 +118,10 @@ class _Shared:
     """What all layers need, computed once.
 
     batch, tokens, before, after: B, S, T - S and T, [1] each. cuts: for attention with a window, and without.
-    single: whether there is one block.
+    single: whether there is one block. one_row: whether there is one row. rows: how many there are, a number.
     """
 
-    def __init__(self, graph: ir.Graph, block: int, windows: set[bool]) -> None:
+    def __init__(self, graph: ir.Graph, block: int, windows: set[bool], tails: bool = False) -> None:
         self.graph = graph
         self._constants: dict[str, ir.Value] = {}
         emit = self.emitter("/attention")
@@ -115,8 +129,12 @@ class _Shared:
         self.tokens = emit("Shape", ids, start=1, end=2)
         self.after = emit("Shape", mask, start=1, end=2)
         self.before = emit("Sub", self.after, self.tokens)
-        if block:
+        if block or tails:
             self.batch = emit("Shape", ids, start=0, end=1)
+        if tails:
+            self.rows = emit("Squeeze", self.batch)
+            self.one_row = emit("Equal", self.rows, 1)
+        if block:
             self.cuts = {window: self._cut(emit, block, window) for window in sorted(windows)}
             self.single = emit("Equal", next(iter(self.cuts.values())).whole, 0)
         graph.insert_before(graph[0], emit.nodes)
@@ -161,6 +179,22 @@ def _rewrite(graph: ir.Graph, nodes: Sequence[ir.Node], emit: _Emitter, outputs:
     graph.remove(nodes, safe=True)
 
 
+_Branch = tuple[_Emitter, Sequence[ir.Value]]
+
+
+def _choose(
+    emit: _Emitter, attention: ir.Node, condition: ir.Value, then_branch: _Branch, else_branch: _Branch
+) -> Sequence[ir.Value]:
+    """One of two branches, each an emitter and what it made in place of the attention's outputs."""
+    branches: dict[str, Any] = {}
+    for key, (into, outputs) in (("then_branch", then_branch), ("else_branch", else_branch)):
+        for value, old in zip(outputs, attention.outputs, strict=True):
+            value.type, value.shape = old.type, old.shape
+        branches[key] = ir.Graph([], outputs, nodes=into.nodes, name=into.prefix.rsplit("/", 1)[1])
+    chosen: Sequence[ir.Value] = emit("If", condition, outputs=3, **branches)
+    return chosen
+
+
 def _like(emit: _Emitter, attention: ir.Node, *inputs: ir.Value | None) -> Any:
     """The same operator with other inputs: output, present key, present value."""
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
@@ -175,6 +209,50 @@ def _width(value: ir.Value | None, dimension: int) -> int:
     return width
 
 
+# --- tails ----------------------------------------------------------------------------------------------------
+
+
+def _attend_to_tails(
+    shared: _Shared, attention: ir.Node, emit: _Emitter, inputs: Sequence[ir.Value | None]
+) -> Sequence[ir.Value]:
+    """Attention of the last tokens of each row, whose cache `inputs` have: output, present key, present value."""
+    together, apart = (shared.emitter(f"{attention.name}/{name}") for name in ("one_row", "several_rows"))
+    return _choose(
+        emit, attention, shared.one_row,
+        (together, _like(together, attention, *inputs)), (apart, _attend_by_row(shared, attention, apart, inputs)),
+    )  # fmt: skip
+
+
+def _attend_by_row(
+    shared: _Shared, attention: ir.Node, emit: _Emitter, inputs: Sequence[ir.Value | None]
+) -> Sequence[ir.Value]:
+    """Attention of one row after another."""
+    body = shared.emitter(f"{attention.name}/row")
+    number = ir.Value(name=f"{body.prefix}/number", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    go_on = ir.Value(name=f"{body.prefix}/go_on", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    begin = body("Unsqueeze", number, [0])
+    end = body("Add", begin, [1])
+
+    def of_row(value: ir.Value | None) -> ir.Value | None:
+        if value is None:
+            return None
+        row: ir.Value = body("Slice", value, begin, end, [0])
+        if value.shape is not None:
+            row.type, row.shape = value.type, ir.Shape([1, *value.shape[1:]])
+        return row
+
+    rows, caches, (seqlens, _, *others) = inputs[:3], inputs[3:5], inputs[5:]
+    last = of_row(seqlens)
+    total = body("Squeeze", body("Add", last, body("Cast", [1], to=_INT32)))
+    made = _like(body, attention, *map(of_row, rows), *map(of_row, caches), last, total, *others)
+    outputs = [body("Identity", go_on), *(body("Squeeze", value, [0]) for value in made)]
+    for value, old in zip(outputs[1:], attention.outputs, strict=True):
+        value.type, value.shape = old.type, ir.Shape(old.shape[1:]) if old.shape is not None else None
+    graph = ir.Graph([number, go_on], outputs, nodes=body.nodes, name="row")
+    stacked: Sequence[ir.Value] = emit("Loop", shared.rows, True, outputs=3, body=graph)
+    return stacked
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------
 
 
@@ -184,16 +262,10 @@ def _choose_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Seque
     What blocks hand on goes with the branch; Loops in the graph itself held 60 MB more of SmolLM2 at 2,048 tokens.
     """
     one, several = (shared.emitter(f"{attention.name}/{name}") for name in ("one_block", "several_blocks"))
-    branches: dict[str, Any] = {}
-    for key, into, outputs in (
-        ("then_branch", one, _like(one, attention, *attention.inputs)),
-        ("else_branch", several, _attend_in_blocks(shared, attention, several)),
-    ):
-        for value, old in zip(outputs, attention.outputs, strict=True):
-            value.type, value.shape = old.type, old.shape
-        branches[key] = ir.Graph([], outputs, nodes=into.nodes, name=into.prefix.rsplit("/", 1)[1])
-    chosen: Sequence[ir.Value] = emit("If", shared.single, outputs=3, **branches)
-    return chosen
+    return _choose(
+        emit, attention, shared.single,
+        (one, _like(one, attention, *attention.inputs)), (several, _attend_in_blocks(shared, attention, several)),
+    )  # fmt: skip
 
 
 def _attend_in_blocks(shared: _Shared, attention: ir.Node, emit: _Emitter) -> Sequence[ir.Value]:

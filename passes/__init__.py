@@ -55,26 +55,29 @@ def canonicalization() -> list[Pass]:
     return [Normalize(), FuseRMSNorm(), FuseRotaryEmbedding(), AnnotateLayers()]
 
 
-def pruning(pruned: Iterable[int], calibrated: Iterable[int] = (), bypassed: Iterable[int] = ()) -> list[Pass]:
+def pruning(
+    pruned: Iterable[int], calibrated: Iterable[int] = (), bypassed: Iterable[int] = (), window: int = 1
+) -> list[Pass]:
     """The passes that split a canonical graph into stages and prune prefill; graphs stay runnable in PyTorch.
 
     calibrated: pruned layers with a calibrated KV projection. bypassed: first layers of runs with a calibrated bypass.
+    window: tokens at the end of a prompt that take the whole model.
     """
     layers = sorted(set(pruned))
     return [
         SplitStages(),
         PrunePrefill(layers),
         InsertKVProjection(layers, calibrated),
-        InsertBoundaryRecompute(),
+        InsertBoundaryRecompute(window),
         InsertBypass(layers, bypassed),
         PruneLMHead(),
         Cleanup(),
     ]
 
 
-def transformations(pruned: Iterable[int]) -> list[Pass]:
+def transformations(pruned: Iterable[int], window: int = 1) -> list[Pass]:
     """From a traced graph to two stages."""
-    return [*canonicalization(), *pruning(pruned)]
+    return [*canonicalization(), *pruning(pruned, window=window)]
 
 
 def lowering(

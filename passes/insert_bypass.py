@@ -16,10 +16,10 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from . import ops
 from .base import Pass
 from .graph import emit, find, layer_of, role_of, runs, shape_of
 from .layers import emit_affine
+from .tail import find_insertions
 
 aten = torch.ops.aten
 
@@ -40,12 +40,12 @@ class InsertBypass(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         unknown = [first for first in self.bypassed if first not in self.runs]
         self.check(not unknown, f"no run of pruned layers begins at {unknown}")
-        merged = {layer_of(n) for n in find(graph_module, op=ops.insert_boundary)}
+        merged = {layer_of(n) for n in find_insertions(graph_module)}
         self.check(merged >= {self.runs[first] for first in self.bypassed}, "the boundary token has no way yet")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         for first in self.bypassed:
-            merged = find(graph_module, op=ops.insert_boundary, layer=self.runs[first])[0]
+            merged = find_insertions(graph_module, self.runs[first])[0]
             entry = merged.args[0]
             assert isinstance(entry, fx.Node)
             with graph_module.graph.inserting_before(merged):

@@ -2,7 +2,7 @@
 
     attention(q, append_kv(past_k, k), append_kv(past_v, v))
         => out, present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v)
-    attention(q, write_kv(cache_k, k), write_kv(cache_v, v))    the boundary token
+    attention(q, write_kv(cache_k, k), write_kv(cache_v, v))    the boundary token, or the tail
         => the same, with the cache as the past
 
 The operator takes and returns [B, S, heads x head size], so the transposes around attention go away. It counts valid
@@ -87,6 +87,9 @@ class _Lowering:
             with self.graph.inserting_after(max(positions, self.total_scalar)):
                 if positions.target == ops.select_boundary:
                     last = emit(self.graph, ops.boundary_position, self.mask)
+                elif positions.target == ops.select_tail:
+                    everything, _, window = positions.args
+                    last = emit(self.graph, ops.tail_end, *everything.args, window)
                 else:
                     last = emit(self.graph, ops.last_position, *positions.args)
             with self.graph.inserting_after(last):
@@ -197,8 +200,8 @@ class _Lowering:
 
 
 def _counts_tokens(positions: Any) -> bool:
-    """Whether positions are token_positions, or those of the boundary tokens."""
-    if isinstance(positions, fx.Node) and positions.target == ops.select_boundary:
+    """Whether positions are token_positions, or those of the boundary tokens or tails."""
+    if isinstance(positions, fx.Node) and positions.target in (ops.select_boundary, ops.select_tail):
         positions = positions.args[0]
     return isinstance(positions, fx.Node) and positions.target == ops.token_positions
 

@@ -86,12 +86,16 @@ def boundary_position(attention_mask: Tensor) -> Tensor:
     return attention_mask.to(torch.int64).sum(1) - 1
 
 
-@operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
-def boundary_index(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+def _boundary_index(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     """Index of each row's boundary token (its last valid one) among the new tokens, [B] int64."""
     new, total = tokens.shape[1], attention_mask.shape[1]
     valid = attention_mask.to(torch.int64).sum(1)
     return torch.clamp(valid - 1 - torch.full_like(valid, total - new), min=0)
+
+
+boundary_index = operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)(
+    _boundary_index
+)
 
 
 def _one_token_shape(x: Tensor, index: Tensor) -> Tensor:
@@ -110,6 +114,50 @@ def insert_boundary(x: Tensor, boundary: Tensor, index: Tensor) -> Tensor:
     """x [B, S, ...] with the boundary token's row replaced by boundary [B, 1, ...]."""
     is_boundary = torch.arange(x.shape[1], device=x.device)[None, :] == index[:, None]
     return torch.where(is_boundary.view(*is_boundary.shape, *[1] * (x.dim() - 2)), boundary, x)
+
+
+def _tail_tokens(tokens: Tensor, window: int) -> int:
+    """How many tokens a row's tail has room for: min(window, S)."""
+    return torch.sym_min(tokens.shape[1], window)
+
+
+@operator("tail_start(Tensor attention_mask, Tensor tokens, int window) -> Tensor", _index_shape)
+def tail_start(attention_mask: Tensor, tokens: Tensor, window: int) -> Tensor:
+    """Index of the first token of each row's tail, its last min(window, S) valid tokens, among the new ones, [B] int64.
+
+    Of a row with fewer tokens than that, the tail begins at 0 and ends with padding.
+    """
+    index = _boundary_index(attention_mask, tokens)
+    return torch.clamp(index - (_tail_tokens(tokens, window) - 1), min=0)
+
+
+@operator("tail_end(Tensor attention_mask, Tensor tokens, int window) -> Tensor", _index_shape)
+def tail_end(attention_mask: Tensor, tokens: Tensor, window: int) -> Tensor:
+    """Position of the last token of each row's tail, padding included, [B] int64: token_positions' there."""
+    start = REFERENCE[tail_start](attention_mask, tokens, window)
+    return _past_length(attention_mask, tokens) + start + (_tail_tokens(tokens, window) - 1)
+
+
+def _tail_shape(x: Tensor, start: Tensor, window: int) -> Tensor:
+    return x.new_empty((x.shape[0], _tail_tokens(x, window), *x.shape[2:]))
+
+
+@operator("select_tail(Tensor x, Tensor start, int window) -> Tensor", _tail_shape)
+def select_tail(x: Tensor, start: Tensor, window: int) -> Tensor:
+    """The tails' rows of x: [B, S, ...] -> [B, min(window, S), ...]; start [B] from tail_start."""
+    return torch.gather(x, 1, _tail_indices(start, _tail_tokens(x, window), x))
+
+
+@operator("insert_tail(Tensor x, Tensor tail, Tensor start) -> Tensor", _like_first)
+def insert_tail(x: Tensor, tail: Tensor, start: Tensor) -> Tensor:
+    """x [B, S, ...] with the tails' rows replaced by tail [B, min(window, S), ...]."""
+    return torch.scatter(x, 1, _tail_indices(start, tail.shape[1], x), tail)
+
+
+def _tail_indices(start: Tensor, count: int, x: Tensor) -> Tensor:
+    """start, start + 1, ... for every feature of x: [B, count, ...]."""
+    indices = start[:, None] + torch.arange(count, device=x.device)
+    return indices.view(*indices.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
 
 
 @operator("skip_layers(Tensor x, int first, int last) -> Tensor", _like_first)

@@ -17,6 +17,7 @@ from . import ops
 from .base import Pass
 from .graph import call_nodes, dependencies, emit, find, layer_of, outputs_of, set_value, shape_of, walk_back
 from .layers import boundary_index_of
+from .tail import boundary_of, find_insertions
 
 
 class PruneLMHead(Pass):
@@ -32,9 +33,8 @@ class PruneLMHead(Pass):
             self.check(False, "lm_head reads no layer")
         assert hidden is not None
         head = [n for n in call_nodes(graph_module) if layer_of(n) is None and n.target != ops.boundary_index]
-        if hidden.target == ops.insert_boundary:
-            boundary = hidden.args[1]
-            assert isinstance(boundary, fx.Node)
+        if hidden in find_insertions(graph_module):
+            boundary = boundary_of(graph_module, hidden)
         else:
             index = boundary_index_of(graph_module)
             with graph.inserting_after(hidden):

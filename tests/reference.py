@@ -1,7 +1,7 @@
 """POP prefill written from transformers' modules alone, to compare against: DESIGN section 2, second formulation.
 
 Prefill the context tokens, pruned layers making only their K/V cache entries, then take one full decode step with the
-boundary token. Calibrated maps take the place of the layers' own projections and of the way past a run of pruned
+boundary token, or with a window of tokens that ends with it. Calibrated maps take the place of the layers' own projections and of the way past a run of pruned
 layers. Uses nothing of popcompile.
 """
 
@@ -40,17 +40,19 @@ def pop_prefill(
     cache: DynamicCache | None = None,
     projections: Mapping[int, KVMaps] | None = None,
     bypasses: Mapping[int, Map] | None = None,
+    window: int = 1,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """Logits of the boundary token [1, 1, vocabulary] and the cache after the prompt input_ids [1, S].
 
-    projections: of pruned layers that have calibrated ones. bypasses: by a run's first layer.
+    projections: of pruned layers that have calibrated ones. bypasses: by a run's first layer. window: how many tokens
+    at the end of the prompt take the whole model.
     """
     cache = cache if cache is not None else full_cache(model)
-    context = input_ids[:, :-1]
+    context = input_ids[:, :-window]
     if context.shape[1]:
         _prefill_context(model, context, pruned, cache, projections or {}, bypasses or {})
-    out = model(input_ids=input_ids[:, -1:], past_key_values=cache, use_cache=True)
-    return out.logits, cache
+    out = model(input_ids=input_ids[:, -window:], past_key_values=cache, use_cache=True)
+    return out.logits[:, -1:], cache
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:

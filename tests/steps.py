@@ -45,11 +45,11 @@ class Step:
         )  # fmt: skip
 
 
-def compile_in_steps(config: PreTrainedConfig, pruned: Iterable[int]) -> dict[str, Step]:
+def compile_in_steps(config: PreTrainedConfig, pruned: Iterable[int], window: int = 1) -> dict[str, Step]:
     """The program after tracing and after every pass, by pass name."""
     program = trace(copy.deepcopy(config))
     steps: dict[str, Step] = {}
-    for name, compiler_pass in zip(PASSES, [None, *transformations(pruned), *lowering()], strict=True):
+    for name, compiler_pass in zip(PASSES, [None, *transformations(pruned, window), *lowering()], strict=True):
         if compiler_pass is not None:
             PassManager([compiler_pass]).run(program)
         texts = {stage: print_graph(gm, stage) for stage, gm in program.graphs.items()}
