@@ -7,8 +7,8 @@ For each run of pruned layers:
     b = layer(b)                  for each layer of the run, attending to the projected K/V and itself
     x = insert_boundary(x, b)
 
-With a window of w tokens it is the last min(w, row length) ones of each row, the tail: select_tail and insert_tail. What
-the prompt's end attends to most is then exact, itself and its neighbours, in the cache as well.
+With a window of w tokens it is the last min(w, row length) ones of each row, the tail: select_tail and insert_tail.
+What the prompt's end attends to most is then exact, itself and its neighbours, in the cache as well.
 
 The layers are copied from the decode graph. A value that they read from outside with a token dimension (positions,
 for instance) is selected at the tail too, so the pass needs to know nothing about the model family. The tail's own K/V

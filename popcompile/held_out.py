@@ -1,11 +1,11 @@
 """Measure what a pruned prefill costs, before it is compiled: on text that was held out of calibration.
 
-A text is a prompt and a continuation. Besides the boundary token and the continuation, some earlier tokens of the
-prompt are taken as boundary tokens too: each attends to the pruned prefill of the tokens before it and to itself, as it
-would were it the last. That gives many first tokens per text, for the price of as many tokens.
+A text is a prompt and a continuation. Besides the prompt's end, the window of tokens that take the whole model, and the
+continuation, windows that end earlier in the prompt are taken for a prompt's end too: each attends to the pruned
+prefill of the tokens before it and to itself, as it would were it the last. That gives several first tokens per text.
 
-    context    prompt tokens but the last: the pruned prefill's hidden states
-    tail       the continuation, teacher-forced from the boundary token on, and the probes: every layer, in full
+    context    prompt tokens but those of the window: the pruned prefill's hidden states
+    tail       the window and the continuation, teacher-forced from there on, and the probes: every layer, in full
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from popcompile.pruned_prefill import Prompts, last_hidden_state
 
 #: rows that are run together
 _BATCH = 4
-#: probes per row, and the position of the earliest, in tokens
-_PROBES, _EARLIEST = 32, 32
+#: probes per row, at most; the tokens of their windows, unless these are two probes; and of the shortest one's context
+_PROBES, _PROBED_TOKENS, _EARLIEST = 32, 128, 32
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,34 @@ class HeldOut:
     """Rows of tokens [N, T], and the whole model's hidden states before layer `first` and at the end.
 
     Layers before `first` are never pruned. prompt: tokens of a row that are its prompt; the others continue it.
+    window: tokens at a prompt's end that take the whole model, fewer than it has.
     """
 
-    def __init__(self, model: LayerwiseModel, rows: Tensor, first: int, prompt: int, seed: int) -> None:
-        self.model, self.rows, self.first = model, rows, first
-        self.context = prompt - 1
+    def __init__(
+        self, model: LayerwiseModel, rows: Tensor, first: int, prompt: int, seed: int, window: int = 1
+    ) -> None:
+        assert 0 < window < prompt
+        self.model, self.rows, self.first, self.window = model, rows, first, window
+        self.context = prompt - window
         self.continued = rows.shape[1] - prompt
         random = torch.Generator().manual_seed(seed)
-        earliest = min(_EARLIEST, self.context // 2)
-        probes = torch.stack(
-            [torch.randperm(self.context - earliest, generator=random)[:_PROBES] + earliest for _ in rows]
-        )
+        ends = torch.stack([self._probes(random) for _ in rows])
         continuation = torch.arange(self.context, rows.shape[1] - 1).expand(len(rows), -1)
+        back = torch.arange(window).flip(0)
+        probes = (ends[:, :, None] - back).flatten(1)
         self._positions = torch.cat((continuation, probes), 1)
+        self._begins = torch.cat(
+            (torch.full_like(continuation, self.context), (ends - window + 1).repeat_interleave(window, 1)), 1
+        )
         self._ids = rows.gather(1, self._positions)
-        self._next = rows.gather(1, self._positions + 1)
+        #: in the tail: the boundary token and the continuation, and the probes' last tokens
+        self._measured = torch.cat(
+            (
+                torch.arange(window - 1, continuation.shape[1]),
+                torch.arange(ends.shape[1]) * window + continuation.shape[1] + window - 1,
+            )
+        )
+        self._next = rows.gather(1, self._positions[:, self._measured] + 1)
         entering, final = [], []
         for batch in self._batches():
             prompts = self._prompts(batch)
@@ -71,8 +84,15 @@ class HeldOut:
                 if layer == first:
                     entering.append(x)
                 x = model.layer(layer, x, prompts.together, prompts.visible)
-            final.append(x[:, self.context :])
+            final.append(x[:, self.context :][:, self._measured])
         self._entering, self._final = torch.cat(entering), torch.cat(final)
+
+    def _probes(self, random: torch.Generator) -> Tensor:
+        """Positions of tokens of the prompt that a probe's window ends with, in one row."""
+        count = min(_PROBES, max(2, _PROBED_TOKENS // self.window))
+        last = self.context + self.window - 1  # the boundary token
+        earliest = self.window - 1 + min(_EARLIEST, self.context // 2)
+        return torch.randperm(last - earliest, generator=random)[:count] + earliest
 
     def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
@@ -81,7 +101,7 @@ class HeldOut:
             prompts, x = self._prompts(batch), self._entering[batch]
             entering = x[:, : self.context], x[:, self.context :]
             y = last_hidden_state(self.model, prompts, entering, self.first, pruned, calibration)
-            parts.append(self._compare(batch, prompts.tail, y))
+            parts.append(self._compare(batch, prompts.tail, y[:, self._measured]))
         kl, whole, ours, agreement = map(torch.cat, zip(*parts, strict=True))
         after = slice(0, self.continued)
         first = torch.cat((kl[:, :1], kl[:, self.continued :]), 1).mean(1)
@@ -96,7 +116,7 @@ class HeldOut:
         )
 
     def _compare(self, batch: slice, tokens: Tokens, y: Tensor) -> Comparison:
-        """The whole model's predictions with those from the tail's last hidden state y [B, tail, hidden]: [B, tail].
+        """The whole model's predictions with those from the last hidden state y [B, measured, hidden]: [B, measured].
 
         A row at a time bounds the logits.
         """
@@ -112,4 +132,4 @@ class HeldOut:
 
     def _prompts(self, batch: slice) -> Prompts:
         context = self.rows[batch, : self.context]
-        return Prompts.of(self.model, context, self._ids[batch], self._positions[batch], self.continued)
+        return Prompts.of(self.model, context, self._ids[batch], self._positions[batch], self._begins[batch])

@@ -1,10 +1,10 @@
 """Run what follows a pruned prefill before it is compiled: in PyTorch, on the layers of the canonical graph.
 
-    context    a prompt's tokens but the last: the pruned prefill's hidden states
+    context    a prompt's tokens but those of the window at its end: the pruned prefill's hidden states
     tail       tokens that follow the context or its beginning: every layer, in full
 
-A tail may hold many boundary tokens: each attends to the pruned prefill of the tokens before it and to itself, as it
-would were it the prompt's last. That gives many first tokens per text, for the price of as many tokens. Everything is
+A tail may hold many blocks, each the end of a prompt and what follows it: a block attends to the pruned prefill of the
+tokens before it and to itself, as it would were it alone. That gives many first tokens per text. Everything is
 differentiable in the calibrated maps.
 """
 
@@ -33,18 +33,19 @@ class Prompts:
     visible: Tensor
 
     @classmethod
-    def of(cls, model: LayerwiseModel, context: Tensor, tail: Tensor, positions: Tensor, continued: int = 0) -> Prompts:
+    def of(cls, model: LayerwiseModel, context: Tensor, tail: Tensor, positions: Tensor, begins: Tensor) -> Prompts:
         """context: ids [B, C], from position 0 on. tail: ids [B, Q] at positions [B, Q].
 
-        The first `continued` tokens of the tail follow one another; each of the others follows context alone.
+        begins: [B, Q], where the block of a tail's token begins, which no two blocks of a row share.
         """
         count, size = context.shape[1], context.shape[1] + tail.shape[1]
         from_zero = torch.arange(count).expand(len(context), -1)
-        visible = torch.eye(size, dtype=torch.bool).repeat(len(tail), 1, 1)
+        visible = torch.zeros(len(tail), size, size, dtype=torch.bool)
         visible[:, :count, :count] = torch.ones(count, count, dtype=torch.bool).tril()
-        visible[:, count:, :count] = torch.arange(count) < positions[:, :, None]
-        end = count + continued
-        visible[:, count:end, count:end] = torch.ones(continued, continued, dtype=torch.bool).tril()
+        visible[:, count:, :count] = torch.arange(count) < begins[:, :, None]
+        visible[:, count:, count:] = (begins[:, :, None] == begins[:, None]) & (
+            positions[:, :, None] >= positions[:, None]
+        )
         return cls(
             context=model.tokens(context, from_zero),
             tail=model.tokens(tail, positions),

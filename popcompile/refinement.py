@@ -69,7 +69,7 @@ def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, row
     ids = states.rows[rows]
     positions = torch.stack([_boundary_tokens(ids.shape[1], random) for _ in ids])
     x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
-    prompts = Prompts.of(model, ids, ids.gather(1, positions), positions)
+    prompts = Prompts.of(model, ids, ids.gather(1, positions), positions, positions)
     y = last_hidden_state(model, prompts, (x, _at(x, positions)), first, pruned, calibration)
     with torch.no_grad():
         likely = model.logits(_at(final, positions), prompts.tail).flatten(0, 1).softmax(-1)

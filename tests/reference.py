@@ -1,8 +1,8 @@
 """POP prefill written from transformers' modules alone, to compare against: DESIGN section 2, second formulation.
 
 Prefill the context tokens, pruned layers making only their K/V cache entries, then take one full decode step with the
-boundary token, or with a window of tokens that ends with it. Calibrated maps take the place of the layers' own projections and of the way past a run of pruned
-layers. Uses nothing of popcompile.
+boundary token, or with a window of tokens that ends with it. Calibrated maps take the place of the layers' own
+projections and of the way past a run of pruned layers. Uses nothing of popcompile.
 """
 
 from __future__ import annotations

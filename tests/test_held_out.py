@@ -45,14 +45,20 @@ def text(length: int = LENGTH) -> Tensor:
 
 
 def brute_force(
-    family: str, rows: Tensor, prompt: int, pruned: list[int], calibration: Calibration, probes: list[list[int]]
+    family: str,
+    rows: Tensor,
+    prompt: int,
+    pruned: list[int],
+    calibration: Calibration,
+    probes: list[list[int]],
+    window: int = 1,
 ) -> Loss:
     """probes: positions of every row whose token is, in turn, the boundary token of the prompt up to it."""
     model, maps = traced(family).model, reference_maps(calibration)
     first_kl, first_agreement, kl, agreement, whole_loss, pruned_loss = ([] for _ in range(6))
     for row, positions in zip(rows, probes, strict=True):
         whole = transformers_forward(model, row[None])[0][0].double().log_softmax(-1)
-        logits, cache = pop_prefill(model, row[None, :prompt], pruned, None, *maps)
+        logits, cache = pop_prefill(model, row[None, :prompt], pruned, None, *maps, window)
         decoded = (
             transformers_forward(model, row[None, prompt:-1], cache)[0] if len(row) > prompt + 1 else logits[:, :0]
         )
@@ -62,7 +68,7 @@ def brute_force(
         agreement.append(theirs.argmax(-1) == ours.argmax(-1))
         whole_loss.append(-theirs.gather(1, following))
         pruned_loss.append(-ours.gather(1, following))
-        probed = [pop_prefill(model, row[None, : p + 1], pruned, None, *maps)[0][0, 0] for p in positions]
+        probed = [pop_prefill(model, row[None, : p + 1], pruned, None, *maps, window)[0][0, 0] for p in positions]
         firsts = torch.stack([logits[0, 0], *probed]).double().log_softmax(-1)
         theirs = whole[[prompt - 1, *positions]]
         first_kl.append(divergence(theirs, firsts).mean())
@@ -112,6 +118,20 @@ def test_loss_is_brute_force(family: str, name: str) -> None:
     theirs = brute_force(family, text(), PROMPT, pruned, calibration, all_before(PROMPT))
     assert theirs.kl > 0.05 and theirs.first_token_kl > 0.05  # pruning costs something here
     assert_losses(held.measure(pruned, calibration), theirs)
+
+
+@pytest.mark.parametrize("name", ["inner run", "two runs, both bypassed"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_with_a_window_is_brute_force(family: str, name: str) -> None:
+    pruned, calibrated, bypassed = CHOICES[name]
+    calibration = random_maps(traced(family).model, calibrated, bypassed, seed=2)
+    for window, prompt in ((4, PROMPT), (10, PROMPT), (6, 7)):
+        context = prompt - window
+        probes = [list(range(window - 1 + context // 2, prompt - 1))] * ROWS
+        held = HeldOut(traced(family).layers, text(), pruned[0], prompt, seed=0, window=window)
+        theirs = brute_force(family, text(), prompt, pruned, calibration, probes, window)
+        assert theirs.kl > 0.01 and theirs.first_token_kl > 0.01
+        assert_losses(held.measure(pruned, calibration), theirs)
 
 
 def test_one_held_out_serves_every_later_choice() -> None:
