@@ -23,6 +23,8 @@ SELF = "self"
 TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 #: the least that calibration makes sense with
 FEWEST, _SHORTEST = 8, 64
+#: of a text, at least
+_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ def calibration_text(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     texts: int = TEXTS,
+    window: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CalibrationText:
-    """origin: "self" or a text file (popcompile/texts.py says of what kinds). program: canonical.
+    """origin: "self" or a text file (popcompile/texts.py says of what kinds). program: canonical. window: tokens at a
+    prompt's end that take the whole model; texts are long enough for prompts of several windows.
 
     Raises PopcompileError where the file cannot be used or the model's context is too short.
     """
-    tokens = min(TOKENS, program.max_positions)
+    tokens = min(max(TOKENS, _WINDOWS * window), program.max_positions)
     if tokens < _SHORTEST:
         raise PopcompileError(
             f"the model's context of {tokens} tokens is too short to calibrate on ({_SHORTEST} are needed); give"

@@ -104,9 +104,7 @@ def generate(
 ) -> tuple[str, Timing, Any]:
     """Stream an answer to `out` (default: stdout); returns its text, its timing and the cache after it."""
     streamer = _TimedStreamer(tokenizer, out or sys.stdout)
-    cache = arguments.get("past_key_values")
-    cached = cache.get_seq_length() if cache is not None else 0
-    path = model.choose_prefill(input_ids.shape[1] - cached, prefill)
+    path = model.choose_prefill(prefill)
     started = time.perf_counter()
     result = model.generate(
         input_ids=input_ids,

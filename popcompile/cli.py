@@ -117,6 +117,12 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--prune", metavar="N", help="layers that prefill skips: auto (default), a count, a fraction")
     parser.add_argument("--layers", metavar="LIST", help="which layers to skip, for example 20-29,17")
     parser.add_argument(
+        "--window",
+        metavar="N",
+        type=POSITIVE,
+        help="tokens at the end of a prompt that take the whole model (default 64; 1 is the paper's)",
+    )
+    parser.add_argument(
         "--max-kl",
         metavar="X",
         type=NATS,
@@ -190,6 +196,7 @@ def _convert(options: argparse.Namespace) -> None:
             options.out,
             prune=options.prune,
             layers=options.layers,
+            window=options.window,
             kv_projection=options.kv_projection,
             calibration=options.calibration,
             calibration_texts=options.calibration_texts,

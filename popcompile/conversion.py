@@ -53,6 +53,7 @@ from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
 from popcompile.paths import require_utf8
 from popcompile.plan import MAX_KL, Options, Plan, make_plan, needs_weights
+from popcompile.positions import context_length
 from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.refinement import STEPS
 from popcompile.selection import parse_request, require_request
@@ -64,9 +65,8 @@ from popcompile.tracing import trace
 
 KV_PROJECTIONS = ("calibrated", "layer")
 
-#: tokens below which the whole model encodes a prompt in about the time that the pruned one takes: both are bound by
-#: reading the weights then (README, "Short prompts")
-PREFILL_THRESHOLD = 16
+#: of the prompt's last tokens, and how many windows a context has to hold
+WINDOW, _CONTEXT_PER_WINDOW = 64, 4
 
 #: progress(step, done, total): done and total in the step's own unit
 Progress = Callable[[str, int, int], Any]
@@ -78,6 +78,7 @@ def convert(
     *,
     prune: str | int | float | None = None,
     layers: str | None = None,
+    window: int | None = None,
     kv_projection: str | None = None,
     calibration: str = SELF,
     calibration_texts: int = TEXTS,
@@ -100,7 +101,8 @@ def convert(
 
     prune: how many layers prefill skips, a count or a fraction, or "auto", the default: as many as the budget allows,
     max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
-    held-out text. layers: which ones ("20-29,17"). kv_projection: "calibrated", the default, or "layer", the layers'
+    held-out text. layers: which ones ("20-29,17"). window: how many tokens at the end of a prompt take the whole model, 64
+    by default and 1 in the paper; prompts that are no longer are encoded in full. kv_projection: "calibrated", the default, or "layer", the layers'
     own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
     320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
     With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
@@ -122,6 +124,8 @@ def convert(
     kv_projection = kv_projection or KV_PROJECTIONS[0]
     _require_choice("--kv-projection", kv_projection, KV_PROJECTIONS)
     chosen = precision(dtype, provider, block_size)
+    if window is not None:
+        POSITIVE.require("--window", window)
     _require_texts(calibration_texts)
     COUNT.require("--refinement-steps", refinement_steps)
     SEED.require("--seed", seed)
@@ -142,8 +146,10 @@ def convert(
     )
     merged = Adapter(str(adapter)) if adapter is not None else None
     num_layers = source.config.num_hidden_layers
+    window = _window(source, window)
     request = parse_request(num_layers, prune, layers)
     options = Options(
+        window=window,
         calibrated=kv_projection == "calibrated",
         origin=calibration,
         texts=calibration_texts,
@@ -169,7 +175,7 @@ def convert(
                 program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress
             )
             program.constants.update(plan.calibration.constants())
-            report = compilation.prune_and_lower(plan, chosen)
+            report = compilation.prune_and_lower(plan, window, chosen)
         except ContractError as error:
             raise PopcompileError(
                 f"{source.name}: {source.config.model_type} has a structure that popcompile does not know ({error});"
@@ -201,7 +207,7 @@ def convert(
             block_size=chosen.quantization.block_size if chosen.quantization else 0,
             provider=provider,
             layout=layout,
-            prefill_threshold=PREFILL_THRESHOLD if plan.pruned and "decode" in files.graphs else 0,
+            window=options.window if plan.pruned else 1,
             graphs=files.graphs,
             weights=files.weights,
             inputs=input_names(program.num_layers),
@@ -254,6 +260,21 @@ def _require_kernels(source: Source, shapes: _ModelShapes, provider: str, chosen
         )
 
 
+def _window(source: Source, window: int | None) -> int:
+    """The window that was asked for, or else the default, less where the model's context is short.
+
+    Raises PopcompileError for one that leaves no room for a prompt to prune and measure.
+    """
+    context = context_length(source.config)
+    most = max(1, context // _CONTEXT_PER_WINDOW)
+    if window is not None and window > most:
+        raise PopcompileError(
+            f"--window {window}: too large for the model's context of {context} tokens, for prompts that are no longer"
+            f" are encoded in full; give at most {most}"
+        )
+    return window or min(WINDOW, most)
+
+
 def _require_choice(option: str, value: str, choices: Any) -> None:
     if value not in choices:
         raise PopcompileError(f"{option} {value}: unknown; choose one of {', '.join(choices)}")
@@ -299,12 +320,12 @@ class _Compilation:
 
         self._records += PassManager(passes, observe).run(self._program)
 
-    def prune_and_lower(self, plan: Plan, chosen: Precision) -> dict[str, Any]:
+    def prune_and_lower(self, plan: Plan, window: int, chosen: Precision) -> dict[str, Any]:
         """Compile the canonical program as planned; returns the report."""
         maps = plan.calibration
-        self.run(pruning(plan.pruned, maps.projections, maps.bypasses))
+        self.run(pruning(plan.pruned, maps.projections, maps.bypasses, window))
         prefill, decode = self._program.graphs["prefill"], self._program.graphs["decode"]
-        table = layer_table(self._program, plan.pruned)
+        table = layer_table(self._program, plan.pruned, window)
         flops = {
             "reference_sizes": REFERENCE_SIZES,
             "full_prefill": total_flops(decode, "prefill"),

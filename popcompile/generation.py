@@ -52,9 +52,9 @@ def load(
 ) -> PopForCausalLM:
     """Load a package for generation with transformers' own `generate`.
 
-    provider: "cpu" or "cuda". prefill: how `generate` encodes prompts: "pop" skips the pruned layers, "full" runs all
-    of them, "auto" takes "full" for prompts so short that pruning gains nothing, where that costs nothing (see
-    `PopForCausalLM.choose_prefill`). low_memory, threads: see `Runtime`.
+    provider: "cpu" or "cuda". prefill: how `generate` encodes prompts: "pop", the default, skips the pruned layers but
+    for a prompt's last tokens, the package's window; "full" runs all of them; "auto" is "pop". low_memory, threads: see
+    `Runtime`.
     Raises PopcompileError where the package is incomplete, was changed, or the provider cannot run here.
     """
     _require_prefill(prefill)
@@ -65,10 +65,9 @@ def load(
             f"low_memory: {folder} has {runtime.manifest.dtype} weights, which ONNX Runtime's kernels take packed;"
             " without that a token takes some 30 times as long. Leave it out"
         )
-    model = PopForCausalLM(runtime, prefill)
-    if model.choose_prefill(1) == "full":
+    if prefill == "full":
         runtime.open("decode")
-    return model
+    return PopForCausalLM(runtime, prefill)
 
 
 def _require_prefill(prefill: str) -> None:
@@ -151,7 +150,7 @@ class PopForCausalLM(_GenerationMixin):
         self._require_room(max(lengths), 0)
         held.hide(mask[:, : held.get_seq_length()])
 
-        pruned = prefill is not None and self.choose_prefill(max(len(r) for r in rows), prefill) == "pop"
+        pruned = prefill is not None and self.choose_prefill(prefill) == "pop"
         stage: Stage = "prefill" if pruned else "decode"
         every_token = logits_to_keep != 1 and stage == "decode"
         logits = self.runtime.feed(rows, held.kv, stage, every_token=every_token)
@@ -164,18 +163,11 @@ class PopForCausalLM(_GenerationMixin):
         output = PopOutput(logits=logits, **kept)
         return output if return_dict is not False else output.to_tuple()
 
-    def choose_prefill(self, tokens: int, prefill: str | None = None) -> str:
-        """ "pop" or "full": how a prompt of `tokens` new tokens, its longest row's, is encoded.
-
-        For "auto" a short one is bound by reading the weights, and all layers take no longer than fewer, unless they
-        have to be read from the session that packs no matrices, or packs them once more: "pop" there.
-        """
+    def choose_prefill(self, prefill: str | None = None) -> str:
+        """ "pop" or "full": how prompts are encoded. "auto" is "pop", which encodes short ones in full as well."""
         prefill = self.prefill if prefill is None else prefill
         _require_prefill(prefill)
-        if prefill != "auto":
-            return prefill
-        free = self.runtime.main == "decode" or not self.runtime.packs
-        return "full" if free and tokens < self.manifest.prefill_threshold else "pop"
+        return "full" if prefill == "full" else "pop"
 
     # --- generation --------------------------------------------------------------------------------------------
 

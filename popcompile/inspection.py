@@ -148,17 +148,17 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
             f"{pop:.1f} G; full model {full:.1f} G, with one row of logits {best:.1f} G",
         ),
         ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
-        *_short_prompts(manifest),
+        *_window(manifest),
         *_measured(unmeasured(folder, manifest, found), found),
         *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
-def _short_prompts(manifest: Manifest) -> list[tuple[str, str]]:
-    if not manifest.prefill_threshold:
+def _window(manifest: Manifest) -> list[tuple[str, str]]:
+    if manifest.window == 1 or not manifest.pruned:
         return []
-    return [("short prompts", f"below {manifest.prefill_threshold} tokens auto takes the full prefill on a GPU")]
+    return [("window", f"a prompt's last {manifest.window} tokens take the whole model, and shorter prompts do")]
 
 
 def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:

@@ -31,12 +31,13 @@ class LayerRow:
     decode_flops: int
 
 
-def layer_table(program: Program, pruned: list[int]) -> list[dict[str, Any]]:
-    """A row per layer, of a program after `transformations` and before `lowering`."""
+def layer_table(program: Program, pruned: list[int], window: int) -> list[dict[str, Any]]:
+    """A row per layer, of a program after `transformations` and before `lowering`. window: that of the prefill."""
+    last = "boundary token" if window == 1 else f"last {window} tokens"
     prefill, decode = program.graphs["prefill"], program.graphs["decode"]
     full = flops_by_layer(decode, "prefill", REFERENCE_SIZES["prefill"])
     pop, step = flops_by_layer(prefill, "prefill"), flops_by_layer(decode, "decode")
-    entry = {layer: first for first, last in runs(pruned) for layer in range(first, last + 1)}
+    entry = {layer: first for first, end in runs(pruned) for layer in range(first, end + 1)}
     rows = []
     for layer in range(program.num_layers):
         attention = find(prefill, op=ops.attention, layer=layer)
@@ -45,15 +46,15 @@ def layer_table(program: Program, pruned: list[int]) -> list[dict[str, Any]]:
         kind = "calibrated projection" if "kv_projection/calibrated" in roles else "own projection"
         projected = any(role.startswith("kv_projection") for role in roles)
         source = f"{kind} of x entering layer {entry[layer]}" if projected else "its own layer"
-        window = attention[0].args[5]
-        assert isinstance(window, int)
+        sliding = attention[0].args[5]
+        assert isinstance(sliding, int)
         rows.append(
             LayerRow(
                 layer=layer,
                 pruned=layer in pruned,
-                prefill_tokens="boundary token" if boundary_only else "all tokens",
+                prefill_tokens=last if boundary_only else "all tokens",
                 kv_from=source,
-                window=window,
+                window=sliding,
                 full_prefill_flops=full.get(layer, 0),
                 prefill_flops=pop.get(layer, 0),
                 decode_flops=step.get(layer, 0),

@@ -19,7 +19,7 @@ _RANGES = {
     "vocab_size": (1, 1 << 27),
     "context_length": (1, 1 << 31),
     "block_size": (0, 256),
-    "prefill_threshold": (0, 1 << 31),
+    "window": (1, 1 << 31),
 }
 #: dtype -> whether weights are quantized, in blocks
 _DTYPES = {"fp32": False, "fp16": False, "bf16": False, "int8": True, "int4": True, "w8a8": True}

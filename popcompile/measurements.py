@@ -65,6 +65,7 @@ class Quality:
     text: str
     texts: int
     prompt_tokens: int
+    window: int
     continuation_tokens: int
     loss: Loss
     own_projection: Loss | None
@@ -151,6 +152,7 @@ def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
         text=str(entry["text"]),
         texts=_whole(entry["texts"]),
         prompt_tokens=_whole(entry["prompt_tokens"]),
+        window=_whole(entry.get("window", 1)),  # reports of format version 2 have none
         continuation_tokens=_whole(entry["continuation_tokens"]),
         loss=_loss(entry["loss"]),
         own_projection=other,

@@ -32,7 +32,9 @@ __all__ += ["check_files", "describe_files", "file_sha256"]
 REPORT = "report.json"
 #: folder of the graph after every pass, as text
 PASSES = "passes"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+#: the oldest that is read
+_OLDEST_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class Manifest:
     pruned: layers that prefill skips for context tokens.
     dtype, block_size: precision.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
-    prefill_threshold: prompts shorter than this take the full prefill when the runtime chooses ("auto"), and it has
-        the whole model ready; 0 for none.
+    window: how many tokens at a prompt's end take the whole model; a prompt that has no more is encoded in full.
     layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
     files: {name: {"size", "sha256"}} of every other file in the package.
     """
@@ -84,7 +85,7 @@ class Manifest:
     block_size: int
     provider: str
     layout: str
-    prefill_threshold: int
+    window: int
     graphs: dict[str, str]
     weights: str
     inputs: list[str]
@@ -142,15 +143,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: format version {version} is newer than this popcompile reads ({FORMAT_VERSION});"
             " upgrade popcompile"
         )
-    if version < FORMAT_VERSION:
+    if version < _OLDEST_VERSION:
         raise PopcompileError(
-            f"{path}: was made by an older popcompile (format version {version}, this one reads {FORMAT_VERSION});"
-            " convert the model again"
+            f"{path}: was made by an older popcompile (format version {version}, this one reads {_OLDEST_VERSION} to"
+            f" {FORMAT_VERSION}); convert the model again"
         )
-    checksum = data.pop(_CHECKSUM, None)
+    checksum, made = data.pop(_CHECKSUM, None), dict(data)
+    if version == 2:  # before windows
+        data.pop("prefill_threshold", None)
+        data.setdefault("window", 1)
     if problem := _wrong_fields(data):
         raise PopcompileError(f"{path}: {problem}; convert the model again")
-    if checksum != _checksum(data):
+    if checksum != _checksum(made):
         raise PopcompileError(f"{path}: was changed after the package was made; convert the model again")
     manifest = Manifest(**data)
     used = (*manifest.graphs.values(), manifest.weights, REPORT, "config.json")

@@ -47,9 +47,10 @@ Progress = Callable[[str, int, int], Any]
 class Options:
     """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file.
 
-    texts: pieces of it. steps: of refinement.
+    texts: pieces of it. steps: of refinement. window: tokens at a prompt's end that take the whole model.
     """
 
+    window: int = 1
     calibrated: bool = True
     origin: str = SELF
     texts: int = TEXTS
@@ -94,8 +95,8 @@ def make_plan(
     require_memory(program, name)
     read = held_in_memory(read, name)
     text = calibration_text(
-        options.origin, program, read, tokenizer, texts=options.texts, seed=options.seed,
-        progress=lambda *n: progress("sample", *n),
+        options.origin, program, read, tokenizer, texts=options.texts, window=options.window,
+        seed=options.seed, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     ranking = None if request.how == "layers" else _rank(program, read, text, options, progress)
     layers = program.num_layers
@@ -105,7 +106,7 @@ def make_plan(
     states = None
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed)
+    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, options.window)
     importance = ranking.prefill if ranking else [0.0] * layers
     search = Search(states, held_out, importance, progress, steps=options.steps, seed=options.seed)
     if request.how == "auto":
@@ -114,13 +115,14 @@ def make_plan(
         found = search.measure(request.layers) if request.how == "layers" else search.best(len(request.layers))
         chosen = search.finish(found)
     calibration = search.final(chosen)
-    unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed)
+    unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed, options.window)
     sections = {
         "choice": _choice(program, search, chosen, request, options),
         "quality": {
             "text": text.source,
             "texts": len(text.unseen),
             "prompt_tokens": text.prompt,
+            "window": options.window,
             "continuation_tokens": text.unseen.shape[1] - text.prompt,
             "loss": asdict(unseen.measure(chosen.pruned, calibration)),
             "own_projection": asdict(unseen.measure(chosen.pruned, Calibration())),
@@ -143,7 +145,7 @@ def _rank(program: Program, read: Reader, text: CalibrationText, options: Option
 
 def _choice(program: Program, search: Search, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
     candidates = sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.first_token_kl))
-    speedups = predicted_speedups(program, [c.pruned for c in candidates], options.calibrated)
+    speedups = predicted_speedups(program, [c.pruned for c in candidates], options.calibrated, options.window)
     frontier = [
         {
             "pruned": candidate.pruned,
@@ -162,10 +164,11 @@ def _choice(program: Program, search: Search, chosen: Candidate, request: Reques
     }
 
 
-def predicted_speedups(program: Program, candidates: Sequence[list[int]], bypass: bool) -> list[float]:
+def predicted_speedups(program: Program, candidates: Sequence[list[int]], bypass: bool, window: int = 1) -> list[float]:
     """FLOPs of the whole model's prefill with one row of logits over those of each pruned one, at 1,024 tokens.
 
-    candidates: sets of pruned layers. bypass: whether a bypass follows every run of them.
+    candidates: sets of pruned layers. bypass: whether a bypass follows every run of them. window: tokens at the end of
+    the prompt that take every layer.
     """
     graph = program.graphs["model"]
     tokens, hidden = REFERENCE_SIZES["prefill"]["sequence"], int(shape_of(layer_output(graph, 0))[2])
@@ -176,7 +179,7 @@ def predicted_speedups(program: Program, candidates: Sequence[list[int]], bypass
     def saved(layer: int) -> int:
         key, value = projected_kv(graph, layer)
         width = int(shape_of(key)[2]) + int(shape_of(value)[2])
-        return whole[layer] - step[layer] - 2 * tokens * hidden * width
+        return whole[layer] - min(window, tokens) * step[layer] - 2 * tokens * hidden * width
 
     def flops(pruned: list[int]) -> int:
         bypasses = sum(last + 1 < program.num_layers for _, last in runs(pruned)) if bypass else 0

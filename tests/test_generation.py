@@ -169,32 +169,16 @@ def test_streaming(smollm2: Pair) -> None:
     assert len(pieces) > 5
 
 
-def test_auto_prefill(smollm2: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "full" below the threshold, "pop" from there, in new tokens of the longest row; "pop" at any length where
-    one graph's matrices are packed.
-    """
-    model, threshold = load(smollm2.package, low_memory=True), smollm2.model.manifest.prefill_threshold
-    assert threshold > 2
-    assert [smollm2.model.choose_prefill(n) for n in (1, threshold - 1, threshold)] == ["pop"] * 3
-    assert [model.choose_prefill(n) for n in (1, threshold - 1, threshold)] == ["full", "full", "pop"]
-    assert [model.choose_prefill(n, "full") for n in (1, threshold)] == ["full", "full"]
+def test_prefill_as_asked(smollm2: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" is the pruned graph at every length: it encodes prompts no longer than its window in full."""
     stages: list[str] = []
     run = Runtime._run
     monkeypatch.setattr(Runtime, "_run", lambda self, stage, binding: (stages.append(stage), run(self, stage, binding)))
-    arguments: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
-    short = model.generate(smollm2.tokens(threshold - 1), **arguments)
-    assert stages == ["decode", "prefill"]  # a single token takes the graph that is loaded first
-    stages.clear()
-    model.generate(
-        torch.cat((short.sequences, smollm2.tokens(4)), 1), past_key_values=short.past_key_values, **arguments
-    )
-    assert stages == ["decode", "prefill"]  # few new tokens after a past that is longer than the threshold
-    stages.clear()
-    model.generate(smollm2.tokens(threshold), **arguments)
-    assert stages == ["prefill", "prefill"]
-    stages.clear()
-    model.generate(smollm2.tokens(threshold), prefill="full", **arguments)
-    assert stages == ["decode", "prefill"]
+    arguments: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
+    for prefill, stage in (("auto", "prefill"), ("pop", "prefill"), ("full", "decode")):
+        stages.clear()
+        smollm2.model.generate(smollm2.tokens(9), prefill=prefill, **arguments)
+        assert stages == [stage, "prefill"]  # a single token takes the graph that is loaded first
 
 
 # --- errors ----------------------------------------------------------------------------------------------------

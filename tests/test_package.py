@@ -43,7 +43,7 @@ def sign(folder: Path, **changes: Any) -> None:
         format_version=2, popcompile="0", source={"name": "tiny"}, model_type="llama", num_layers=2, num_kv_heads=1,
         head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32",
         block_size=0, provider="cpu", layout="split",
-        prefill_threshold=16, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
+        window=64, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
         inputs=input_names(2), outputs=output_names(2), versions={}, files=describe_files(folder, WEIGHTS),
     )  # fmt: skip
     (folder / MANIFEST).write_text(replace(manifest, **changes).to_json())

@@ -46,7 +46,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "provider": ({"provider": "\x1b[31mred"}, r"field provider is '\x1b[31mred', none of cpu, cuda"),
     "layout": ({"layout": "unified"}, "field graphs has other graphs than prefill, which the unified layout has"),
     "projection": ({"kv_projection": ""}, "field kv_projection is '', none of calibrated, layer"),
-    "threshold": ({"prefill_threshold": -1}, "field prefill_threshold is -1, out of range"),
+    "window": ({"window": 0}, "field window is 0, out of range"),
     "one graph twice": ({"graphs": dict.fromkeys(("prefill", "decode"), "decode.onnx")}, "name one file twice"),
     "a graph as weights": ({"weights": "prefill.onnx"}, "fields graphs and weights name one file twice"),
     "no name": ({"source": {}}, "field source has no name"),
