@@ -101,16 +101,17 @@ def convert(
 
     prune: how many layers prefill skips, a count or a fraction, or "auto", the default: as many as the budget allows,
     max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
-    held-out text. layers: which ones ("20-29,17"). window: how many tokens at the end of a prompt take the whole model, 64
-    by default and 1 in the paper; prompts that are no longer are encoded in full. kv_projection: "calibrated", the default, or "layer", the layers'
-    own weights. calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of
-    320 tokens of it. refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled.
-    With random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
-    activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or "bf16" on CUDA; with "int8" and
-    "int4" the weights of linear layers are quantized in blocks of block_size input features, and with "w8a8", on the
-    CPU, most of these layers multiply in int8, with a scale for every token. provider: what the graphs are lowered for
-    and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or
-    "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
+    held-out text. layers: which ones ("20-29,17"). window: how many tokens at the end of a prompt take the whole model,
+    64 by default and 1 in the paper; shorter prompts are encoded in full. kv_projection: "calibrated", the default, or
+    "layer", the layers' own weights. calibration: "self", text sampled from the model, or a text file;
+    calibration_texts: how many pieces of it. refinement_steps: of gradient descent after the closed form, 0 for none.
+    seed: of what is sampled. With random_weights nothing is measured by default: a third of the layers, their own
+    weights. dtype: of weights and activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or
+    "bf16" on CUDA; with "int8" and "int4" the weights of linear layers are quantized in blocks of block_size input
+    features, and with "w8a8", on the CPU, most of these layers multiply in int8, with a scale for every token.
+    provider: what the graphs are lowered for and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout:
+    "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or
+    folder, to merge into the weights first.
     `out` appears whole or not at all. Raises PopcompileError for what the user can fix.
     """
     out = Path(out)
