@@ -71,7 +71,7 @@ def refine(
 def _loss(
     states: HiddenStates, pruned: list[int], calibration: Calibration, rows: Tensor, random: Generator, window: int
 ) -> Tensor:
-    """Mean KL of the tokens after some prompts, which rows begin with, but for a constant: the whole model's entropy."""
+    """Mean KL of tokens after prompts that rows begin with, but for a constant: the whole model's entropy."""
     model, first = states.model, pruned[0]
     ids = states.rows[rows]
     blocks = _Blocks.of(window, ids.shape[1])
@@ -88,7 +88,7 @@ def _loss(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The ends of prompts that a step takes of one row, each with what follows it. earliest, latest: where they begin."""
+    """The ends of prompts that a step takes of one row, with what follows. earliest, latest: where they begin."""
 
     count: int
     length: int

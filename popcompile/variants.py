@@ -65,12 +65,15 @@ class Variants:
             self._placements |= _placements(graph)
 
     def prune(self, out: Path, layers: Iterable[int]) -> Path:
-        """The package with `layers` pruned in prefill, their K/V made with the layers' own weights; written to `out`.
+        """The package with `layers` pruned in prefill, their K/V made with the layers' own weights, and its window; written
+        to `out`.
 
         `out` must not exist.
         """
         layers = sorted(set(layers))
-        return self._write(out, ("prefill",), pruning(layers), pruned=layers, kv_projection="layer")
+        return self._write(
+            out, ("prefill",), pruning(layers, window=self.manifest.window), pruned=layers, kv_projection="layer"
+        )
 
     def drop(self, out: Path, layers: Iterable[int]) -> Path:
         """The package without `layers`, in prefill and in decode; written to `out`, which must not exist."""

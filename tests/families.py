@@ -127,11 +127,17 @@ def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 @torch.no_grad()
 def pop_by_hooks(
-    model: PreTrainedModel, ids: torch.Tensor, pruned: Collection[int], cache: DynamicCache | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    pruned: Collection[int],
+    cache: DynamicCache | None = None,
+    *,
+    window: int = 1,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """Logits [1, 1, vocabulary] of the boundary token and the cache after ids [1, S].
 
     A pruned layer runs on the context tokens for its cache entries alone: what it hands on is what it was given.
+    window: how many tokens at the end take the whole model.
     """
     cache = cache if cache is not None else DynamicCache()
 
@@ -139,12 +145,12 @@ def pop_by_hooks(
         x = given[0] if given else named["hidden_states"]
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
-    if ids.shape[1] > 1:
+    if ids.shape[1] > window:
         layers = layers_of(model)
         hooks = [layers[i].register_forward_hook(hand_on, with_kwargs=True) for i in pruned]
         try:
-            model(ids[:, :-1], past_key_values=cache, use_cache=True)
+            model(ids[:, :-window], past_key_values=cache, use_cache=True)
         finally:
             for hook in hooks:
                 hook.remove()
-    return model(ids[:, -1:], past_key_values=cache, use_cache=True).logits, cache
+    return model(ids[:, -window:], past_key_values=cache, use_cache=True).logits[:, -1:], cache

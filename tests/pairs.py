@@ -30,6 +30,10 @@ class Pair:
     def pruned(self) -> list[int]:
         return self.model.manifest.pruned
 
+    @property
+    def window(self) -> int:
+        return self.model.manifest.window
+
     def encode(self, texts: list[str]) -> dict[str, Tensor]:
         encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}

@@ -35,12 +35,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_scattered_layers_by_the_api(checkpoint: Path, tmp_path: Path) -> None:
-    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="0,2", kv_projection="layer")
-    assert manifest.pruned == [0, 2]
+    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="0,2", kv_projection="layer", window=6)
+    assert (manifest.pruned, manifest.window) == ([0, 2], 6)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     ids = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(0))
     logits = popcompile.load(tmp_path / "out")(ids, prefill="pop").logits
-    torch.testing.assert_close(logits, pop_prefill(model, ids, [0, 2])[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, pop_prefill(model, ids, [0, 2], window=6)[0], atol=1e-4, rtol=0)
 
 
 def test_converting_twice_gives_the_same_files(checkpoint: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ WEIGHTS = LAYOUTS["split"].weights
 
 #: fp32 logits differ by up to 1e-3 (test_real_models.py), and mean differences of log-probabilities by no more
 TOLERANCE = 1e-3
-PRUNED = [1, 2]
+PRUNED, WINDOW = [1, 2], 3
 SIZES: dict[str, Any] = {"prompts": 3, "prompt_tokens": 20, "continuation_tokens": 7}
 SIZES |= {"greedy_prompts": 2, "greedy_tokens": 6}
 
@@ -68,7 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pat
     folder = tmp_path_factory.mktemp("tiny")
     config = tiny_llama(vocab_size=128, num_hidden_layers=4, max_position_embeddings=64)
     model = save_tiny(folder / "model", config)
-    convert(folder / "model", folder / "out", layers="1,2", kv_projection="layer")
+    convert(folder / "model", folder / "out", layers="1,2", kv_projection="layer", window=WINDOW)
     return model, folder / "out"
 
 
@@ -84,7 +84,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @torch.no_grad()
 def predictions(model: PreTrainedModel, window: Tensor, prompt: int, pruned: list[int]) -> tuple[Tensor, DynamicCache]:
     """Logits [tokens, vocabulary] that predict what follows the prompt, and the cache after the prompt."""
-    first, cache = pop_prefill(model, window[None, :prompt], pruned)
+    first, cache = pop_prefill(model, window[None, :prompt], pruned, window=WINDOW)
     grown = copy.deepcopy(cache)
     after = model(input_ids=window[None, prompt:-1], past_key_values=grown, use_cache=True).logits
     return torch.cat((first, after), dim=1)[0], cache
@@ -229,7 +229,7 @@ def test_a_variant_with_other_layers_pruned(tiny: tuple[PreTrainedModel, Path], 
     runtime = Runtime(Variants(package).prune(tmp_path / "out", [3, 0]))
     ids = torch.randint(128, (1, 30), generator=torch.Generator().manual_seed(0))
     logits = runtime.feed([ids[0]], runtime.new_cache(1), "prefill")
-    torch.testing.assert_close(logits, pop_prefill(model, ids, [0, 3])[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits, pop_prefill(model, ids, [0, 3], window=WINDOW)[0], atol=TOLERANCE, rtol=0)
     assert read_manifest(runtime.folder).pruned == [0, 3]
     assert len(verify(runtime.folder)) == 4
     assert snapshot(package) == before

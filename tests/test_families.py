@@ -23,6 +23,7 @@ from popcompile.runtime import Runtime
 PRUNED = {"scattered": [1, 3], "the last half": [2, 3], "the last": [3], "none": []}
 #: other kernels, and sums in another order; logits are up to 16
 TOLERANCE = 2e-4
+WINDOW = 3
 
 
 @dataclass
@@ -49,7 +50,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = tiny_model(family_config(name))
     model.save_pretrained(folder / "model")
     layers: dict[str, Any] = {"layers": ",".join(map(str, pruned))} if pruned else {"prune": 0}
-    popcompile.convert(folder / "model", folder / "out", **layers, kv_projection="layer", layout="unified")
+    popcompile.convert(
+        folder / "model", folder / "out", **layers, kv_projection="layer", layout="unified", window=WINDOW
+    )
     ids = torch.randint(3, 64, (1, 40), generator=torch.Generator().manual_seed(0))
     return Family(model, Runtime(folder / "out"), pruned, ids)
 
@@ -68,7 +71,7 @@ def assert_same_cache(family: Family, ours: list[torch.Tensor], theirs: DynamicC
 def test_prefill(family: Family, length: int) -> None:
     """A prompt, also one past the sliding window: the boundary token's logits and the cache."""
     ids, cache = family.ids[:, :length], family.runtime.new_cache(1)
-    expected, theirs = pop_by_hooks(family.model, ids, family.pruned)
+    expected, theirs = pop_by_hooks(family.model, ids, family.pruned, window=WINDOW)
     torch.testing.assert_close(family.runtime.feed([ids[0]], cache, "prefill"), expected, atol=TOLERANCE, rtol=0)
     assert_same_cache(family, cache.tensors(), theirs)
 
@@ -90,7 +93,7 @@ def test_batch(family: Family) -> None:
     logits = family.runtime.feed(rows, cache, "prefill")
     after = family.runtime.feed([family.ids[0, 20:21]] * 2, cache, "prefill")
     for row, prompt in enumerate(rows):
-        expected, theirs = pop_by_hooks(family.model, prompt[None], family.pruned)
+        expected, theirs = pop_by_hooks(family.model, prompt[None], family.pruned, window=WINDOW)
         torch.testing.assert_close(logits[row], expected[0], atol=TOLERANCE, rtol=0)
         step = family.model(family.ids[:, 20:21], past_key_values=theirs).logits
         torch.testing.assert_close(after[row], step[0], atol=TOLERANCE, rtol=0)
@@ -101,8 +104,8 @@ def test_second_prompt(family: Family) -> None:
     cache = family.runtime.new_cache(1)
     family.runtime.feed([family.ids[0, :9]], cache, "prefill")
     logits = family.runtime.feed([family.ids[0, 9:25]], cache, "prefill")
-    _, theirs = pop_by_hooks(family.model, family.ids[:, :9], family.pruned)
-    expected, _ = pop_by_hooks(family.model, family.ids[:, 9:25], family.pruned, theirs)
+    _, theirs = pop_by_hooks(family.model, family.ids[:, :9], family.pruned, window=WINDOW)
+    expected, _ = pop_by_hooks(family.model, family.ids[:, 9:25], family.pruned, theirs, window=WINDOW)
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, TextIteratorStreamer
 
 from popcompile.errors import PopcompileError
-from popcompile.generation import PopForCausalLM, load
+from popcompile.generation import PopForCausalLM
 from popcompile.runtime import Runtime
 
 TEXTS = [
@@ -67,7 +67,7 @@ def test_pop_generation_is_the_reference(gemma: Pair) -> None:
     """The prompt pruned, every generated token of the full model."""
     ids = gemma.encode([TEXTS[1] * 3])["input_ids"]
     produced = gemma.model.generate(ids, prefill="pop", max_new_tokens=16, do_sample=False)
-    logits, cache = pop_prefill(gemma.reference, ids, gemma.pruned)
+    logits, cache = pop_prefill(gemma.reference, ids, gemma.pruned, window=gemma.window)
     for token in produced[0, ids.shape[1] :]:
         assert int(logits[0, -1].argmax()) == token
         with torch.no_grad():
@@ -84,11 +84,11 @@ def test_second_turn_is_pruned_too(smollm2: Pair) -> None:
     whole = torch.cat((one.sequences, smollm2.tokens(12, seed=1)), dim=1)
     two = model.generate(whole, past_key_values=one.past_key_values, **arguments)
 
-    _, expected = pop_prefill(smollm2.reference, first, smollm2.pruned)
+    _, expected = pop_prefill(smollm2.reference, first, smollm2.pruned, window=smollm2.window)
     with torch.no_grad():
         for token in one.sequences[0, 40:-1]:
             smollm2.reference(token.view(1, 1), past_key_values=expected)
-    logits, expected = pop_prefill(smollm2.reference, whole[:, 45:], smollm2.pruned, expected)
+    logits, expected = pop_prefill(smollm2.reference, whole[:, 45:], smollm2.pruned, expected, window=smollm2.window)
     assert (two.logits[0] - logits[:, 0]).abs().max() < TOLERANCE
     with torch.no_grad():
         for token in two.sequences[0, whole.shape[1] : -1]:

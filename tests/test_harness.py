@@ -92,7 +92,8 @@ def test_likelihoods_are_those_of_each_prefill(smollm2_package: Path, smollm2_ch
     """Against transformers: the context through full or pruned layers, the answer by the full model."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_checkpoint)
     model = AutoModelForCausalLM.from_pretrained(smollm2_checkpoint, dtype=torch.float32).eval()
-    runtime, pruned = Runtime(smollm2_package), read_manifest(smollm2_package).pruned
+    runtime = Runtime(smollm2_package)
+    pruned, window = runtime.manifest.pruned, runtime.manifest.window
     pairs = [
         (tokenizer.encode(question), tokenizer.encode(f" {choice}"))
         for question, choices in QUESTIONS[:1]
@@ -103,7 +104,7 @@ def test_likelihoods_are_those_of_each_prefill(smollm2_package: Path, smollm2_ch
         lm = _harness_model(PopForCausalLM(runtime, prefill), tokenizer)
         found[prefill] = lm._loglikelihood_tokens([(None, *pair) for pair in pairs])
         for (context, answer), (likelihood, is_greedy) in zip(pairs, found[prefill], strict=True):
-            logits, cache = pop_prefill(model, torch.tensor([context]), layers)
+            logits, cache = pop_prefill(model, torch.tensor([context]), layers, window=window)
             if len(answer) > 1:
                 with torch.no_grad():
                     rest = model(torch.tensor([answer[:-1]]), past_key_values=cache, use_cache=True).logits

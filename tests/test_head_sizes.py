@@ -39,20 +39,20 @@ def test_against_transformers(case: str, tmp_path: Path) -> None:
     model = tiny_model(make())
     model.save_pretrained(tmp_path / "model")
     manifest = popcompile.convert(
-        tmp_path / "model", tmp_path / "out", layers="1", kv_projection="layer", layout="unified"
+        tmp_path / "model", tmp_path / "out", layers="1", kv_projection="layer", layout="unified", window=3
     )
     assert manifest.head_size == head_size
     runtime = Runtime(tmp_path / "out")
     cache, theirs = runtime.new_cache(1), DynamicCache()
     for ids in (IDS[:, :14], IDS[:, 14:22], IDS[:, 22:23]):
-        expected, theirs = pop_by_hooks(model, ids, [1], theirs)
+        expected, theirs = pop_by_hooks(model, ids, [1], theirs, window=3)
         torch.testing.assert_close(runtime.feed([ids[0]], cache, "prefill"), expected, rtol=1e-4, atol=1e-4)
     key = cache.tensors()[0]
     assert key.shape[3] == head_size and not key[..., model.config.head_dim :].any()
     rows = [IDS[0, :12], IDS[0, 12:17]]
     logits = runtime.feed(rows, runtime.new_cache(2), "prefill")
     for row, prompt in enumerate(rows):
-        expected, _ = pop_by_hooks(model, prompt[None], [1])
+        expected, _ = pop_by_hooks(model, prompt[None], [1], window=3)
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
 
 

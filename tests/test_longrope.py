@@ -82,7 +82,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("longrope")
     model = tiny_model(phi3(0.5))
     model.save_pretrained(folder / "model")
-    popcompile.convert(folder / "model", folder / "out", layers="0", kv_projection="layer")
+    popcompile.convert(folder / "model", folder / "out", layers="0", kv_projection="layer", window=4)
     return model, Runtime(folder / "out")
 
 
@@ -96,7 +96,7 @@ def test_package(package: Any, turns: tuple[int, int]) -> None:
     first, second = turns
     cache, theirs = runtime.new_cache(1), DynamicCache()
     for ids in (IDS[:, :first], IDS[:, first:second]):
-        expected, theirs = pop_by_hooks(model, ids, [0], theirs)
+        expected, theirs = pop_by_hooks(model, ids, [0], theirs, window=4)
         torch.testing.assert_close(runtime.feed([ids[0]], cache, "prefill"), expected, rtol=1e-4, atol=1e-4)
 
 

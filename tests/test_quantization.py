@@ -85,7 +85,7 @@ def test_a_package_is_the_model_with_rounded_weights(
     monkeypatch.setitem(PROVIDERS, "cpu", exact)
     model = save(CONFIGS[family], tmp_path / "model")
     manifest = popcompile.convert(
-        tmp_path / "model", tmp_path / "out", layers="1", kv_projection="layer", dtype=dtype, block_size=16
+        tmp_path / "model", tmp_path / "out", layers="1", kv_projection="layer", dtype=dtype, block_size=16, window=5
     )
     assert (manifest.dtype, manifest.block_size) == (dtype, 16)
     expected = quantized(model, int(dtype[3:]), 16)
@@ -95,7 +95,7 @@ def test_a_package_is_the_model_with_rounded_weights(
     with torch.no_grad():
         torch.testing.assert_close(logits, expected(ids).logits, atol=2e-3, rtol=0)  # logits are up to 10
         assert (logits - model(ids).logits).abs().max() > 0.02
-    torch.testing.assert_close(papers, pop_prefill(expected, ids, PRUNED)[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(papers, pop_prefill(expected, ids, PRUNED, window=5)[0], atol=2e-3, rtol=0)
 
 
 def save(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
@@ -143,7 +143,7 @@ def test_w8a8_is_the_model_with_integer_products(family: str, tmp_path: Path, mo
     exact = replace(PROVIDERS["cpu"], accuracy_level=0)  # of what is in blocks
     monkeypatch.setitem(PROVIDERS, "cpu", exact)
     model = save(CONFIGS[family], tmp_path / "model")
-    options = {"kv_projection": "layer", "dtype": "w8a8", "block_size": 16}
+    options = {"kv_projection": "layer", "dtype": "w8a8", "block_size": 16, "window": 5}
     popcompile.convert(tmp_path / "model", tmp_path / "out", layers="1", **options)
     graph = onnx_ir.from_proto(onnx.load(tmp_path / "out" / "decode.onnx", load_external_data=False).graph)
     kinds = [node.op_type for node in graph.all_nodes()]
@@ -158,8 +158,8 @@ def test_w8a8_is_the_model_with_integer_products(family: str, tmp_path: Path, mo
     assert errors.median() < 2e-3 < 0.02 < without.median()
     first = loaded(ids[:, :12], prefill="pop")
     second = loaded(ids[:, 12:], past_key_values=first.past_key_values, prefill="pop")
-    papers, cache = pop_prefill(expected, ids[:, :12], PRUNED)
-    again, cache = pop_prefill(expected, ids[:, 12:], PRUNED, cache)
+    papers, cache = pop_prefill(expected, ids[:, :12], PRUNED, window=5)
+    again, cache = pop_prefill(expected, ids[:, 12:], PRUNED, cache, window=5)
     for ours, theirs in ((first.logits, papers), (second.logits, again)):
         assert (ours - theirs).abs().max() < 0.5 * float(without.median())
 

@@ -57,13 +57,13 @@ def test_pop_prefill_is_the_reference(name: str, length: int, request: pytest.Fi
     pair: Pair = request.getfixturevalue(name)
     first, second, last = pair.tokens(length), pair.tokens(9, seed=1), pair.tokens(1, seed=2)
     output = pair.model(first, prefill="pop")
-    logits, expected = pop_prefill(pair.reference, first, pair.pruned)
+    logits, expected = pop_prefill(pair.reference, first, pair.pruned, window=pair.window)
     assert output.logits.shape == logits.shape == (1, 1, pair.model.manifest.vocab_size)
     assert (output.logits - logits).abs().max() < TOLERANCE
     assert_same_cache(output.past_key_values, expected)
     for ids in (second, last):
         output = pair.model(ids, past_key_values=output.past_key_values, prefill="pop")
-        logits, expected = pop_prefill(pair.reference, ids, pair.pruned, expected)
+        logits, expected = pop_prefill(pair.reference, ids, pair.pruned, expected, window=pair.window)
         assert (output.logits - logits).abs().max() < TOLERANCE
         assert_same_cache(output.past_key_values, expected)
 

@@ -23,7 +23,7 @@ from .worker import Case
 #: of the largest logit of transformers' module
 TOLERANCE = 1e-4
 #: of three layers
-PRUNED = [1]
+PRUNED, WINDOW = [1], 5
 #: of a tiny model; more is a field that was not made small
 PARAMETERS = 5_000_000
 
@@ -58,7 +58,7 @@ def result_of(case: Case, folder: Path) -> tuple[str, str, str]:
             popcompile.convert(folder / "config", folder / "out", layers=str(PRUNED[0]), random_weights=True)
             return "no reference", f"module: {expected}", "conversion"
         layers = ",".join(map(str, PRUNED))
-        popcompile.convert(folder / "model", folder / "out", layers=layers, kv_projection="layer")
+        popcompile.convert(folder / "model", folder / "out", layers=layers, kv_projection="layer", window=WINDOW)
         got = _got(folder / "out")
     except PopcompileError as error:
         return "refused", _line(error, folder), "conversion"
@@ -112,7 +112,7 @@ def _expected(model: PreTrainedModel) -> dict[str, Tensor]:
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     batch = model(rows, attention_mask=mask, use_cache=False, **positions).logits
-    pruned, _ = pop_by_hooks(model, ids[:, :20], PRUNED)
+    pruned, _ = pop_by_hooks(model, ids[:, :20], PRUNED, window=WINDOW)
     return {"full": full, "second": second, "batch": batch[mask.bool()], "pruned": pruned}
 
 
