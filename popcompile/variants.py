@@ -65,8 +65,7 @@ class Variants:
             self._placements |= _placements(graph)
 
     def prune(self, out: Path, layers: Iterable[int]) -> Path:
-        """The package with `layers` pruned in prefill, their K/V made with the layers' own weights, and its window; written
-        to `out`.
+        """The package with `layers` pruned in prefill, their K/V made with the layers' own weights; written to `out`.
 
         `out` must not exist.
         """

@@ -82,11 +82,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, window: Tensor, prompt: int, pruned: list[int]) -> tuple[Tensor, DynamicCache]:
+def predictions(
+    model: PreTrainedModel, text: Tensor, prompt: int, pruned: list[int], window: int = WINDOW
+) -> tuple[Tensor, DynamicCache]:
     """Logits [tokens, vocabulary] that predict what follows the prompt, and the cache after the prompt."""
-    first, cache = pop_prefill(model, window[None, :prompt], pruned, window=WINDOW)
+    first, cache = pop_prefill(model, text[None, :prompt], pruned, window=window)
     grown = copy.deepcopy(cache)
-    after = model(input_ids=window[None, prompt:-1], past_key_values=grown, use_cache=True).logits
+    after = model(input_ids=text[None, prompt:-1], past_key_values=grown, use_cache=True).logits
     return torch.cat((first, after), dim=1)[0], cache
 
 
@@ -174,7 +176,8 @@ def test_every_number_of_a_tiny_model(
 
 
 def test_numbers_of_a_real_model(smollm2_package: Path, smollm2_checkpoint: Path) -> None:
-    prompt, after, pruned = 64, 16, read_manifest(smollm2_package).pruned
+    manifest = read_manifest(smollm2_package)
+    prompt, after, pruned = 64, 16, manifest.pruned
     sizes: dict[str, Any] = {"prompts": 1, "prompt_tokens": prompt, "continuation_tokens": after, "greedy_prompts": 0}
     result = evaluate(smollm2_package, seed=1, **sizes)
     model = AutoModelForCausalLM.from_pretrained(smollm2_checkpoint, dtype=torch.float32).eval()
@@ -183,7 +186,7 @@ def test_numbers_of_a_real_model(smollm2_package: Path, smollm2_checkpoint: Path
         found = windows(tokenizer, documents, 1, prompt + after, 1, name)
         with torch.no_grad():
             full = [model(w[None]).logits[0, prompt - 1 : -1] for w in found]
-        pop = [predictions(model, w, prompt, pruned)[0] for w in found]
+        pop = [predictions(model, w, prompt, pruned, manifest.window)[0] for w in found]
         assert_metrics(result["texts"][name], metrics_of(full, pop, [w[prompt:] for w in found]), 5e-3)
         assert "greedy_agreement_tokens" not in result["texts"][name]
     # DESIGN section 2: with a third pruned a first token loses 0.3 nats and a perplexity a tenth to a fifth

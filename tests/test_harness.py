@@ -18,7 +18,6 @@ from popcompile.cli import main
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM
 from popcompile.harness import _fit, _harness_model, tasks_text
-from popcompile.package import read_manifest
 from popcompile.runtime import Runtime
 
 try:

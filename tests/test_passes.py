@@ -36,6 +36,15 @@ def inner_steps() -> dict[str, Step]:
 INNER = ["PrunePrefill", "InsertKVProjection", "InsertBoundaryRecompute", "PruneLMHead"]
 
 
+@cache
+def window_steps() -> dict[str, Step]:
+    return compile_in_steps(tiny_llama(), [1], window=4)
+
+
+#: passes that see how many tokens take the whole model
+WINDOW = ["InsertBoundaryRecompute", "PruneLMHead", "LowerAttention"]
+
+
 def changed_texts(steps: dict[str, Step], name: str, prefix: str = "") -> dict[str, str]:
     """File name -> text of every graph that a pass changed."""
     earlier = before(steps, name).texts if name != "Traced" else {}
@@ -60,6 +69,9 @@ def expected_graphs(request: pytest.FixtureRequest) -> dict[str, str]:
         for name in INNER:
             for file, text in changed_texts(inner_steps(), name, "inner-").items():
                 (GRAPHS / file).write_text(text, encoding="utf-8")
+        for name in WINDOW:
+            for file, text in changed_texts(window_steps(), name, "window-").items():
+                (GRAPHS / file).write_text(text, encoding="utf-8")
     return {path.name: path.read_text(encoding="utf-8") for path in GRAPHS.glob("*.txt")}
 
 
@@ -81,6 +93,11 @@ def test_graph_after(name: str, expected_graphs: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", INNER)
 def test_graph_after_pruning_an_inner_layer(name: str, expected_graphs: dict[str, str]) -> None:
     compare(expected_graphs, changed_texts(inner_steps(), name, "inner-"), rf"inner-\d\d-{name}\..*")
+
+
+@pytest.mark.parametrize("name", WINDOW)
+def test_graph_with_a_window(name: str, expected_graphs: dict[str, str]) -> None:
+    compare(expected_graphs, changed_texts(window_steps(), name, "window-"), rf"window-\d\d-{name}\..*")
 
 
 def test_cleanup_removes_what_is_dead_or_computed_twice() -> None:
