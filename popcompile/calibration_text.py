@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from popcompile.analysis import sample_texts
 from popcompile.errors import PopcompileError
 from popcompile.execution import Reader
+from popcompile.importance import random_stream
 from popcompile.passes import Program
+from popcompile.retrieval_text import RetrievalText, retrieval_text
 from popcompile.texts import read_texts, windows
 
 #: "--calibration self": text sampled from the model itself
@@ -25,19 +27,24 @@ TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 FEWEST, _SHORTEST = 8, 64
 #: of a text, at least
 _WINDOWS = 4
+#: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
+_RETRIEVAL, _LISTED = 0.2, 32
 
 
 @dataclass(frozen=True)
 class CalibrationText:
     """calibration [N, T], held_out and unseen [M, T]: token ids. source: what they are, for the report.
 
-    Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither.
+    Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Of the last
+    two there are texts whose answers stand in the prompt as well, in calibration some of the rows are such.
     """
 
     calibration: Tensor
     held_out: Tensor
     unseen: Tensor
     source: str
+    retrieval_held_out: RetrievalText | None = None
+    retrieval_unseen: RetrievalText | None = None
 
     @property
     def prompt(self) -> int:
@@ -69,7 +76,7 @@ def calibration_text(
         )
     if origin == SELF:
         rows = sample_texts(program, read, tokenizer, texts + 2 * HELD_OUT, tokens, seed, progress)
-        return _divided(rows, HELD_OUT, "text sampled from the model itself")
+        return _with_retrieval(_divided(rows, HELD_OUT, "text sampled from the model itself"), tokenizer, window, seed)
     documents = read_texts(Path(origin))
     if tokenizer is None:
         raise PopcompileError(f"--calibration {origin}: the model has no tokenizer; give --calibration {SELF}")
@@ -79,9 +86,33 @@ def calibration_text(
             f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {FEWEST};"
             f" give more text, or --calibration {SELF}"
         )
-    return _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")
+    divided = _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")
+    return _with_retrieval(divided, tokenizer, window, seed)
 
 
 def _divided(rows: Tensor, held_out: int, source: str) -> CalibrationText:
     decide, measure, fit = rows.split([held_out, held_out, len(rows) - 2 * held_out])
     return CalibrationText(fit, decide, measure, source)
+
+
+def _with_retrieval(
+    text: CalibrationText, tokenizer: PreTrainedTokenizerBase | None, window: int, seed: int
+) -> CalibrationText:
+    """The text with self-made ones whose answers stand in them, where the tokenizer allows and they have the room."""
+    tokens, listed = text.calibration.shape[1], text.prompt - window
+    if tokenizer is None or listed < _LISTED:
+        return text
+    counts = [max(1, round(len(text.calibration) * _RETRIEVAL)), len(text.held_out), len(text.unseen)]
+    made = retrieval_text(tokenizer, sum(counts), tokens, listed, random_stream(seed, "retrieval"))
+    if made is None:
+        return text
+    fit, decide, measure = (
+        RetrievalText(rows, answers)
+        for rows, answers in zip(made.rows.split(counts), made.answers.split(counts), strict=True)
+    )
+    return replace(
+        text,
+        calibration=torch.cat((text.calibration, fit.rows)),
+        retrieval_held_out=decide,
+        retrieval_unseen=measure,
+    )

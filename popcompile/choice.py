@@ -32,7 +32,9 @@ _REFINED = 0.7
 
 @dataclass(frozen=True)
 class Budget:
-    """The loss that is allowed: first-token KL in nats, and perplexity over the whole model's. None: any."""
+    """The loss that is allowed: KL in nats, of a first token and of answers that stand in the prompt, and perplexity
+    over the whole model's. None: any.
+    """
 
     max_kl: float | None = None
     max_ppl_ratio: float | None = None
@@ -41,7 +43,7 @@ class Budget:
         """The share of the budget that a loss takes; above 1 it is overspent."""
         shares = [0.0]
         if self.max_kl is not None:
-            shares.append(_share(loss.first_token_kl, self.max_kl))
+            shares.append(_share(loss.worst_kl, self.max_kl))
         if self.max_ppl_ratio is not None:
             shares.append(_share(loss.ppl_ratio - 1, self.max_ppl_ratio - 1))
         return max(shares)
@@ -112,7 +114,7 @@ class Search:
         if refined is maps:
             return candidate
         finished = Candidate(pruned, self._held_out.measure(pruned, refined), refined=True)
-        if finished.loss.first_token_kl >= candidate.loss.first_token_kl:
+        if finished.loss.worst_kl >= candidate.loss.worst_kl:
             return candidate
         self._final[tuple(pruned)] = refined
         self.measured.append(finished)
@@ -123,9 +125,9 @@ class Search:
         return self._final[tuple(candidate.pruned)]
 
     def best(self, count: int) -> Candidate:
-        """The candidate of `count` layers with the least first-token KL."""
+        """The candidate of `count` layers with the least KL."""
         found = [self.measure(p) for p in propose(count, self._importance, self._held_out.first)]
-        return min(found, key=lambda c: c.loss.first_token_kl)
+        return min(found, key=lambda c: c.loss.worst_kl)
 
     def within(self, budget: Budget) -> Candidate:
         """The candidate with the most layers whose loss is within the budget, else the last layer alone; finished."""

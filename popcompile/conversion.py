@@ -100,9 +100,10 @@ def convert(
     """Compile `model` (hub id, folder or GGUF file) into a package at `out`; returns the package's manifest.
 
     prune: how many layers prefill skips, a count or a fraction, or "auto", the default: as many as the budget allows,
-    max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
-    held-out text. layers: which ones ("20-29,17"). window: how many tokens at the end of a prompt take the whole model,
-    64 by default and 1 in the paper; shorter prompts are encoded in full. kv_projection: "calibrated", the default, or
+    max_kl (KL in nats, of the first token and of answers that stand in the prompt, default 0.05) and max_ppl_ratio
+    (perplexity over the whole model's), measured on held-out text. layers: which ones ("20-29,17"). window: how many
+    tokens at the end of a prompt take the whole model, 64 by default and 1 in the paper; shorter prompts are encoded in
+    full. kv_projection: "calibrated", the default, or
     "layer", the layers' own weights. calibration: "self", text sampled from the model, or a text file;
     calibration_texts: how many pieces of it. refinement_steps: of gradient descent after the closed form, 0 for none.
     seed: of what is sampled. With random_weights nothing is measured by default: a third of the layers, their own

@@ -6,13 +6,15 @@ prefill of the tokens before it and to itself, as it would were it the last. Tha
 
     context    prompt tokens but those of the window: the pruned prefill's hidden states
     tail       the window and the continuation, teacher-forced from there on, and the probes: every layer, in full
+
+Of texts whose answers stand in the prompt (retrieval_text.py) only the answers' tokens count.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from popcompile.calibration import Calibration
 from popcompile.layerwise import LayerwiseModel, Tokens
 from popcompile.predictions import Comparison, compare
 from popcompile.pruned_prefill import Prompts, last_hidden_state
+from popcompile.retrieval_text import RetrievalText
 
 #: rows that are run together
 _BATCH = 4
@@ -34,6 +37,8 @@ class Loss:
 
     first_token_kl, its standard error over rows (NaN for one row), first_token_agreement: of tokens after a prompt.
     kl, agreement, ppl_ratio: of the continuation's tokens, teacher-forced. Agreement is that of the likeliest token.
+    retrieval_kl: of the tokens of answers that stand in the prompt, teacher-forced; retrieval_full, retrieval_correct:
+    the share of them that the whole model, and the pruned one, hold for the likeliest. None: not measured.
     """
 
     first_token_kl: float
@@ -42,40 +47,130 @@ class Loss:
     kl: float
     agreement: float
     ppl_ratio: float
+    retrieval_kl: float | None = None
+    retrieval_full: float | None = None
+    retrieval_correct: float | None = None
+
+    @property
+    def worst_kl(self) -> float:
+        """Of the first token, or of answers that stand in the prompt: what the choice of layers goes by."""
+        return max(self.first_token_kl, self.retrieval_kl or 0.0)
 
 
 class HeldOut:
     """Rows of tokens [N, T], and the whole model's hidden states before layer `first` and at the end.
 
     Layers before `first` are never pruned. prompt: tokens of a row that are its prompt; the others continue it.
-    window: tokens at a prompt's end that take the whole model, fewer than it has.
+    window: tokens at a prompt's end that take the whole model, fewer than it has. retrieval: texts of the same sizes
+    whose answers stand in the prompt.
     """
 
     def __init__(
-        self, model: LayerwiseModel, rows: Tensor, first: int, prompt: int, seed: int, window: int = 1
+        self,
+        model: LayerwiseModel,
+        rows: Tensor,
+        first: int,
+        prompt: int,
+        seed: int,
+        window: int = 1,
+        retrieval: RetrievalText | None = None,
     ) -> None:
         assert 0 < window < prompt
-        self.model, self.rows, self.first, self.window = model, rows, first, window
-        self.context = prompt - window
-        self.continued = rows.shape[1] - prompt
+        self._retrieval = retrieval and _HeldOutRetrieval(model, retrieval, first, prompt, window)
+        context = prompt - window
+        self._continued = rows.shape[1] - prompt
         random = torch.Generator().manual_seed(seed)
-        ends = torch.stack([self._probes(random) for _ in rows])
-        continuation = torch.arange(self.context, rows.shape[1] - 1).expand(len(rows), -1)
-        back = torch.arange(window).flip(0)
-        probes = (ends[:, :, None] - back).flatten(1)
-        self._positions = torch.cat((continuation, probes), 1)
-        self._begins = torch.cat(
-            (torch.full_like(continuation, self.context), (ends - window + 1).repeat_interleave(window, 1)), 1
-        )
-        self._ids = rows.gather(1, self._positions)
+        ends = torch.stack([_probes(context, window, random) for _ in rows])
+        continuation = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
+        probes = (ends[:, :, None] - torch.arange(window).flip(0)).flatten(1)
+        begins = (torch.full_like(continuation, context), (ends - window + 1).repeat_interleave(window, 1))
         #: in the tail: the boundary token and the continuation, and the probes' last tokens
-        self._measured = torch.cat(
-            (
-                torch.arange(window - 1, continuation.shape[1]),
-                torch.arange(ends.shape[1]) * window + continuation.shape[1] + window - 1,
-            )
+        measured = (
+            torch.arange(window - 1, continuation.shape[1]),
+            torch.arange(ends.shape[1]) * window + continuation.shape[1] + window - 1,
         )
-        self._next = rows.gather(1, self._positions[:, self._measured] + 1)
+        self._tails = _Tails(
+            model, rows, first, context, torch.cat((continuation, probes), 1), torch.cat(begins, 1),
+            torch.cat(measured).expand(len(rows), -1),
+        )  # fmt: skip
+
+    @property
+    def model(self) -> LayerwiseModel:
+        return self._tails.model
+
+    @property
+    def first(self) -> int:
+        return self._tails.first
+
+    def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
+        """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
+        kl, whole, ours, agreement, *_ = self._tails.compare(pruned, calibration)
+        after = slice(0, self._continued)
+        first = torch.cat((kl[:, :1], kl[:, self._continued :]), 1).mean(1)
+        first_agreement = torch.cat((agreement[:, :1], agreement[:, self._continued :]), 1).mean()
+        loss = Loss(
+            first_token_kl=float(first.mean()),
+            first_token_kl_error=_standard_error(first),
+            first_token_agreement=float(first_agreement),
+            kl=float(kl[:, after].mean()),
+            agreement=float(agreement[:, after].mean()),
+            ppl_ratio=float((ours - whole)[:, after].mean().exp()),
+        )
+        return self._retrieval.add_to(loss, pruned, calibration) if self._retrieval else loss
+
+
+class _HeldOutRetrieval:
+    """Texts whose answers stand in them, as HeldOut has rows; what is asked for from `prompt` on is measured."""
+
+    def __init__(self, model: LayerwiseModel, text: RetrievalText, first: int, prompt: int, window: int = 1) -> None:
+        assert 0 < window < prompt
+        rows, context = text.rows, prompt - window
+        positions = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
+        answers = text.answers[:, context + 1 :] & (positions + 1 >= prompt)
+        count = int(answers.sum(1).min())
+        assert count > 0
+        measured = answers.int().topk(count, 1).indices.sort(1).values
+        self._tails = _Tails(model, rows, first, context, positions, torch.full_like(positions, context), measured)
+
+    def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration) -> Loss:
+        """The loss of pruning these layers, with what it costs here."""
+        compared = self._tails.compare(pruned, calibration)
+        return replace(
+            loss,
+            retrieval_kl=float(compared.kl.mean()),
+            retrieval_full=float(compared.full_correct.mean()),
+            retrieval_correct=float(compared.correct.mean()),
+        )
+
+
+def _probes(context: int, window: int, random: torch.Generator) -> Tensor:
+    """Positions of tokens of the prompt that a probe's window ends with, in one row."""
+    count = min(_PROBES, max(2, _PROBED_TOKENS // window))
+    last = context + window - 1  # the boundary token
+    earliest = window - 1 + min(_EARLIEST, context // 2)
+    return torch.randperm(last - earliest, generator=random)[:count] + earliest
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+class _Tails:
+    """Tails of rows [N, T], and what the whole model makes of them.
+
+    context: tokens of a row from its beginning that tails may attend to. positions: of the tails' tokens [N, Q], and
+    begins, where the block of each begins. measured: indices [N, M] of tail tokens whose predictions are compared.
+    """
+
+    def __init__(
+        self, model: LayerwiseModel, rows: Tensor, first: int, context: int, positions: Tensor, begins: Tensor,
+        measured: Tensor,
+    ) -> None:  # fmt: skip
+        self.model, self.first = model, first
+        self._rows, self._context, self._positions, self._begins = rows, context, positions, begins
+        self._measured = measured
+        self._ids = rows.gather(1, positions)
+        self._next = rows.gather(1, positions.gather(1, measured) + 1)
         entering, final = [], []
         for batch in self._batches():
             prompts = self._prompts(batch)
@@ -84,52 +179,35 @@ class HeldOut:
                 if layer == first:
                     entering.append(x)
                 x = model.layer(layer, x, prompts.together, prompts.visible)
-            final.append(x[:, self.context :][:, self._measured])
+            final.append(self._at(batch, x[:, context:]))
         self._entering, self._final = torch.cat(entering), torch.cat(final)
 
-    def _probes(self, random: torch.Generator) -> Tensor:
-        """Positions of tokens of the prompt that a probe's window ends with, in one row."""
-        count = min(_PROBES, max(2, _PROBED_TOKENS // self.window))
-        last = self.context + self.window - 1  # the boundary token
-        earliest = self.window - 1 + min(_EARLIEST, self.context // 2)
-        return torch.randperm(last - earliest, generator=random)[:count] + earliest
-
-    def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
-        """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
+    def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
+        """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
         parts = []
         for batch in self._batches():
             prompts, x = self._prompts(batch), self._entering[batch]
-            entering = x[:, : self.context], x[:, self.context :]
+            entering = x[:, : self._context], x[:, self._context :]
             y = last_hidden_state(self.model, prompts, entering, self.first, pruned, calibration)
-            parts.append(self._compare(batch, prompts.tail, y[:, self._measured]))
-        kl, whole, ours, agreement = map(torch.cat, zip(*parts, strict=True))
-        after = slice(0, self.continued)
-        first = torch.cat((kl[:, :1], kl[:, self.continued :]), 1).mean(1)
-        first_agreement = torch.cat((agreement[:, :1], agreement[:, self.continued :]), 1).mean()
-        return Loss(
-            first_token_kl=float(first.mean()),
-            first_token_kl_error=float(first.std() / len(first) ** 0.5) if len(first) > 1 else math.nan,
-            first_token_agreement=float(first_agreement),
-            kl=float(kl[:, after].mean()),
-            agreement=float(agreement[:, after].mean()),
-            ppl_ratio=float((ours - whole)[:, after].mean().exp()),
-        )
+            parts.append(self._compare(batch, prompts.tail, self._at(batch, y)))
+        return Comparison(*map(torch.cat, zip(*parts, strict=True)))
 
     def _compare(self, batch: slice, tokens: Tokens, y: Tensor) -> Comparison:
-        """The whole model's predictions with those from the last hidden state y [B, measured, hidden]: [B, measured].
-
-        A row at a time bounds the logits.
-        """
+        """Of last hidden states y [B, M, hidden]. A row at a time bounds the logits."""
         rows = []
         for final, ours, following in zip(self._final[batch], y, self._next[batch], strict=True):
             whole, pruned = (self.model.logits(h[None], tokens)[0] for h in (final, ours))
             rows.append(compare(whole, pruned, following))
         return Comparison(*map(torch.stack, zip(*rows, strict=True)))
 
+    def _at(self, batch: slice, y: Tensor) -> Tensor:
+        """What is measured of the tail's y [B, Q, hidden]: [B, M, hidden]."""
+        return y.gather(1, self._measured[batch, :, None].expand(-1, -1, y.shape[2]))
+
     def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self.rows), _BATCH):
-            yield slice(start, min(start + _BATCH, len(self.rows)))
+        for start in range(0, len(self._rows), _BATCH):
+            yield slice(start, min(start + _BATCH, len(self._rows)))
 
     def _prompts(self, batch: slice) -> Prompts:
-        context = self.rows[batch, : self.context]
+        context = self._rows[batch, : self._context]
         return Prompts.of(self.model, context, self._ids[batch], self._positions[batch], self._begins[batch])

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from popcompile.package import Manifest
 
 _LOSSES = tuple(field.name for field in fields(Loss))
+_RETRIEVAL = tuple(name for name in _LOSSES if name.startswith("retrieval_"))
+_OPTIONAL = (*_RETRIEVAL, "first_token_kl_error")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class LayerChoice:
     frontier: list[Point]
 
     def best(self) -> list[Point]:
-        """The set of least first-token KL for each number of layers, ascending."""
+        """The set of least KL for each number of layers, ascending."""
         least: dict[int, Point] = {}
-        for point in sorted(self.frontier, key=lambda p: p.loss.first_token_kl):
+        for point in sorted(self.frontier, key=lambda p: p.loss.worst_kl):
             least.setdefault(len(point.pruned), point)
         return [least[count] for count in sorted(least)]
 
@@ -160,8 +162,9 @@ def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
 
 
 def _loss(entry: dict[str, Any]) -> Loss:
-    values = {name: _number(entry[name]) for name in _LOSSES if name != "first_token_kl_error"}
-    return Loss(**values, first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]))
+    values = {name: _number(entry[name]) for name in _LOSSES if name not in _OPTIONAL}
+    retrieval = {name: _number_or_none(entry.get(name)) for name in _RETRIEVAL}
+    return Loss(**values, **retrieval, first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]))
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
 #: the loss that `convert` allows where the user says nothing: KL of the first token, in nats
-MAX_KL = 0.1
+MAX_KL = 0.05
 #: text that the ranking of layers is estimated on
 _RANKING = {"texts": 16, "tokens": 192, "prefixes": 4}
 
@@ -106,7 +106,7 @@ def make_plan(
     states = None
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, options.window)
+    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, options.window, text.retrieval_held_out)
     importance = ranking.prefill if ranking else [0.0] * layers
     search = Search(states, held_out, importance, progress, steps=options.steps, seed=options.seed)
     if request.how == "auto":
@@ -115,7 +115,7 @@ def make_plan(
         found = search.measure(request.layers) if request.how == "layers" else search.best(len(request.layers))
         chosen = search.finish(found)
     calibration = search.final(chosen)
-    unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed, options.window)
+    unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed, options.window, text.retrieval_unseen)
     sections = {
         "choice": _choice(program, search, chosen, request, options),
         "quality": {
@@ -144,7 +144,7 @@ def _rank(program: Program, read: Reader, text: CalibrationText, options: Option
 
 
 def _choice(program: Program, search: Search, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
-    candidates = sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.first_token_kl))
+    candidates = sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.worst_kl))
     speedups = predicted_speedups(program, [c.pruned for c in candidates], options.calibrated, options.window)
     frontier = [
         {

@@ -61,8 +61,16 @@ def quality_words(quality: Quality) -> str:
     loss = quality.loss
     return (
         f"first-token KL {kl_cell(loss)} nats, agreement {share(loss.first_token_agreement)};"
-        f" perplexity {ratio(loss.ppl_ratio)} times full"
+        f" perplexity {ratio(loss.ppl_ratio)} times full{retrieval_words(loss)}"
     )
+
+
+def retrieval_words(loss: Loss) -> str:
+    """What becomes of answers that stand in the prompt, where that was measured."""
+    if loss.retrieval_kl is None or loss.retrieval_correct is None or loss.retrieval_full is None:
+        return ""
+    correct = f"{share(loss.retrieval_correct)} right of {share(loss.retrieval_full)}"
+    return f"; answers in the prompt: KL {small(loss.retrieval_kl)}, {correct}"
 
 
 def text_words(quality: Quality) -> str:
@@ -75,7 +83,7 @@ def frontier_table(choice: LayerChoice) -> Table:
     """The best set for each number of layers, and the chosen one, which is marked."""
     points = choice.best()
     points += [p for p in choice.frontier if p.chosen and p not in points]
-    points.sort(key=lambda p: (len(p.pruned), p.loss.first_token_kl))
+    points.sort(key=lambda p: (len(p.pruned), p.loss.worst_kl))
     rows = [
         [
             str(len(p.pruned)),
@@ -87,15 +95,26 @@ def frontier_table(choice: LayerChoice) -> Table:
         for p in points
     ]
     marked = {i for i, p in enumerate(points) if p.chosen}
-    return Table(["number", "pruned layers", "FLOPs saved", *LOSS_HEADERS, ""], rows, "rlrrrrrrl", marked)
+    return Table(["number", "pruned layers", "FLOPs saved", *LOSS_HEADERS, ""], rows, "rlrrrrrrrrl", marked)
 
 
-LOSS_HEADERS = ["first-token KL", "same first token", "KL after it", "same token", "ppl / full"]
+LOSS_HEADERS = [
+    "first-token KL",
+    "same first token",
+    "KL after it",
+    "same token",
+    "ppl / full",
+    "retrieval KL",
+    "right",
+]
 
 
 def loss_cells(loss: Loss) -> list[str]:
     shares = share(loss.first_token_agreement), share(loss.agreement)
-    return [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
+    cells = [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
+    if loss.retrieval_kl is None or loss.retrieval_correct is None or loss.retrieval_full is None:
+        return [*cells, "", ""]
+    return [*cells, small(loss.retrieval_kl), f"{share(loss.retrieval_correct)} of {share(loss.retrieval_full)}"]
 
 
 def kl_cell(loss: Loss) -> str:
