@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from popcompile.package import Manifest
 
 _LOSSES = tuple(field.name for field in fields(Loss))
-_RETRIEVAL = tuple(name for name in _LOSSES if name.startswith("retrieval_"))
-_OPTIONAL = (*_RETRIEVAL, "first_token_kl_error")
+_OPTIONAL = ("first_token_kl_error", "retrieval_kl", "retrieval_full", "retrieval_correct")
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,13 @@ def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
 
 def _loss(entry: dict[str, Any]) -> Loss:
     values = {name: _number(entry[name]) for name in _LOSSES if name not in _OPTIONAL}
-    retrieval = {name: _number_or_none(entry.get(name)) for name in _RETRIEVAL}
-    return Loss(**values, **retrieval, first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]))
+    return Loss(
+        **values,
+        first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]),
+        retrieval_kl=_number_or_none(entry.get("retrieval_kl")),
+        retrieval_full=_number_or_none(entry.get("retrieval_full")),
+        retrieval_correct=_number_or_none(entry.get("retrieval_correct")),
+    )
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:

@@ -104,8 +104,8 @@ LOSS_HEADERS = [
     "KL after it",
     "same token",
     "ppl / full",
-    "retrieval KL",
-    "right",
+    "KL of answers",
+    "right answers",
 ]
 
 

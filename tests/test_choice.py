@@ -141,7 +141,9 @@ def test_the_same_seed_gives_the_same_package(checkpoint: Path, tmp_path: Path) 
 
 
 def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path: Path) -> None:
-    manifest = popcompile.convert(checkpoint, tmp_path / "out", layers="2-3,5", dtype="fp16", refinement_steps=8)
+    manifest = popcompile.convert(
+        checkpoint, tmp_path / "out", layers="2-3,5", window=1, dtype="fp16", refinement_steps=8
+    )
     report = report_of(tmp_path / "out")
     assert report["choice"]["how"] == "layers" and report["choice"]["budget"] is None and manifest.pruned == [2, 3, 5]
     quality = report["quality"]

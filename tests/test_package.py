@@ -16,7 +16,7 @@ from popcompile.errors import PopcompileError
 from popcompile.export.io_names import input_names, output_names
 from popcompile.graph_check import read_graphs
 from popcompile.integrity import check_files, describe_files
-from popcompile.package import LAYOUTS, MANIFEST, Manifest, read_manifest
+from popcompile.package import FORMAT_VERSION, LAYOUTS, MANIFEST, Manifest, _checksum, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 
@@ -40,7 +40,8 @@ def sign(folder: Path, **changes: Any) -> None:
     """Write a manifest that fits the files."""
     (folder / MANIFEST).unlink(missing_ok=True)
     manifest = Manifest(
-        format_version=2, popcompile="0", source={"name": "tiny"}, model_type="llama", num_layers=2, num_kv_heads=1,
+        format_version=FORMAT_VERSION, popcompile="0", source={"name": "tiny"}, model_type="llama", num_layers=2,
+        num_kv_heads=1,
         head_size=8, vocab_size=16, context_length=64, pruned=[1], kv_projection="layer", dtype="fp32",
         block_size=0, provider="cpu", layout="split",
         window=64, graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"}, weights=WEIGHTS,
@@ -127,8 +128,21 @@ def test_odd_format_versions(version: object, folder: Path) -> None:
 
 
 def test_a_newer_format(folder: Path) -> None:
-    message = edited(folder, format_version=3, another_field=1)
-    assert "format version 3 is newer than this popcompile reads (2); upgrade popcompile" in message
+    message = edited(folder, format_version=FORMAT_VERSION + 1, another_field=1)
+    assert f"format version {FORMAT_VERSION + 1} is newer than this popcompile reads ({FORMAT_VERSION});" in message
+
+
+def test_the_format_before_windows(folder: Path) -> None:
+    """A package of format version 2 is one whose window is the boundary token."""
+    data = json.loads((folder / MANIFEST).read_text())
+    del data["manifest_sha256"], data["window"]
+    data |= {"format_version": 2, "prefill_threshold": 16}
+    text = json.dumps(data | {"manifest_sha256": _checksum(data)})
+    (folder / MANIFEST).write_text(text)
+    assert read_manifest(folder).window == 1
+    (folder / MANIFEST).write_text(text.replace('"prefill_threshold": 16', '"prefill_threshold": 17'))
+    assert "was changed after the package was made" in refusal(lambda: read_manifest(folder))
+    assert "was made by an older popcompile (format version 1," in edited(folder, format_version=1)
 
 
 NOT_MANIFESTS = [
