@@ -2,13 +2,13 @@
 
 The regression weighs every direction of k and v alike, whatever attention and the rest of the model make of it. A few
 steps of Adam on what counts, KL(whole model || pruned prefill) of first tokens, start from its solution. Each step
-takes some rows of the calibration text, and of each row some places as boundary tokens. The model's weights stay.
+takes some rows of the calibration text, and of each row some places as boundary tokens, whatever the window is: steps
+through the window cost more and gain the same (calibration.md). The model's weights stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ from popcompile.pruned_prefill import Prompts, last_hidden_state
 
 #: steps by default, and rows and boundary tokens of each row that a step takes
 STEPS, _ROWS, _BOUNDARY_TOKENS = 128, 8, 32
-#: with a window: tokens of each row that a step takes, and how many of them follow a prompt
-_TAIL_TOKENS, _CONTINUED = 96, 32
 #: position of the earliest boundary token
 _EARLIEST = 8
 #: Adam's step, relative to the root mean square of a map's weight
@@ -37,8 +35,6 @@ def refine(
     *,
     steps: int = STEPS,
     seed: int = 0,
-    window: int = 1,
-    rate: float = _RATE,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Calibration:
     """Maps in place of these layers that lose less, starting from `calibration`; it is left as it is.
@@ -49,7 +45,7 @@ def refine(
         return calibration
     refined = calibration.each(lambda t: t.clone().requires_grad_())
     maps = [*refined.projections.values(), *refined.bypasses.values()]
-    rates = [rate * float(m.weight.detach().pow(2).mean().sqrt()) for m in maps]
+    rates = [_RATE * float(m.weight.detach().pow(2).mean().sqrt()) for m in maps]
     groups = [{"params": [m.weight, m.bias, m.sink], "lr": rate} for m, rate in zip(maps, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -60,7 +56,7 @@ def refine(
     with torch.enable_grad(), fast_products():
         for step in range(steps):
             optimizer.zero_grad()
-            _loss(states, pruned, refined, next(rows), random, window).backward()
+            _loss(states, pruned, refined, next(rows), random).backward()
             optimizer.step()
             schedule.step()
             if progress:
@@ -68,42 +64,23 @@ def refine(
     return refined.each(Tensor.detach)
 
 
-def _loss(
-    states: HiddenStates, pruned: list[int], calibration: Calibration, rows: Tensor, random: Generator, window: int
-) -> Tensor:
-    """Mean KL of tokens after prompts that rows begin with, but for a constant: the whole model's entropy."""
+def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, rows: Tensor, random: Generator) -> Tensor:
+    """Mean first-token KL of some boundary tokens of these rows, but for a constant: the whole model's entropy."""
     model, first = states.model, pruned[0]
     ids = states.rows[rows]
-    blocks = _Blocks.of(window, ids.shape[1])
-    begins = torch.stack([blocks.draw(random) for _ in ids])
-    positions = (begins[:, :, None] + torch.arange(blocks.length)).flatten(1)
+    positions = torch.stack([_boundary_tokens(ids.shape[1], random) for _ in ids])
     x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
-    prompts = Prompts.of(model, ids, ids.gather(1, positions), positions, begins.repeat_interleave(blocks.length, 1))
+    prompts = Prompts.of(model, ids, ids.gather(1, positions), positions, begins=positions)
     y = last_hidden_state(model, prompts, (x, _at(x, positions)), first, pruned, calibration)
-    measured = (torch.arange(positions.shape[1]) % blocks.length) >= window - 1
     with torch.no_grad():
-        likely = model.logits(_at(final, positions[:, measured]), prompts.tail).flatten(0, 1).softmax(-1)
-    return cross_entropy(model.logits(y[:, measured], prompts.tail).flatten(0, 1), likely)
+        likely = model.logits(_at(final, positions), prompts.tail).flatten(0, 1).softmax(-1)
+    return cross_entropy(model.logits(y, prompts.tail).flatten(0, 1), likely)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The ends of prompts that a step takes of one row, with what follows. earliest, latest: where they begin."""
-
-    count: int
-    length: int
-    earliest: int
-    latest: int
-
-    @classmethod
-    def of(cls, window: int, tokens: int) -> _Blocks:
-        length = window + (_CONTINUED if window > 1 else 0)
-        count = max(1, _TAIL_TOKENS // length) if window > 1 else _BOUNDARY_TOKENS
-        return cls(count, length, min(_EARLIEST, tokens // 2), tokens - length)
-
-    def draw(self, random: Generator) -> Tensor:
-        """Positions that the blocks of one row begin at."""
-        return torch.randperm(self.latest - self.earliest + 1, generator=random)[: self.count] + self.earliest
+def _boundary_tokens(length: int, random: Generator) -> Tensor:
+    """Positions of the boundary tokens that a step takes of one row."""
+    earliest = min(_EARLIEST, length // 2)
+    return torch.randperm(length - earliest, generator=random)[:_BOUNDARY_TOKENS] + earliest
 
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:
