@@ -37,8 +37,9 @@ class Loss:
 
     first_token_kl, its standard error over rows (NaN for one row), first_token_agreement: of tokens after a prompt.
     kl, agreement, ppl_ratio: of the continuation's tokens, teacher-forced. Agreement is that of the likeliest token.
-    retrieval_kl: of the tokens of answers that stand in the prompt, teacher-forced; retrieval_full, retrieval_correct:
-    the share of them that the whole model, and the pruned one, hold for the likeliest. None: not measured.
+    Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
+    likeliest to the whole model; of these, retrieval_kl, and retrieval_kept, the share that is the likeliest after
+    pruning as well. None: not measured, or nothing found.
     """
 
     first_token_kl: float
@@ -47,13 +48,13 @@ class Loss:
     kl: float
     agreement: float
     ppl_ratio: float
+    retrieval_found: float | None = None
     retrieval_kl: float | None = None
-    retrieval_full: float | None = None
-    retrieval_correct: float | None = None
+    retrieval_kept: float | None = None
 
     @property
     def worst_kl(self) -> float:
-        """Of the first token, or of answers that stand in the prompt: what the choice of layers goes by."""
+        """Of the first token, or of answers found in the prompt: what the choice of layers goes by."""
         return max(self.first_token_kl, self.retrieval_kl or 0.0)
 
 
@@ -135,12 +136,12 @@ class _HeldOutRetrieval:
     def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with what it costs here."""
         compared = self._tails.compare(pruned, calibration)
-        return replace(
-            loss,
-            retrieval_kl=float(compared.kl.mean()),
-            retrieval_full=float(compared.full_correct.mean()),
-            retrieval_correct=float(compared.correct.mean()),
-        )
+        found = compared.full_correct > 0
+        share = float(compared.full_correct.mean())
+        if not found.any():
+            return replace(loss, retrieval_found=share)
+        kept = float(compared.correct[found].mean())
+        return replace(loss, retrieval_found=share, retrieval_kl=float(compared.kl[found].mean()), retrieval_kept=kept)
 
 
 def _probes(context: int, window: int, random: torch.Generator) -> Tensor:

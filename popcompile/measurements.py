@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from popcompile.package import Manifest
 
 _LOSSES = tuple(field.name for field in fields(Loss))
-_OPTIONAL = ("first_token_kl_error", "retrieval_kl", "retrieval_full", "retrieval_correct")
+_OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retrieval_kept")
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,9 @@ def _loss(entry: dict[str, Any]) -> Loss:
     return Loss(
         **values,
         first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]),
+        retrieval_found=_number_or_none(entry.get("retrieval_found")),
         retrieval_kl=_number_or_none(entry.get("retrieval_kl")),
-        retrieval_full=_number_or_none(entry.get("retrieval_full")),
-        retrieval_correct=_number_or_none(entry.get("retrieval_correct")),
+        retrieval_kept=_number_or_none(entry.get("retrieval_kept")),
     )
 
 

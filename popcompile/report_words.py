@@ -67,10 +67,9 @@ def quality_words(quality: Quality) -> str:
 
 def retrieval_words(loss: Loss) -> str:
     """What becomes of answers that stand in the prompt, where that was measured."""
-    if loss.retrieval_kl is None or loss.retrieval_correct is None or loss.retrieval_full is None:
+    if loss.retrieval_kl is None or loss.retrieval_kept is None:
         return ""
-    correct = f"{share(loss.retrieval_correct)} right of {share(loss.retrieval_full)}"
-    return f"; answers in the prompt: KL {small(loss.retrieval_kl)}, {correct}"
+    return f"; answers found in the prompt: KL {small(loss.retrieval_kl)}, {share(loss.retrieval_kept)} kept"
 
 
 def text_words(quality: Quality) -> str:
@@ -105,16 +104,16 @@ LOSS_HEADERS = [
     "same token",
     "ppl / full",
     "KL of answers",
-    "right answers",
+    "answers kept",
 ]
 
 
 def loss_cells(loss: Loss) -> list[str]:
     shares = share(loss.first_token_agreement), share(loss.agreement)
     cells = [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
-    if loss.retrieval_kl is None or loss.retrieval_correct is None or loss.retrieval_full is None:
+    if loss.retrieval_kl is None or loss.retrieval_kept is None:
         return [*cells, "", ""]
-    return [*cells, small(loss.retrieval_kl), f"{share(loss.retrieval_correct)} of {share(loss.retrieval_full)}"]
+    return [*cells, small(loss.retrieval_kl), share(loss.retrieval_kept)]
 
 
 def kl_cell(loss: Loss) -> str:
