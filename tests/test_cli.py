@@ -97,7 +97,7 @@ def test_inspect(smollm2_package: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["inspect", str(smollm2_package)]) == 0
     text = capsys.readouterr().out
     assert "10 of 30 layers: 20-29" in text
-    assert "InsertBoundaryRecompute" in text and "boundary token" in text
+    assert "InsertBoundaryRecompute" in text and "last 8 tokens" in text
     assert main(["inspect", str(smollm2_package), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     report = document["report"]

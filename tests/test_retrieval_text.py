@@ -1,0 +1,108 @@
+"""Self-made texts whose answers stand in them, and what pruning costs there."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import Traced, random_maps, reference_maps
+from conftest import tiny_llama, transformers_forward
+from reference import pop_prefill
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from popcompile.held_out import HeldOut, Loss
+from popcompile.retrieval_text import RetrievalText, retrieval_text
+
+TOKENS, LISTED = 320, 192
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_checkpoint: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_checkpoint)
+
+
+def values_of(tokenizer: PreTrainedTokenizerBase, text: RetrievalText, row: int) -> list[str]:
+    """The answers of a row, in order."""
+    found, last = [], -2
+    for place in text.answers[row].nonzero()[:, 0].tolist():
+        piece = tokenizer.decode([int(text.rows[row, place])])
+        if place == last + 1:
+            found[-1] += piece
+        else:
+            found.append(piece)
+        last = place
+    return [value.strip() for value in found]
+
+
+def test_every_answer_stands_in_the_list(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Once, where the list is; so nothing but the context can tell it."""
+    text = retrieval_text(tokenizer, 8, TOKENS, LISTED, seed=0)
+    assert text is not None and text.rows.shape == text.answers.shape == (8, TOKENS)
+    beginnings = set()
+    for row, ids in enumerate(text.rows):
+        listed = tokenizer.decode(ids[: int(text.answers[row].int().argmax())])
+        values = values_of(tokenizer, text, row)[:-1]  # the last one may be cut off
+        assert len(values) > 5
+        for value in set(values):
+            assert listed.count(value) >= 1, (value, listed)
+        beginnings.add(listed[:4])
+        # what is measured after a prompt of four fifths
+        assert text.answers[row, TOKENS * 4 // 5 :].sum() >= 4
+        assert not text.answers[row, : LISTED - 16].any()
+    assert len(beginnings) == 4  # forms
+
+
+def test_texts_come_from_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
+    one, same, other = (retrieval_text(tokenizer, 4, TOKENS, LISTED, seed) for seed in (1, 1, 2))
+    assert one is not None and same is not None and other is not None
+    assert torch.equal(one.rows, same.rows) and torch.equal(one.answers, same.answers)
+    assert not torch.equal(one.rows, other.rows)
+
+
+@cache
+def traced() -> Traced:
+    return Traced.of(tiny_llama(num_hidden_layers=4))
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_loss_of_answers_is_brute_force(window: int) -> None:
+    """Of the answers' tokens after the prompt those that the whole model holds for the likeliest, by transformers."""
+    random, prompt, pruned = torch.Generator().manual_seed(3), 20, [1, 2]
+    model = traced().model
+    rows = torch.randint(64, (6, 30), generator=random)
+    answers = torch.zeros(6, 30, dtype=torch.bool)
+    for row in range(6):
+        for place in (21, 24, 25):
+            # the whole model finds all but one of these
+            if place != 24:
+                rows[row, place] = transformers_forward(model, rows[row : row + 1, :place])[0][0, -1].argmax()
+            answers[row, place] = True
+        answers[row, 12] = True  # within the prompt: not measured
+    calibration = random_maps(model, [1, 2], [1], seed=2)
+    held = HeldOut(traced().layers, rows, 1, prompt, 0, window, RetrievalText(rows, answers))
+    loss = held.measure(pruned, calibration)
+    kl, kept, found = [], [], []
+    for row in rows:
+        whole = transformers_forward(model, row[None])[0][0].double().log_softmax(-1)
+        first, entries = pop_prefill(model, row[None, :prompt], pruned, None, *reference_maps(calibration), window)
+        after = transformers_forward(model, row[None, prompt:-1], entries)[0]
+        ours = torch.cat((first, after), 1)[0].double().log_softmax(-1)
+        for place in (21, 24, 25):
+            p, q = whole[place - 1], ours[place - prompt]
+            right = bool(p.argmax() == row[place])
+            found.append(right)
+            if right:
+                kl.append(float((p.exp() * (p - q)).sum()))
+                kept.append(bool(q.argmax() == row[place]))
+    assert 0.5 < sum(found) / len(found) < 1 and 0 < sum(kept) < len(kept)
+    assert loss.retrieval_found == pytest.approx(sum(found) / len(found))
+    assert loss.retrieval_kl == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    assert loss.retrieval_kept == pytest.approx(sum(kept) / len(kept))
+
+
+def test_the_worse_loss_decides() -> None:
+    loss = Loss(0.02, 0.0, 1.0, 0.01, 1.0, 1.0)
+    assert loss.worst_kl == 0.02
+    assert Loss(0.02, 0.0, 1.0, 0.01, 1.0, 1.0, 0.9, 0.3, 0.8).worst_kl == 0.3
