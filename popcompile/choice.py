@@ -156,10 +156,14 @@ class Search:
         if self._states is not None and self._steps > 0:
             while within < most and budget.spent(self.best(within + 1).loss) * _REFINED <= 1:
                 within += 1
+        left = _REFINED
         while within > len(chosen.pruned):
-            refined = self.finish(self.best(within))
-            if budget.spent(refined.loss) <= 1:
-                return refined
+            best = self.best(within)
+            if (spent := budget.spent(best.loss)) * left <= 1:
+                refined = self.finish(best)
+                if (remains := budget.spent(refined.loss)) <= 1:
+                    return refined
+                left = remains / spent  # of the others as well, more or less: not each of them is tried
             within -= 1
         return self.finish(chosen)
 
