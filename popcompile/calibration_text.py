@@ -22,7 +22,7 @@ from popcompile.texts import read_texts, windows
 #: "--calibration self": text sampled from the model itself
 SELF = "self"
 #: texts to calibrate on, texts to choose by, as many to measure the result on, and tokens of each
-TEXTS, HELD_OUT, TOKENS = 104, 12, 320
+TEXTS, HELD_OUT, TOKENS = 84, 10, 320
 #: the least that calibration makes sense with
 FEWEST, _SHORTEST = 8, 64
 #: of a text, at least

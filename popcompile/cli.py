@@ -139,13 +139,13 @@ def _add_convert(commands: Any) -> None:
         type=name,
         help="a .txt or .jsonl file, or self (default): no data needed",
     )
-    parser.add_argument("--calibration-texts", metavar="N", type=POSITIVE, default=104, help="default 104")
+    parser.add_argument("--calibration-texts", metavar="N", type=POSITIVE, default=84, help="default 84")
     parser.add_argument(
         "--refinement-steps",
         metavar="N",
         type=COUNT,
-        default=128,
-        help="after the closed form; default 128, 0 for none",
+        default=64,
+        help="after the closed form; default 64, 0 for none",
     )
     parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
     parser.add_argument(
