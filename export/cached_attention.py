@@ -118,7 +118,7 @@ class _Shared:
     """What all layers need, computed once.
 
     batch, tokens, before, after: B, S, T - S and T, [1] each. cuts: for attention with a window, and without.
-    single: whether there is one block. one_row: whether there is one row. rows: how many there are, a number.
+    single: whether there is one block. one_row: whether there is one row.
     """
 
     def __init__(self, graph: ir.Graph, block: int, windows: set[bool], tails: bool = False) -> None:
@@ -132,8 +132,7 @@ class _Shared:
         if block or tails:
             self.batch = emit("Shape", ids, start=0, end=1)
         if tails:
-            self.rows = emit("Squeeze", self.batch)
-            self.one_row = emit("Equal", self.rows, 1)
+            self.one_row = emit("Equal", emit("Squeeze", self.batch), 1)
         if block:
             self.cuts = {window: self._cut(emit, block, window) for window in sorted(windows)}
             self.single = emit("Equal", next(iter(self.cuts.values())).whole, 0)
@@ -228,28 +227,29 @@ def _attend_by_row(
 ) -> Sequence[ir.Value]:
     """Attention of one row after another."""
     body = shared.emitter(f"{attention.name}/row")
-    number = ir.Value(name=f"{body.prefix}/number", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    go_on = ir.Value(name=f"{body.prefix}/go_on", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
-    begin = body("Unsqueeze", number, [0])
-    end = body("Add", begin, [1])
+    scanned: list[ir.Value] = []
+    rows: list[ir.Value] = []
 
     def of_row(value: ir.Value | None) -> ir.Value | None:
+        """A row's part [1, ...] of a value [B, ...], which Scan hands over as [...]."""
         if value is None:
             return None
-        row: ir.Value = body("Slice", value, begin, end, [0])
-        if value.shape is not None:
-            row.type, row.shape = value.type, ir.Shape([1, *value.shape[1:]])
+        shape = ir.Shape([None] * 3 if value.shape is None else value.shape[1:])
+        part = ir.Value(name=f"{body.prefix}/row_{len(rows)}", type=value.type, shape=shape)
+        scanned.append(value)
+        rows.append(part)
+        row: ir.Value = body("Unsqueeze", part, [0])
+        row.type, row.shape = value.type, ir.Shape([1, *shape])
         return row
 
-    rows, caches, (seqlens, _, *others) = inputs[:3], inputs[3:5], inputs[5:]
-    last = of_row(seqlens)
-    total = body("Squeeze", body("Add", last, body("Cast", [1], to=_INT32)))
-    made = _like(body, attention, *map(of_row, rows), *map(of_row, caches), last, total, *others)
-    outputs = [body("Identity", go_on), *(body("Squeeze", value, [0]) for value in made)]
-    for value, old in zip(outputs[1:], attention.outputs, strict=True):
+    # the total is that of all rows: a row's own is on the device, and the operator counts by seqlens_k
+    queries, caches, (seqlens, *others) = inputs[:3], inputs[3:5], inputs[5:]
+    made = _like(body, attention, *map(of_row, queries), *map(of_row, caches), of_row(seqlens), *others)
+    outputs = [body("Squeeze", value, [0]) for value in made]
+    for value, old in zip(outputs, attention.outputs, strict=True):
         value.type, value.shape = old.type, ir.Shape(old.shape[1:]) if old.shape is not None else None
-    graph = ir.Graph([number, go_on], outputs, nodes=body.nodes, name="row")
-    stacked: Sequence[ir.Value] = emit("Loop", shared.rows, True, outputs=3, body=graph)
+    graph = ir.Graph(rows, outputs, nodes=body.nodes, name="row")
+    stacked: Sequence[ir.Value] = emit("Scan", *scanned, outputs=3, body=graph, num_scan_inputs=len(scanned))
     return stacked
 
 

@@ -22,7 +22,7 @@ from popcompile.texts import read_texts, windows
 #: "--calibration self": text sampled from the model itself
 SELF = "self"
 #: texts to calibrate on, texts to choose by, as many to measure the result on, and tokens of each
-TEXTS, HELD_OUT, TOKENS = 84, 10, 320
+TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 #: the least that calibration makes sense with
 FEWEST, _SHORTEST = 8, 64
 #: of a text, at least
@@ -100,7 +100,7 @@ def _with_retrieval(
 ) -> CalibrationText:
     """The text with self-made ones whose answers stand in them, where the tokenizer allows and they have the room."""
     tokens, listed = text.calibration.shape[1], text.prompt - window
-    if tokenizer is None or listed < _LISTED:
+    if tokenizer is None or window == 1 or listed < _LISTED:
         return text
     counts = [max(1, round(len(text.calibration) * _RETRIEVAL)), len(text.held_out), len(text.unseen)]
     made = retrieval_text(tokenizer, sum(counts), tokens, listed, random_stream(seed, "retrieval"))

@@ -24,7 +24,7 @@ MOST = 0.6
 #: how many of the deep layers a candidate keeps
 KEPT = range(3)
 #: shares of the layers that `auto` measures first, and the loss in budgets that ends it
-_SHARES = (0.2, 1 / 3, 0.43, 0.5)
+_SHARES = (0.1, 0.2, 1 / 3, 0.43, 0.5)
 _HOPELESS = 2.0
 #: what refinement leaves of a loss at best: it is tried on sets that would keep to the budget then
 _REFINED = 0.7

@@ -120,13 +120,13 @@ def _add_convert(commands: Any) -> None:
         "--window",
         metavar="N",
         type=POSITIVE,
-        help="tokens at the end of a prompt that take the whole model (default 64; 1 is the paper's)",
+        help="tokens at the end of a prompt that take the whole model, 64 for example (default 1, as in the paper)",
     )
     parser.add_argument(
         "--max-kl",
         metavar="X",
         type=NATS,
-        help="what --prune auto may cost: KL in nats, of a first token and of answers in the prompt (default 0.05)",
+        help="what --prune auto may cost: KL in nats, of a first token and, with a window, of answers in the prompt (default 0.1)",
     )
     parser.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
     parser.add_argument(
@@ -139,13 +139,13 @@ def _add_convert(commands: Any) -> None:
         type=name,
         help="a .txt or .jsonl file, or self (default): no data needed",
     )
-    parser.add_argument("--calibration-texts", metavar="N", type=POSITIVE, default=84, help="default 84")
+    parser.add_argument("--calibration-texts", metavar="N", type=POSITIVE, default=104, help="default 104")
     parser.add_argument(
         "--refinement-steps",
         metavar="N",
         type=COUNT,
-        default=64,
-        help="after the closed form; default 64, 0 for none",
+        default=128,
+        help="after the closed form; default 128, 0 for none",
     )
     parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
     parser.add_argument(

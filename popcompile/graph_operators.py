@@ -107,6 +107,7 @@ STANDARD: dict[str, dict[str, Attribute]] = {
     "ReduceSum": _REDUCE,
     "ReduceSumSquare": _REDUCE,
     "Reshape": {"allowzero": _FLAG},
+    "Scan": {"body": Subgraph(), "num_scan_inputs": Ints(1, 8)},
     "ScatterElements": {"axis": _AXIS, "reduction": Words(("none", "add", "mul", "max", "min"))},
     "Selu": {"alpha": Floats(), "gamma": Floats()},
     "Shape": {"start": _AXES, "end": Ints(-4, 5)},

@@ -36,7 +36,7 @@ from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
 #: the loss that `convert` allows where the user says nothing: KL of the first token, in nats
-MAX_KL = 0.05
+MAX_KL = 0.1
 #: text that the ranking of layers is estimated on
 _RANKING = {"texts": 16, "tokens": 192, "prefixes": 4}
 

@@ -22,7 +22,7 @@ from popcompile.package import read_manifest
 pytestmark = pytest.mark.skipif(fake_gpu.why_not() is not None, reason=str(fake_gpu.why_not()))
 
 #: what ONNX Runtime computes on the CPU for any provider, for it is about shapes
-SHAPES = {"Add", "Cast", "Concat", "Equal", "Expand", "Mul", "Reshape", "Squeeze", "Sub"}
+SHAPES = {"Add", "Cast", "Concat", "Equal", "Expand", "Min", "Mul", "Reshape", "Squeeze", "Sub"}
 CONFIGS = {"llama": tiny_llama(num_hidden_layers=3), "gemma3": tiny_gemma3(), "moe": tiny_moe()}
 PACKAGES = {
     "llama-fp16": {},
@@ -70,13 +70,15 @@ def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> 
 
 
 def test_numbers_of_tokens(compiled: Path, environment: dict[str, str]) -> None:
-    """The host's integers reach the GPU as they are: the prompt's last place, and the tokens before it."""
+    """The host's integers reach the GPU as they are: the prompt's last place, the window's, and the tokens before it."""
     log = run(environment | {"FAKE_GPU_LOG": "1"}, SCRIPT, "count", compiled).stderr
     runs = re.findall(r"^run \d+ (\d+) (\d+)$(.*?)^end$", log, re.MULTILINE | re.DOTALL)
     assert len(runs) == 3
+    window = read_manifest(compiled).window
     for tokens, past, copies in runs:
         copied = {int(number) for number in re.findall(r"^copied (-?\d+)$", copies, re.MULTILINE)}
-        assert {int(tokens) - 1, int(past)} <= copied <= {int(tokens) - 1, int(past), 0, 1}
+        last = min(window, int(tokens)) - 1
+        assert {int(tokens) - 1, int(past)} <= copied <= {int(tokens) - 1, last, int(past), 0, 1}
 
 
 def test_answers(compiled: Path, environment: dict[str, str]) -> None:
