@@ -126,7 +126,7 @@ def _add_convert(commands: Any) -> None:
         "--max-kl",
         metavar="X",
         type=NATS,
-        help="what --prune auto may cost: first-token KL in nats (default 0.1), with a window of answers in the prompt too",
+        help="what --prune auto may cost: first-token KL in nats (default 0.1), with a window answers' too",
     )
     parser.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
     parser.add_argument(

@@ -70,7 +70,7 @@ def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> 
 
 
 def test_numbers_of_tokens(compiled: Path, environment: dict[str, str]) -> None:
-    """The host's integers reach the GPU as they are: the prompt's last place, the window's, and the tokens before it."""
+    """The host's integers reach the GPU as they are: last places of prompt and window, and the tokens before."""
     log = run(environment | {"FAKE_GPU_LOG": "1"}, SCRIPT, "count", compiled).stderr
     runs = re.findall(r"^run \d+ (\d+) (\d+)$(.*?)^end$", log, re.MULTILINE | re.DOTALL)
     assert len(runs) == 3
