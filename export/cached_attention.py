@@ -19,7 +19,7 @@ since ONNX Runtime 1.27. The operator takes several tokens after a past for one 
     out, present = GroupQueryAttention(q, k, v, Concat(past, projected))          the boundary token, or a tail
     =>  cache = Concat(past[:before], projected, past[after:])
         If there is one row, or one token a row: GroupQueryAttention(q, k, v, cache)
-        else: for rows: GroupQueryAttention(q[row], k[row], v[row], cache[row]), each with its own end
+        else: Scan over rows: GroupQueryAttention(q[row], k[row], v[row], cache[row]), each with its own end
 
 `past[after:]` is the room that a buffer has behind its tokens, and keeps. The rows of a batch end apart, so their tails
 follow pasts of unequal lengths, which the operator takes for one token a row only.
@@ -57,6 +57,8 @@ def attend_to_prompts(model: ir.Model, block: int | None) -> bool:
         emit = shared.emitter(str(attention.name))
         if appended := _appended(attention):
             cache = [shared.write(emit, *node.inputs[:2]) for node in appended]
+            for value, present in zip(cache, attention.outputs[1:], strict=True):
+                value.type, value.shape = present.type, present.shape
             inputs = [*attention.inputs[:3], *cache, *attention.inputs[5:]]
             if _is_tail(attention):
                 outputs = _attend_to_tails(shared, attention, emit, inputs)
@@ -234,7 +236,8 @@ def _attend_by_row(
         """A row's part [1, ...] of a value [B, ...], which Scan hands over as [...]."""
         if value is None:
             return None
-        shape = ir.Shape([None] * 3 if value.shape is None else value.shape[1:])
+        assert value.shape is not None
+        shape = ir.Shape(value.shape[1:])
         part = ir.Value(name=f"{body.prefix}/row_{len(rows)}", type=value.type, shape=shape)
         scanned.append(value)
         rows.append(part)

@@ -94,6 +94,8 @@ class _LayerCopier:
         self.by_name = {n.name: n for n in target.graph.nodes}
         self.sequence = dimension_symbols(template)["sequence"]
         self.selected: dict[fx.Node, fx.Node] = {}
+        #: the hidden state that the layer being copied is given, whose token dimension is the tail's
+        self.entry: fx.Node
 
     def copy(self, layer: int, boundary: fx.Node) -> fx.Node:
         """Append `layer` for the tail, hidden state [B, tail, hidden]; returns its output."""

@@ -86,16 +86,12 @@ def boundary_position(attention_mask: Tensor) -> Tensor:
     return attention_mask.to(torch.int64).sum(1) - 1
 
 
-def _boundary_index(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+@operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)
+def boundary_index(attention_mask: Tensor, tokens: Tensor) -> Tensor:
     """Index of each row's boundary token (its last valid one) among the new tokens, [B] int64."""
     new, total = tokens.shape[1], attention_mask.shape[1]
     valid = attention_mask.to(torch.int64).sum(1)
     return torch.clamp(valid - 1 - torch.full_like(valid, total - new), min=0)
-
-
-boundary_index = operator("boundary_index(Tensor attention_mask, Tensor tokens) -> Tensor", _index_shape)(
-    _boundary_index
-)
 
 
 def _one_token_shape(x: Tensor, index: Tensor) -> Tensor:
@@ -127,7 +123,7 @@ def tail_start(attention_mask: Tensor, tokens: Tensor, window: int) -> Tensor:
 
     Of a row with fewer tokens than that, the tail begins at 0 and ends with padding.
     """
-    index = _boundary_index(attention_mask, tokens)
+    index = REFERENCE[boundary_index](attention_mask, tokens)
     return torch.clamp(index - (_tail_tokens(tokens, window) - 1), min=0)
 
 

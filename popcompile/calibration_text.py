@@ -25,8 +25,8 @@ SELF = "self"
 TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 #: the least that calibration makes sense with
 FEWEST, _SHORTEST = 8, 64
-#: of a text, at least
-_WINDOWS = 4
+#: that a text holds, at least
+WINDOWS = 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
 _RETRIEVAL, _LISTED = 0.2, 32
 
@@ -68,7 +68,7 @@ def calibration_text(
 
     Raises PopcompileError where the file cannot be used or the model's context is too short.
     """
-    tokens = min(max(TOKENS, _WINDOWS * window), program.max_positions)
+    tokens = min(max(TOKENS, WINDOWS * window), program.max_positions)
     if tokens < _SHORTEST:
         raise PopcompileError(
             f"the model's context of {tokens} tokens is too short to calibrate on ({_SHORTEST} are needed); give"
@@ -104,7 +104,7 @@ def _with_retrieval(
         return text
     counts = [max(1, round(len(text.calibration) * _RETRIEVAL)), len(text.held_out), len(text.unseen)]
     made = retrieval_text(tokenizer, sum(counts), tokens, listed, random_stream(seed, "retrieval"))
-    if made is None:
+    if made is None or not made.answers[:, text.prompt :].any(1).all():
         return text
     fit, decide, measure = (
         RetrievalText(rows, answers)

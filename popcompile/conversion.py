@@ -16,7 +16,7 @@ import onnx_ir as ir
 from popcompile.adapter import Adapter
 from popcompile.analysis import source_tokenizer
 from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED
-from popcompile.calibration_text import FEWEST, SELF, TEXTS
+from popcompile.calibration_text import FEWEST, SELF, TEXTS, WINDOWS
 from popcompile.checkpoint import Checkpoint
 from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
@@ -65,9 +65,6 @@ from popcompile.tracing import trace
 
 KV_PROJECTIONS = ("calibrated", "layer")
 
-#: how many windows a context has to hold
-_CONTEXT_PER_WINDOW = 4
-
 #: progress(step, done, total): done and total in the step's own unit
 Progress = Callable[[str, int, int], Any]
 
@@ -103,16 +100,15 @@ def convert(
     max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
     held-out text. layers: which ones ("20-29,17"). window: how many tokens at the end of a prompt take the whole model,
     1 by default; with more, 64 for example, prompts that are no longer are encoded in full, and max_kl is of answers
-    that stand in the prompt as well. kv_projection: "calibrated", the default, or
-    "layer", the layers' own weights. calibration: "self", text sampled from the model, or a text file;
-    calibration_texts: how many pieces of it. refinement_steps: of gradient descent after the closed form, 0 for none.
-    seed: of what is sampled. With random_weights nothing is measured by default: a third of the layers, their own
-    weights. dtype: of weights and activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or
-    "bf16" on CUDA; with "int8" and "int4" the weights of linear layers are quantized in blocks of block_size input
-    features, and with "w8a8", on the CPU, most of these layers multiply in int8, with a scale for every token.
-    provider: what the graphs are lowered for and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout:
-    "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or
-    folder, to merge into the weights first.
+    that stand in the prompt as well. kv_projection: "calibrated", the default, or "layer", the layers' own weights.
+    calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of it.
+    refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled. With
+    random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
+    activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or "bf16" on CUDA; with "int8" and
+    "int4" the weights of linear layers are quantized in blocks of block_size input features, and with "w8a8", on the
+    CPU, most of these layers multiply in int8, with a scale for every token. provider: what the graphs are lowered for
+    and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or
+    "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
     `out` appears whole or not at all. Raises PopcompileError for what the user can fix.
     """
     out = Path(out)
@@ -268,7 +264,7 @@ def _window(source: Source, window: int | None) -> int:
     Raises PopcompileError for one that leaves no room for a prompt to prune and measure.
     """
     context = context_length(source.config)
-    most = max(1, context // _CONTEXT_PER_WINDOW)
+    most = max(1, context // WINDOWS)
     if window is not None and window > most:
         raise PopcompileError(
             f"--window {window}: too large for the model's context of {context} tokens, for prompts that are no longer"

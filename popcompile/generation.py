@@ -65,8 +65,6 @@ def load(
             f"low_memory: {folder} has {runtime.manifest.dtype} weights, which ONNX Runtime's kernels take packed;"
             " without that a token takes some 30 times as long. Leave it out"
         )
-    if prefill == "full":
-        runtime.open("decode")
     return PopForCausalLM(runtime, prefill)
 
 

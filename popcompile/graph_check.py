@@ -156,6 +156,12 @@ class _Checker:
         elif node.op_type == "Loop":
             if not node.input[0] or not _counts_tokens(node.input[0], made):
                 raise _Fault("has a Loop that may not end")
+        elif node.op_type == "Scan":
+            bodies = [a.g for a in node.attribute if a.name == "body"]
+            counts = [a.i for a in node.attribute if a.name == "num_scan_inputs"]
+            sizes = {len(node.input), *(len(body.input) for body in bodies), *counts}
+            if not bodies or not counts or len(sizes) > 1 or not all(node.input):
+                raise _Fault("has a Scan that does not hand each of its inputs over, row by row")
         elif node.op_type == "Slice":
             self._check_slice(node, made)
         elif node.op_type == "Range":

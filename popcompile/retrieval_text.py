@@ -28,6 +28,8 @@ _FORMS: tuple[tuple[str, _Line, str], ...] = (
 #: words to draw from, and how many of the vocabulary's tokens are looked at for them
 _WORDS, _TRIES = 400, 20_000
 _LETTERS = range(3, 13)  # of a word
+#: the share of texts whose values are words; and tokens that are made beyond those asked for
+_OF_WORDS, _SPARE = 0.3, 64
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,17 @@ def retrieval_text(
 ) -> RetrievalText | None:
     """`count` texts of `tokens` tokens, of which about `listed` are the list and the others ask for what stands in it.
 
-    None where the tokenizer does not tell which characters a token stands for, or knows too few words.
+    None where the tokenizer does not tell which characters a token stands for, knows too few words, or makes far fewer
+    tokens of a text than of its lines.
     """
     words = _words(tokenizer, seed)
     if not tokenizer.is_fast or len(words) < _WORDS // 4:
         return None
     choice = random.Random(seed)
-    rows, answers = [], []
-    for number in range(count):
-        while True:
-            ids, asked = _text(tokenizer, _FORMS[number % len(_FORMS)], words, tokens, listed, choice)
-            if len(ids) >= tokens:
-                break
-        rows.append(ids[:tokens])
-        answers.append(asked[:tokens])
+    made = [_text(tokenizer, _FORMS[i % len(_FORMS)], words, tokens, listed, choice) for i in range(count)]
+    if any(len(ids) < tokens for ids, _ in made):
+        return None
+    rows, answers = ([part[:tokens] for part in parts] for parts in zip(*made, strict=True))
     return RetrievalText(torch.tensor(rows), torch.tensor(answers))
 
 
@@ -68,34 +67,37 @@ def _text(
     listed: int,
     choice: random.Random,
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and whether each is a part of an answer."""
+    """Token ids, more than `tokens` of them, and whether each is a part of an answer."""
     opening, line, between = form
-    keys = choice.sample(words, len(words))
-    of_words = choice.random() < 0.3
-    values = {key: choice.choice(words) if of_words else str(choice.randint(1000, 9999)) for key in keys}
-    text, pairs = opening, []
-    for key in keys:
-        before, after = line(key)
-        text += before + values[key] + after
-        pairs.append(key)
-        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= listed:
+    of_words = choice.random() < _OF_WORDS
+    values: dict[str, str] = {}
+    text, length = opening, _length(tokenizer, opening)
+    for key in choice.sample(words, len(words)):
+        if length >= listed:
             break
+        values[key] = choice.choice(words) if of_words else str(choice.randint(1000, 9999))
+        text += values[key].join(line(key))
+        length += _length(tokenizer, values[key].join(line(key)))
     text += between
     spans: list[tuple[int, int]] = []
-    while len(text) < 12 * tokens:  # more characters than tokens have
-        for key in choice.sample(pairs, len(pairs)):
-            before, after = line(key)
-            begin = len(text) + len(before)
-            spans.append((begin, begin + len(values[key])))
-            text += before + values[key] + after
+    while length < tokens + _SPARE:
+        key = choice.choice(list(values))
+        begin = len(text) + len(line(key)[0])
+        spans.append((begin, begin + len(values[key])))
+        text += values[key].join(line(key))
+        length += _length(tokenizer, values[key].join(line(key)))
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids, places = encoded["input_ids"], encoded["offset_mapping"]
     asked, span = [], 0
-    for begin, end in places:
+    for begin, end in encoded["offset_mapping"]:
         while span < len(spans) and spans[span][1] <= begin:
             span += 1
         asked.append(end > begin and span < len(spans) and end > spans[span][0])
-    return list(ids), asked
+    return list(encoded["input_ids"]), asked
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a piece of text on its own, about what it has in a longer one."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[str]:

@@ -198,8 +198,8 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         ).eval()
+        model.tie_weights()  # which is a part of their initialization
     require_positions_from_zero(config, model)
-    model.tie_weights()  # which is a part of their initialization
     layers = config.num_hidden_layers
     decoder = _Decoder(model)
     with _reporting(config, _NOT_TRACED), torch.no_grad():

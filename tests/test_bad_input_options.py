@@ -30,6 +30,8 @@ def test_wrong_commands(cli: Cli) -> None:
             "is not a number of at least 1"
             in cli.refuses("run", "out", "--prompt", "x", "--max-new-tokens", count)[-99:]
         )
+    for window in ("0", "-3", "1.5", "wide", "٣"):
+        assert "is not a number of at least 1" in cli.refuses("convert", "model", "out", "--window", window)
     for heat in ("0", "-1", "nan", "hot"):
         assert "not a number between 0 and 100" in cli.refuses("run", "out", "--prompt", "x", "--temperature", heat)
 
@@ -68,6 +70,7 @@ CHOICES = [
     (["--provider", "tpu"], "--provider tpu: unknown; choose one of cpu, cuda"),
     (["--layout", "merged"], "--layout merged: unknown; choose one of split"),
     (["--kv-projection", "none"], "--kv-projection none: unknown; choose one of calibrated, layer"),
+    (["--window", "17"], "--window 17: too large for the model's context of 64 tokens, for prompts that are no longer"),
     (["--prune", "2"], "the model has 2 layers and at least one must encode the prompt; prune at most 1"),
     (["--prune", "999999999"], "prune at most 1"),
     (["--prune", "0.9"], "prune at most 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from test_evaluation import save_tiny, save_words
 
 import popcompile
-from popcompile.choice import Budget, propose
+from popcompile.choice import Budget, Candidate, Search, propose
 from popcompile.held_out import Loss
 from popcompile.package import REPORT, read_manifest
 from popcompile.verify import verify
@@ -82,6 +83,34 @@ def loss(kl: float, ratio: float) -> Loss:
 )
 def test_budgets(budget: Budget, kl: float, ratio: float, spent: float) -> None:
     assert budget.spent(loss(kl, ratio)) == pytest.approx(spent)
+
+
+class Canned(Search):
+    """Searches among losses that are given: KL of the best set of each number of layers, and what refinement leaves."""
+
+    def __init__(self, closed: list[float], left: float) -> None:
+        self.closed, self.left, self.tried = closed, left, list[int]()
+        self.num_layers, self._held_out = len(closed), SimpleNamespace(first=1)
+        self._states, self._steps, self._progress = object(), 1, lambda *_: None
+
+    def measure(self, pruned: list[int]) -> Candidate:
+        return Candidate(pruned, loss(self.closed[len(pruned)], 1.0))
+
+    def best(self, count: int) -> Candidate:
+        return self.measure(list(range(self.num_layers - count, self.num_layers)))
+
+    def finish(self, candidate: Candidate) -> Candidate:
+        self.tried.append(len(candidate.pruned))
+        return Candidate(candidate.pruned, loss(candidate.loss.first_token_kl * self.left, 1.0), refined=True)
+
+
+def test_refinement_is_tried_where_it_may_suffice() -> None:
+    """From the largest set down; what it left of one set's loss is what it is expected to leave of the others'."""
+    closed = [0.0, 0.0, 0.05, 0.08, 0.11, 0.13, 0.14, 0.9, 0.9, 0.9, 0.9, 0.9]
+    search = Canned(closed, 0.75)
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 5 and search.tried == [6, 5]
+    search = Canned(closed, 0.95)  # not 5 and 4, which would be 0.124 and 0.105
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 3 and search.tried == [6, 3]
 
 
 # --- conversions -----------------------------------------------------------------------------------------------

@@ -162,6 +162,12 @@ def endless(graph: GraphProto) -> None:
     next(n for n in nodes_of(graph) if n.op_type == "Loop").input[0] = "forever"
 
 
+def scan(graph: GraphProto) -> None:
+    """One that counts more inputs than it has."""
+    body = helper.make_graph([], "body", [], [])
+    graph.node.append(helper.make_node("Scan", ["input_ids"], ["scanned"], body=body, num_scan_inputs=2))
+
+
 def external(key: str, value: str) -> Callable[[GraphProto], None]:
     def change(graph: GraphProto) -> None:
         tensor = next(t for t in graph.initializer if t.external_data)
@@ -205,6 +211,7 @@ GRAPHS: dict[str, tuple[Callable[[GraphProto], None], str]] = {
     "division by zero": (set_constant(divisor, 0), "divides integers by what may be zero"),
     "division by less": (set_constant(divisor, -1), "divides integers by what may be zero"),
     "large integers": (set_constant(divisor, 1 << 40), "with values out of range"),
+    "a scan": (scan, "has a Scan that does not hand each of its inputs over, row by row"),
     "a loop": (endless, "has a Loop that may not end"),
     "place": (external("offset", str(1 << 40)), "outside of the weights file"),
     "negative place": (external("offset", "-4096"), "at no place of the weights file"),

@@ -25,7 +25,9 @@ from peft import IA3Config, LoraConfig, PeftConfig
 from fuzz.packages import COMMANDS, QUESTIONS
 
 PROMPT = [3, 4, 5, 60, 21, 4, 9]
-PACKAGES: dict[str, dict[str, Any]] = {"split": {}, "unified": {"layout": "unified"}, "int4": {"dtype": "int4"}}
+PACKAGES: dict[str, dict[str, Any]] = {
+    "split": {}, "unified": {"layout": "unified", "window": 3}, "int4": {"dtype": "int4"},
+}  # fmt: skip
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
