@@ -8,6 +8,7 @@ pruned in PyTorch, nothing is exported. Prints the tables of popcompile/calibrat
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", default="20-29", help="pruned layers (default 20-29)")
     parser.add_argument("--window", type=int, default=64, help="last tokens that take every layer (default 64)")
     parser.add_argument("--texts", type=int, default=104, help="texts to calibrate on (default 104)")
+    parser.add_argument("--steps", type=int, default=128, help="of refinement (default 128; 0 leaves it out)")
     parser.add_argument("--windows", type=int, default=12, help="texts of each kind to measure on (default 12)")
     options = parser.parse_args()
     source = open_source(options.model)
@@ -68,13 +70,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         states = HiddenStates(model, rows, pruned[0], Path(folder))
         few = HiddenStates(model, rows[: options.texts // 3], pruned[0], Path(folder))
-        variants = _variants(states, few, pruned)
+        variants = _variants(states, few, pruned, options.steps)
         if lists is not None:
             both = HiddenStates(model, torch.cat((rows, lists.rows)), pruned[0], Path(folder))
-            variants["ridge 1e-3, with lists"] = lambda: calibrate(both, pruned)
-            variants["ridge 1e-3, with lists, refined, 128 steps"] = lambda: refine(
-                both, pruned, calibrate(both, pruned)
-            )
+            variants |= _with_lists(both, pruned, options.steps)
         table = []
         for label, fit in variants.items():
             started = time.perf_counter()
@@ -86,6 +85,7 @@ def main() -> None:
             ]
             found = losses[0]
             cells.append("" if found.retrieval_kl is None else f"{found.retrieval_kl:.3f}, {found.retrieval_kept:.3f}")
+            print(label, *cells, f"{seconds:.0f} s", sep=" | ", file=sys.stderr, flush=True)
             table.append([label, *cells, f"{seconds:.0f}"])
     headers = [
         "variant",
@@ -96,19 +96,39 @@ def main() -> None:
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 
 
-def _variants(states: HiddenStates, few: HiddenStates, pruned: list[int]) -> dict[str, Callable[[], Calibration]]:
-    variants: dict[str, Callable[[], Calibration]] = {
+_Variants = dict[str, Callable[[], Calibration]]
+
+
+def _variants(states: HiddenStates, few: HiddenStates, pruned: list[int], steps: int) -> _Variants:
+    variants: _Variants = {
         "the layers' own projections (the paper)": Calibration,
         "ridge 1e-2": lambda: calibrate(states, pruned, ridge=1e-2),
         "ridge 1e-3": lambda: calibrate(states, pruned, ridge=1e-3),
         "ridge 1e-4": lambda: calibrate(states, pruned, ridge=1e-4),
         "ridge 1e-3, a third of the texts": lambda: calibrate(few, pruned),
-        "ridge 1e-3, refined, a third of the texts": lambda: refine(few, pruned, calibrate(few, pruned)),
-        "ridge 1e-3, refined, 32 steps": lambda: refine(states, pruned, calibrate(states, pruned), steps=32),
-        "ridge 1e-3, refined, 128 steps": lambda: refine(states, pruned, calibrate(states, pruned)),
     }
+    if steps:
+        variants |= {
+            "ridge 1e-3, refined, a third of the texts": lambda: refine(
+                few, pruned, calibrate(few, pruned), steps=steps
+            ),
+            "ridge 1e-3, refined, 32 steps": lambda: refine(states, pruned, calibrate(states, pruned), steps=32),
+            f"ridge 1e-3, refined, {steps} steps": lambda: refine(
+                states, pruned, calibrate(states, pruned), steps=steps
+            ),
+        }
     if calibrate(states, pruned).bypasses:
         variants["ridge 1e-3, no bypass"] = lambda: calibrate(states, pruned, bypass=False)
+    return variants
+
+
+def _with_lists(states: HiddenStates, pruned: list[int], steps: int) -> _Variants:
+    """states: of text with lists among it."""
+    variants: _Variants = {"ridge 1e-3, with lists": lambda: calibrate(states, pruned)}
+    if steps:
+        variants[f"ridge 1e-3, with lists, refined, {steps} steps"] = lambda: refine(
+            states, pruned, calibrate(states, pruned), steps=steps
+        )
     return variants
 
 

@@ -158,16 +158,16 @@ def chat(folder: Path, options: Namespace) -> int:
             _require_text(line, "the message")
             input_ids = encode(tokenizer, turn, options.raw)
             _require_room(model, input_ids, options.max_new_tokens)
-            held = cache.get_seq_length() if cache is not None else 0
-            if not torch.equal(input_ids[:, :held], known[:, :held]):
-                cache = None  # the template writes an earlier turn differently now that another follows
-            text, timing, result = generate(
-                model, tokenizer, input_ids, prefill=options.prefill, past_key_values=cache, **_sampling(options)
-            )
-        except PopcompileError as error:
+        except PopcompileError as error:  # about this message; what goes wrong from here on is about the package
             say(f"popcompile: error: {error}")
-            cache, status = None, 2
+            status = 2
             continue
+        held = cache.get_seq_length() if cache is not None else 0
+        if not torch.equal(input_ids[:, :held], known[:, :held]):
+            cache = None  # the template writes an earlier turn differently now that another follows
+        text, timing, result = generate(
+            model, tokenizer, input_ids, prefill=options.prefill, past_key_values=cache, **_sampling(options)
+        )
         messages = [*turn, {"role": "assistant", "content": text}]
         cache, known = result.past_key_values, result.sequences
         say(str(timing))
