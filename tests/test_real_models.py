@@ -28,10 +28,10 @@ def assert_close(runtime: Runtime, model: PreTrainedModel, pruned: list[int], le
     for length in lengths:
         random = torch.Generator().manual_seed(length)
         cache, expected_cache = runtime.new_cache(1), DynamicCache()
-        for tokens in (length, 5):
+        for tokens in (length, 12):
             ids = torch.randint(5, 40000, (1, tokens), generator=random)
             logits = runtime.feed([ids[0]], cache, "prefill")
-            expected, expected_cache = pop_prefill(model, ids, pruned, expected_cache)
+            expected, expected_cache = pop_prefill(model, ids, pruned, expected_cache, window=runtime.manifest.window)
             torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
             held = [t[:, :, : cache.lengths[0]] for t in cache.tensors()]
             wanted = [t for layer in expected_cache.layers for t in (layer.keys, layer.values)]
