@@ -35,6 +35,13 @@ def add_evaluate(commands: Any) -> None:
         "--greedy-prompts", metavar="N", type=COUNT, default=8, help="prompts continued greedily too (default 8)"
     )
     parser.add_argument("--greedy-tokens", metavar="N", type=POSITIVE, default=32, help="by at most N (default 32)")
+    parser.add_argument(
+        "--retrieval-prompts",
+        metavar="N",
+        type=COUNT,
+        default=20,
+        help="of lists and of passages each, whose end asks for a fact that stands in them (default 20)",
+    )
     parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of the sample of prompts (default 0)")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
@@ -100,6 +107,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 progress,
                 greedy_prompts=options.greedy_prompts,
                 greedy_tokens=options.greedy_tokens,
+                retrieval_prompts=options.retrieval_prompts,
                 reference=options.reference,
             )
     if options.save:

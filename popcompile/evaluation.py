@@ -18,7 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from popcompile.errors import PopcompileError
 from popcompile.package import Manifest, read_manifest
 from popcompile.package_configs import load_tokenizer
 from popcompile.predictions import compare
+from popcompile.retrieval_questions import KINDS, Question, is_answered, questions
 from popcompile.runtime import KVCache, Runtime, find_provider
 from popcompile.texts import default_texts, read_texts, windows
 from popcompile.variants import Variants, with_full_model
@@ -41,14 +42,15 @@ from popcompile.variants import Variants, with_full_model
 
 @dataclass(frozen=True)
 class PromptScores:
-    """One prompt's comparison with the full model. KL(full || other) in nats, nll: mean negative log-likelihood of the
-    continuation's tokens in nats, agreement: share of its predictions whose most likely token is the full model's.
+    """One prompt's comparison with the full model. KL(full || other) in nats: of the first token after the prompt, and
+    the mean of the continuation's others, if it has any. nll: mean negative log-likelihood of the continuation's tokens
+    in nats, agreement: share of its predictions whose most likely token is the full model's.
 
     greedy: tokens until the two greedy continuations differ, where it was measured.
     """
 
     first_kl: float
-    mean_kl: float
+    later_kl: float | None
     agreement: float
     full_nll: float
     nll: float
@@ -68,36 +70,49 @@ def evaluate(
     *,
     greedy_prompts: int = 8,
     greedy_tokens: int = 32,
+    retrieval_prompts: int = 20,
     reference: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Compare the package's pruned prefill with its full model on windows of text.
+    """Compare the package's pruned prefill with its full model on windows of text, and on facts to find in a prompt.
 
     text: files to take `prompts` windows from each (texts.read_texts); default: texts.default_texts. Lengths are in
     tokens. greedy_prompts: of how many prompts, the first ones, greedy continuations of up to greedy_tokens are
-    compared; 0 for none. baselines: measure variants of the package on the same windows too, which compiles them.
+    compared; 0 for none. retrieval_prompts: of each kind (retrieval_questions.py), also of prompt_tokens tokens, with
+    passages of the first text; 0 for none. baselines: measure variants of the package on the same windows and
+    questions too, which compiles them.
     reference: a package whose full model is compared with, in place of this one's, which becomes a baseline, "full".
 
     Returns {"package", "reference", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines":
-    {variant: {name: metrics}}, "seconds"}; of several texts, "all" is their union. Each metric is {"value", "low",
-    "high"} with a 95% confidence interval over prompts:
+    {variant: {name: metrics}}, "retrieval", "seconds"}; of several texts, "all" is their union. Each metric is
+    {"value", "low", "high"} with a 95% confidence interval over prompts:
 
         first_token_kl_mean, first_token_kl_p95   KL(full || pop) of the first new token, nats
-        continuation_kl_mean                      the same over all tokens of the continuation
+        continuation_kl_mean                      the same over the continuation's tokens after the first, if any
         top1_agreement                            share of predictions with the same most likely token
         full_perplexity, pop_perplexity           of the continuation
         perplexity_ratio                          pop / full, paired by prompt
         greedy_agreement_tokens                   tokens until the greedy continuations differ (EOS is one of them)
+
+    "retrieval" has, by kind of question, "prompts" and metrics: "answered", by encoder the share that it answers
+    ("reference", the full model that is compared with, "pop" and the baselines), and "kept", the share of those
+    answered by the reference that pop answers too. It is empty where the model's tokenizer or the length does not
+    allow such prompts.
 
     baselines are "none" (nothing pruned: the full model), "dropped" (the pruned layers dropped in prefill and decode)
     and, unless the package has it, "layer" (pruned with the layers' own K/V projection); "full" with a reference.
     Raises PopcompileError.
     """
     started = time.perf_counter()
-    _require_numbers(prompts, prompt_tokens, continuation_tokens, greedy_prompts, greedy_tokens)
+    _require_numbers(prompts, prompt_tokens, continuation_tokens, greedy_prompts, greedy_tokens, retrieval_prompts)
     SEED.require("--seed", seed)
     documents = require_options(text or (), provider) or default_texts()
     manifest = read_manifest(Path(folder))
     _require_room(manifest, prompt_tokens, continuation_tokens)
+    if manifest.pruned and prompt_tokens <= manifest.window:
+        raise PopcompileError(
+            f"--prompt-tokens {prompt_tokens}: the package encodes prompts of up to {manifest.window} tokens in full,"
+            " which loses nothing; give more"
+        )
     if baselines and not manifest.pruned:
         raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
     greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
@@ -111,7 +126,13 @@ def evaluate(
             _require_same_model(Path(reference), manifest)
             other = stack.enter_context(with_full_model(Path(reference)))
             expected = Runtime(other, provider=provider, main="decode")
-        samples = _windows(Path(folder), manifest, documents, prompts, prompt_tokens + continuation_tokens, seed)
+        tokenizer = load_tokenizer(Path(folder))
+        samples = {
+            name: windows(tokenizer, texts, prompts, prompt_tokens + continuation_tokens, seed, name)
+            for name, texts in documents.items()
+        }
+        asked = questions(tokenizer, next(iter(documents.values())), retrieval_prompts, prompt_tokens, seed)
+        _require_vocabulary(Path(folder), manifest, [w for found in samples.values() for w in found])
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True))
         encoders = {"pop": Encoder(runtime, "prefill")}
         if baselines:
@@ -120,7 +141,7 @@ def evaluate(
             encoders["full"] = Encoder(runtime, "decode")
         full = Encoder(expected, "decode")
         scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
-        total, done = sum(len(w) for w in samples.values()), 0
+        total, done = sum(len(w) for w in samples.values()) + len(asked), 0
         for name, tokens in samples.items():
             for index, window in enumerate(tokens):
                 report("evaluate", done, total)
@@ -129,7 +150,11 @@ def evaluate(
                 for variant, found in compared.items():
                     scores[variant].setdefault(name, []).append(found)
                 done += 1
-        report("evaluate", done, total)
+        answered: list[dict[str, bool]] = []
+        for question in asked:
+            report("evaluate", done + len(answered), total)
+            answered.append({name: _answers(e, question) for name, e in {"reference": full, **encoders}.items()})
+        report("evaluate", total, total)
         del encoders  # Windows removes no file that a session has mapped
 
     metrics = {variant: _summaries(by_text, seed) for variant, by_text in scores.items()}
@@ -144,6 +169,7 @@ def evaluate(
             "continuation_tokens": continuation_tokens,
             "greedy_prompts": greedy_prompts,
             "greedy_tokens": greedy_tokens,
+            "retrieval_prompts": retrieval_prompts,
             "seed": seed,
             "provider": provider,
             "confidence": CONFIDENCE,
@@ -151,6 +177,7 @@ def evaluate(
         },
         "texts": metrics.pop("pop"),
     }
+    result["retrieval"] = _retrieval(asked, answered, seed)
     if baselines or metrics:
         unpruned = {name: [_itself(s) for s in found] for name, found in scores["pop"].items()}
         result["baselines"] = {"none": _summaries(unpruned, seed), **metrics}
@@ -170,7 +197,12 @@ def require_options(text: Sequence[Path], provider: str) -> dict[str, list[str]]
 
 
 def _require_numbers(
-    prompts: int, prompt_tokens: int, continuation_tokens: int, greedy_prompts: int, greedy_tokens: int
+    prompts: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    greedy_prompts: int,
+    greedy_tokens: int,
+    retrieval_prompts: int,
 ) -> None:
     least = {
         "prompts": (prompts, 1),
@@ -178,6 +210,7 @@ def _require_numbers(
         "continuation-tokens": (continuation_tokens, 1),
         "greedy-prompts": (greedy_prompts, 0),
         "greedy-tokens": (greedy_tokens, 1),
+        "retrieval-prompts": (retrieval_prompts, 0),
     }
     for name, (value, minimum) in least.items():
         if value < minimum:
@@ -202,18 +235,13 @@ def _require_same_model(reference: Path, manifest: Manifest) -> None:
         )
 
 
-def _windows(
-    folder: Path, manifest: Manifest, documents: Mapping[str, list[str]], count: int, length: int, seed: int
-) -> dict[str, list[Tensor]]:
-    tokenizer = load_tokenizer(folder)
-    found = {name: windows(tokenizer, texts, count, length, seed, name) for name, texts in documents.items()}
-    highest = max(int(window.max()) for tokens in found.values() for window in tokens)
+def _require_vocabulary(folder: Path, manifest: Manifest, samples: Sequence[Tensor]) -> None:
+    highest = max(int(window.max()) for window in samples)
     if highest >= manifest.vocab_size:
         raise PopcompileError(
             f"{folder}: its tokenizer makes token {highest} and its model has {manifest.vocab_size}; convert a model"
             " with its own tokenizer"
         )
-    return found
 
 
 def _compile_baselines(
@@ -254,7 +282,7 @@ def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None
     compared = compare(full, other, continuation)
     return PromptScores(
         first_kl=float(compared.kl[0]),
-        mean_kl=float(compared.kl.mean()),
+        later_kl=float(compared.kl[1:].mean()) if len(continuation) > 1 else None,
         agreement=float(compared.agreement.mean()),
         full_nll=float(compared.full_nll.mean()),
         nll=float(compared.nll.mean()),
@@ -264,7 +292,7 @@ def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None
 
 def _itself(scores: PromptScores) -> PromptScores:
     """The full model compared with itself."""
-    return PromptScores(first_kl=0, mean_kl=0, agreement=1, full_nll=scores.full_nll, nll=scores.full_nll)
+    return replace(scores, first_kl=0, later_kl=scores.later_kl and 0.0, agreement=1, nll=scores.full_nll, greedy=None)
 
 
 def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder, Tensor, KVCache], limit: int) -> int:
@@ -280,6 +308,11 @@ def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder
             next_token = torch.tensor(tokens[:1])
             states = [(e, e.runtime.feed([next_token], cache, "decode")[0], cache) for e, _, cache in states]
     return limit
+
+
+def _answers(encoder: Encoder, question: Question) -> bool:
+    first, cache = encoder.encode(question.prompt)
+    return is_answered(encoder.predict(first, cache, question.answer), question.answer)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------
@@ -303,17 +336,33 @@ def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
         "prompts": len(scores),
         "first_token_kl_mean": over_prompts(_mean, lambda s: s.first_kl),
         "first_token_kl_p95": over_prompts(lambda x: np.quantile(x, 0.95, axis=-1), lambda s: s.first_kl),
-        "continuation_kl_mean": over_prompts(_mean, lambda s: s.mean_kl),
         "top1_agreement": over_prompts(_mean, lambda s: s.agreement),
         "full_perplexity": over_prompts(_exp_mean, lambda s: s.full_nll),
         "pop_perplexity": over_prompts(_exp_mean, lambda s: s.nll),
         "perplexity_ratio": over_prompts(_exp_mean, lambda s: s.nll - s.full_nll),
     }
+    later = [s.later_kl for s in scores if s.later_kl is not None]
+    if later:
+        metrics["continuation_kl_mean"] = estimate(_mean, later, seed)
     greedy = [float(s.greedy) for s in scores if s.greedy is not None]
     if greedy:
         metrics["greedy_agreement_tokens"] = estimate(_mean, greedy, seed) | {"prompts": len(greedy)}
     assert all(math.isfinite(m["value"]) for m in metrics.values() if isinstance(m, dict))
     return metrics
+
+
+def _retrieval(asked: Sequence[Question], answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
+    """By kind of question: how many prompts, the shares that were answered, and what of the full model's is kept."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        rows = [row for question, row in zip(asked, answered, strict=True) if question.kind == kind]
+        if rows:
+            shares = {name: estimate(_mean, [float(row[name]) for row in rows], seed) for name in rows[0]}
+            kept = [float(row["pop"]) for row in rows if row["reference"]]
+            found[kind] = {"prompts": len(rows), "answered": shares}
+            if kept:
+                found[kind]["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
+    return found
 
 
 def _mean(samples: Any) -> Any:

@@ -19,7 +19,7 @@ from popcompile.staging import link_or_copy, require_writable, staged
 _METRICS = {
     "first_token_kl_mean": "first token, KL mean (nats)",
     "first_token_kl_p95": "first token, KL 95th percentile",
-    "continuation_kl_mean": "continuation, KL mean",
+    "continuation_kl_mean": "tokens after it, KL mean",
     "top1_agreement": "continuation, same top-1",
     "full_perplexity": "perplexity, full",
     "pop_perplexity": "perplexity, pop",
@@ -51,6 +51,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
         f" {settings['continuation_tokens']} after them; [95% confidence interval]"
     )
     tables = [metric_rows(result)] + ([baseline_rows(result)] if "baselines" in result else [])
+    tables += [retrieval_rows(result)] if result.get("retrieval") else []
     return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
 
 
@@ -62,9 +63,13 @@ def evaluation_words(result: dict[str, Any]) -> str:
     """The result in one line, of all its texts."""
     name = list(result["texts"])[-1]
     metrics = result["texts"][name]
+    answers = "".join(
+        f"; facts in a {kind}: {_cell(shares['pop'])} found, {_cell(shares['reference'])} by the full model"
+        for kind, shares in ((kind, found["answered"]) for kind, found in result.get("retrieval", {}).items())
+    )
     return (
         f"first-token KL {_cell(metrics['first_token_kl_mean'])} nats, agreement {_cell(metrics['top1_agreement'])};"
-        f" perplexity {_cell(metrics['perplexity_ratio'])} times full (of {name}; 95% confidence interval)"
+        f" perplexity {_cell(metrics['perplexity_ratio'])} times full (of {name}; 95% confidence interval){answers}"
     )
 
 
@@ -89,6 +94,17 @@ def baseline_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             cells = [_number(texts[name][key]["value"]) for key in list(_COLUMNS)[:-1]]
             rows.append([name, variant, *cells, _cell(texts[name]["perplexity_ratio"])])
     return ["text", "variant", *_COLUMNS.values()], rows
+
+
+def retrieval_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per kind of prompt and encoder, with the share that it answers; the package is the last."""
+    names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
+    rows = []
+    for kind, found in result["retrieval"].items():
+        for name in (n for n in names if n in found["answered"]):
+            kept = _cell(found["kept"]) if name == "pop" and "kept" in found else ""
+            rows.append([f"{kind} ({found['prompts']})", names[name], _cell(found["answered"][name]), kept])
+    return ["facts in the prompt", "prefill", "answered", "kept of the full model's"], rows
 
 
 def _cell(metric: dict[str, Any]) -> str:

@@ -36,7 +36,8 @@ class Loss:
     """What pruning costs against the whole model; KL(whole || pruned) in nats.
 
     first_token_kl, its standard error over rows (NaN for one row), first_token_agreement: of tokens after a prompt.
-    kl, agreement, ppl_ratio: of the continuation's tokens, teacher-forced. Agreement is that of the likeliest token.
+    kl: of the continuation's tokens after that one, teacher-forced; agreement, ppl_ratio: of all of its tokens.
+    Agreement is that of the likeliest token.
     Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
     likeliest to the whole model; of these, retrieval_kl, and retrieval_kept, the share that is the likeliest after
     pruning as well. None: not measured, or nothing found.
@@ -106,14 +107,14 @@ class HeldOut:
     def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
         kl, whole, ours, agreement, *_ = self._tails.compare(pruned, calibration)
-        after = slice(0, self._continued)
+        after, later = slice(0, self._continued), slice(min(1, self._continued - 1), self._continued)
         first = torch.cat((kl[:, :1], kl[:, self._continued :]), 1).mean(1)
         first_agreement = torch.cat((agreement[:, :1], agreement[:, self._continued :]), 1).mean()
         loss = Loss(
             first_token_kl=float(first.mean()),
             first_token_kl_error=_standard_error(first),
             first_token_agreement=float(first_agreement),
-            kl=float(kl[:, after].mean()),
+            kl=float(kl[:, later].mean()),
             agreement=float(agreement[:, after].mean()),
             ppl_ratio=float((ours - whole)[:, after].mean().exp()),
         )

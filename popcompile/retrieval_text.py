@@ -17,19 +17,20 @@ from transformers import PreTrainedTokenizerBase
 
 #: how a pair is written, as what stands before the value and after it
 _Line = Callable[[str], tuple[str, str]]
+#: what a list begins with, a pair, and what stands between list and questions
+Form = tuple[str, _Line, str]
 
-#: of each form: what the list begins with, a pair, and what stands between list and questions
-_FORMS: tuple[tuple[str, _Line, str], ...] = (
+FORMS: tuple[Form, ...] = (
     ("Codes:\n", lambda key: (f"The code of {key} is ", ".\n"), "\nAgain:\n"),
     ("| name | value |\n|---|---|\n", lambda key: (f"| {key} | ", " |\n"), "\n| name | value |\n|---|---|\n"),
     ("{\n", lambda key: (f'  "{key}": "', '",\n'), "}\n{\n"),
     ("Notes. ", lambda key: (f"For {key} we wrote down ", ". "), "\n\nIn short: "),
 )
-#: words to draw from, and how many of the vocabulary's tokens are looked at for them
-_WORDS, _TRIES = 400, 20_000
+#: words to draw from, how many of the vocabulary's tokens are looked at for them, and the fewest to use
+_WORDS, _TRIES, _FEWEST = 400, 20_000, 100
 _LETTERS = range(3, 13)  # of a word
 #: the share of texts whose values are words; and tokens that are made beyond those asked for
-_OF_WORDS, _SPARE = 0.3, 64
+OF_WORDS, _SPARE = 0.3, 64
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ def retrieval_text(
     None where the tokenizer does not tell which characters a token stands for, knows too few words, or makes far fewer
     tokens of a text than of its lines.
     """
-    words = _words(tokenizer, seed)
-    if not tokenizer.is_fast or len(words) < _WORDS // 4:
+    words = find_words(tokenizer, seed)
+    if not words:
         return None
     choice = random.Random(seed)
-    made = [_text(tokenizer, _FORMS[i % len(_FORMS)], words, tokens, listed, choice) for i in range(count)]
+    made = [_text(tokenizer, FORMS[i % len(FORMS)], words, tokens, listed, choice) for i in range(count)]
     if any(len(ids) < tokens for ids, _ in made):
         return None
     rows, answers = ([part[:tokens] for part in parts] for parts in zip(*made, strict=True))
@@ -61,7 +62,7 @@ def retrieval_text(
 
 def _text(
     tokenizer: PreTrainedTokenizerBase,
-    form: tuple[str, _Line, str],
+    form: Form,
     words: Sequence[str],
     tokens: int,
     listed: int,
@@ -69,15 +70,15 @@ def _text(
 ) -> tuple[list[int], list[bool]]:
     """Token ids, more than `tokens` of them, and whether each is a part of an answer."""
     opening, line, between = form
-    of_words = choice.random() < _OF_WORDS
+    of_words = choice.random() < OF_WORDS
     values: dict[str, str] = {}
-    text, length = opening, _length(tokenizer, opening)
+    text, length = opening, token_count(tokenizer, opening)
     for key in choice.sample(words, len(words)):
         if length >= listed:
             break
-        values[key] = choice.choice(words) if of_words else str(choice.randint(1000, 9999))
+        values[key] = draw_value(words, of_words, choice)
         text += values[key].join(line(key))
-        length += _length(tokenizer, values[key].join(line(key)))
+        length += token_count(tokenizer, values[key].join(line(key)))
     text += between
     spans: list[tuple[int, int]] = []
     while length < tokens + _SPARE:
@@ -85,7 +86,7 @@ def _text(
         begin = len(text) + len(line(key)[0])
         spans.append((begin, begin + len(values[key])))
         text += values[key].join(line(key))
-        length += _length(tokenizer, values[key].join(line(key)))
+        length += token_count(tokenizer, values[key].join(line(key)))
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     asked, span = [], 0
     for begin, end in encoded["offset_mapping"]:
@@ -95,13 +96,23 @@ def _text(
     return list(encoded["input_ids"]), asked
 
 
-def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def draw_value(words: Sequence[str], of_words: bool, choice: random.Random) -> str:
+    """A word, or else a number of four digits."""
+    return choice.choice(words) if of_words else str(choice.randint(1000, 9999))
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of a piece of text on its own, about what it has in a longer one."""
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[str]:
-    """Words that are a token of the vocabulary each, in an order of the seed's."""
+def find_words(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[str]:
+    """Words that are a token of the vocabulary each, in an order of the seed's.
+
+    None where there are too few, or where the tokenizer does not tell which characters a token stands for.
+    """
+    if not tokenizer.is_fast:
+        return []
     ordinary = sorted(set(range(len(tokenizer))) - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
     choice = random.Random(seed)
     found: dict[str, None] = {}
@@ -111,4 +122,4 @@ def _words(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[str]:
             found.setdefault(word)
         if len(found) == _WORDS:
             break
-    return list(found)
+    return list(found) if len(found) >= _FEWEST else []

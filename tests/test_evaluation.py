@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 import popcompile.evaluation
+from popcompile.bootstrap import estimate
 from popcompile.cli import main
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
@@ -33,6 +34,7 @@ from popcompile.evaluation import evaluate
 from popcompile.evaluation_report import evaluation_text, save_in_report
 from popcompile.inspection import inspect_text
 from popcompile.package import LAYOUTS, MANIFEST, REPORT, describe_files, read_manifest
+from popcompile.retrieval_questions import questions
 from popcompile.runtime import Runtime
 from popcompile.texts import default_texts, read_texts, windows
 from popcompile.variants import Variants
@@ -115,7 +117,7 @@ def metrics_of(full: list[Tensor], other: list[Tensor], answers: list[Tensor]) -
     return {
         "first_token_kl_mean": float(np.mean(first)),
         "first_token_kl_p95": float(np.percentile(first, 95)),
-        "continuation_kl_mean": float(torch.cat(kl).mean()),
+        "continuation_kl_mean": float(torch.cat([k[1:] for k in kl]).mean()),
         "top1_agreement": float(torch.cat(agreement).mean()),
         "full_perplexity": math.exp(full_mean),
         "pop_perplexity": math.exp(mean),
@@ -179,7 +181,7 @@ def test_numbers_of_a_real_model(smollm2_package: Path, smollm2_checkpoint: Path
     manifest = read_manifest(smollm2_package)
     prompt, after, pruned = 64, 16, manifest.pruned
     sizes: dict[str, Any] = {"prompts": 1, "prompt_tokens": prompt, "continuation_tokens": after, "greedy_prompts": 0}
-    result = evaluate(smollm2_package, seed=1, **sizes)
+    result = evaluate(smollm2_package, seed=1, retrieval_prompts=5, **sizes)
     model = AutoModelForCausalLM.from_pretrained(smollm2_checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2_checkpoint)
     for name, documents in default_texts().items():
@@ -189,9 +191,39 @@ def test_numbers_of_a_real_model(smollm2_package: Path, smollm2_checkpoint: Path
         pop = [predictions(model, w, prompt, pruned, manifest.window)[0] for w in found]
         assert_metrics(result["texts"][name], metrics_of(full, pop, [w[prompt:] for w in found]), 5e-3)
         assert "greedy_agreement_tokens" not in result["texts"][name]
+    assert result["retrieval"] == _expected_retrieval(model, tokenizer, prompt, pruned, manifest.window)
     # DESIGN section 2: with a third pruned a first token loses 0.3 nats and a perplexity a tenth to a fifth
     assert 0.01 < result["texts"]["prose"]["first_token_kl_mean"]["value"] < 3
     assert 0.7 < result["texts"]["prose"]["perplexity_ratio"]["value"] < 2.5
+
+
+def _expected_retrieval(
+    model: PreTrainedModel, tokenizer: Any, prompt: int, pruned: list[int], window: int
+) -> dict[str, Any]:
+    """By transformers: whether greedy decoding writes the answer, after a full and after a pruned prefill."""
+    found = {}
+    asked = questions(tokenizer, default_texts()["prose"], 5, prompt, seed=1)
+    for kind in ("list", "passage"):
+        rows = []
+        for question in (q for q in asked if q.kind == kind):
+            row = []
+            for layers in ([], pruned):
+                logits, cache = pop_prefill(model, question.prompt[None], layers, window=window)
+                row.append(greedy(model, logits, cache, len(question.answer)) == question.answer.tolist())
+            rows.append(row)
+        full, pop = ([float(row[i]) for row in rows] for i in (0, 1))
+        kept = [row[1] for row in rows if row[0]]
+        assert kept  # the model does find some
+        estimates = {
+            "reference": estimate(lambda x: x.mean(-1), full, 1),
+            "pop": estimate(lambda x: x.mean(-1), pop, 1),
+        }
+        found[kind] = {
+            "prompts": len(rows),
+            "answered": estimates,
+            "kept": estimate(lambda x: x.mean(-1), list(map(float, kept)), 1) | {"prompts": len(kept)},
+        }
+    return found
 
 
 def test_nothing_pruned_costs_nothing(tiny: tuple[PreTrainedModel, Path], files: list[Path], tmp_path: Path) -> None:
@@ -215,10 +247,15 @@ def test_one_prompt_has_no_interval_and_the_seed_decides(tiny: tuple[PreTrainedM
 
 
 def test_smallest_sizes(tiny: tuple[PreTrainedModel, Path], files: list[Path]) -> None:
-    """One token of prompt is the boundary token, for which pruned and full prefill are the same."""
-    result = evaluate(tiny[1], files[:1], prompts=2, prompt_tokens=1, continuation_tokens=1)
+    """A prompt of one token more than the window, and one after it; the largest that the context has room for."""
+    for prompt in (1, WINDOW):
+        with pytest.raises(PopcompileError, match=f"--prompt-tokens {prompt}: .* up to 3 tokens in full"):
+            evaluate(tiny[1], files[:1], prompt_tokens=prompt)
+    result = evaluate(tiny[1], files[:1], prompts=2, prompt_tokens=WINDOW + 1, continuation_tokens=1)
     (metrics,) = result["texts"].values()
-    assert metrics["first_token_kl_mean"]["value"] < 1e-6
+    assert metrics["first_token_kl_mean"]["value"] > 0 and "continuation_kl_mean" not in metrics
+    assert "tokens after it" not in evaluation_text(result)
+    assert result["retrieval"] == {}  # the tiny tokenizer has no words
     whole = evaluate(tiny[1], files[:1], prompts=2, prompt_tokens=57, continuation_tokens=7, greedy_tokens=32)
     assert whole["settings"]["greedy_tokens"] == 7  # what the context of 64 leaves
 

@@ -13,7 +13,9 @@ from reference import pop_prefill
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.held_out import HeldOut, Loss
+from popcompile.retrieval_questions import DEPTHS, KINDS, questions
 from popcompile.retrieval_text import RetrievalText, retrieval_text
+from popcompile.texts import default_texts
 
 TOKENS, LISTED = 320, 192
 
@@ -59,6 +61,33 @@ def test_texts_come_from_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
     assert one is not None and same is not None and other is not None
     assert torch.equal(one.rows, same.rows) and torch.equal(one.answers, same.answers)
     assert not torch.equal(one.rows, other.rows)
+
+
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_questions_ask_for_what_stands_in_the_prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """At every depth; prompt and answer are what the tokenizer makes of both, and a prompt has its length at most."""
+    asked = questions(tokenizer, default_texts()["prose"], 20, tokens, seed=0)
+    assert [q.kind for q in asked] == ["list"] * 20 + ["passage"] * 20
+    assert [q.depth for q in asked[:5]] == list(DEPTHS)
+    places: dict[tuple[str, float], list[float]] = {}
+    for question in asked:
+        assert 0.6 * tokens < len(question.prompt) <= tokens
+        prompt, answer = tokenizer.decode(question.prompt), tokenizer.decode(question.answer).strip()
+        assert answer.isalpha() or (answer.isdecimal() and len(answer) == 4)
+        assert answer in prompt
+        whole = tokenizer(prompt + tokenizer.decode(question.answer), add_special_tokens=False)["input_ids"]
+        assert whole == [*question.prompt.tolist(), *question.answer.tolist()]
+        places.setdefault((question.kind, question.depth), []).append(prompt.index(answer) / len(prompt))
+    for kind in KINDS:
+        means = [sum(places[kind, depth]) / len(places[kind, depth]) for depth in DEPTHS]
+        assert means == sorted(means) and means[-1] - means[0] > 0.4
+
+
+def test_no_questions_where_there_is_no_room(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = default_texts()["prose"]
+    assert questions(tokenizer, documents, 5, 8, seed=0) == []
+    assert {q.kind for q in questions(tokenizer, documents, 5, 40, seed=0)} == {"list"}
+    assert questions(tokenizer, documents, 0, 300, seed=0) == []
 
 
 @cache
