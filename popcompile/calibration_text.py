@@ -25,8 +25,8 @@ SELF = "self"
 TEXTS, HELD_OUT, TOKENS = 104, 12, 320
 #: the least that calibration makes sense with
 FEWEST, _SHORTEST = 8, 64
-#: that a text holds, at least
-WINDOWS = 4
+#: tokens at a prompt's end that take the whole model; and windows that a text holds, at least
+WINDOW, WINDOWS = 64, 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
 _RETRIEVAL, _LISTED = 0.2, 32
 

@@ -1,14 +1,17 @@
 """Choose the layers that prefill skips by what skipping them costs on held-out text.
 
-Importance proposes, measured loss decides. For every number of layers the candidates are the deepest ones, and sets
-that keep a few of the most important layers among them and skip as many shallower ones in their place: with the
-calibrated bypass a kept layer in the middle reads nearly what it did. Each candidate is calibrated in closed form and
-measured; refinement, which takes longer, is for those at the budget's limit.
+A set grows from the last layer towards the first ones by a layer at a time: each layer is tried on top of the set so
+far, calibrated in closed form and measured, and it stays in prefill if skipping it costs more than a share of the
+budget. So a few layers that do what the deep ones below them do not, such as copying from far back, are kept, and
+shallower ones are skipped in their place: with the calibrated bypass a kept layer in the middle reads nearly what it
+did. Layers that were kept are tried again at the end, the cheapest first, while the budget allows. Refinement, which
+takes longer, is for the largest sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,12 @@ from popcompile.refinement import refine
 
 #: the share of layers that `auto` prunes at most
 MOST = 0.6
-#: how many of the deep layers a candidate keeps
-KEPT = range(3)
-#: shares of the layers that `auto` measures first, and the loss in budgets that ends it
-_SHARES = (0.1, 0.2, 1 / 3, 0.43, 0.5)
-_HOPELESS = 2.0
+#: how many of the deep layers `auto` may keep in that
+_KEPT = 4
+#: the share of the budget that skipping a layer may take; and how many in a row that take more end the growth
+_STEP, _PATIENCE = 0.2, 4
+#: rows of text to calibrate on while a set grows
+_FEW_ROWS = 40
 #: what refinement leaves of a loss at best: it is tried on sets that would keep to the budget then
 _REFINED = 0.7
 
@@ -75,97 +79,100 @@ class Search:
         self,
         states: HiddenStates | None,
         held_out: HeldOut,
-        importance: Sequence[float],
         progress: Callable[[str, int, int], Any],
         *,
         steps: int = 0,
         seed: int = 0,
     ) -> None:
-        """states: text to calibrate on; None: the layers' own projections. importance: of the prefill gates.
-
-        steps, seed: of refinement.
-        """
-        self._states, self._held_out, self._importance = states, held_out, importance
+        """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement."""
+        self._states, self._held_out = states, held_out
         self._progress, self._steps, self._seed = progress, steps, seed
         self.num_layers = held_out.model.num_layers
         self.measured: list[Candidate] = []
         self._final: dict[tuple[int, ...], Calibration] = {}
 
     def measure(self, pruned: list[int]) -> Candidate:
-        """The set with maps in closed form."""
-        known = next((c for c in self.measured if c.pruned == pruned), None)
-        if known is None:
-            maps = Calibration() if self._states is None else calibrate(self._states, pruned, products=torch.float32)
-            known = Candidate(pruned, self._held_out.measure(pruned, maps))
-            self.measured.append(known)
-        return known
+        """The set with maps in closed form, of a part of the text."""
+        maps = Calibration()
+        if self._states is not None:
+            few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
+            maps = calibrate(few, pruned, products=torch.float32)
+        measured = Candidate(pruned, self._held_out.measure(pruned, maps))
+        self.measured.append(measured)
+        return measured
 
     def finish(self, candidate: Candidate) -> Candidate:
-        """The set with its final maps: refined, if that helps."""
+        """The set with its final maps: of all the text, and refined, if that helps."""
         pruned = candidate.pruned
         if self._states is None:
             self._final[tuple(pruned)] = Calibration()
             return candidate
         self._final[tuple(pruned)] = maps = calibrate(self._states, pruned)
+        self.measured.remove(candidate)
+        finished = Candidate(pruned, self._held_out.measure(pruned, maps))
+        self.measured.append(finished)
         refined = refine(
             self._states, pruned, maps, steps=self._steps, seed=self._seed,
             progress=lambda *n: self._progress("refine", *n),
         )  # fmt: skip
         if refined is maps:
-            return candidate
-        finished = Candidate(pruned, self._held_out.measure(pruned, refined), refined=True)
-        if finished.loss.worst_kl >= candidate.loss.worst_kl:
-            return candidate
+            return finished
+        better = Candidate(pruned, self._held_out.measure(pruned, refined), refined=True)
+        if better.loss.worst_kl >= finished.loss.worst_kl:
+            return finished
         self._final[tuple(pruned)] = refined
-        self.measured.append(finished)
-        return finished
+        self.measured.append(better)
+        return better
 
     def final(self, candidate: Candidate) -> Calibration:
         """The maps of a finished candidate."""
         return self._final[tuple(candidate.pruned)]
 
-    def best(self, count: int) -> Candidate:
-        """The candidate of `count` layers with the least KL."""
-        found = [self.measure(p) for p in propose(count, self._importance, self._held_out.first)]
-        return min(found, key=lambda c: c.loss.worst_kl)
+    def best(self, count: int, scale: Budget) -> Candidate:
+        """`count` layers; finished. scale: the budget whose shares decide which layers are kept."""
+        return self.finish(self._grow(scale, count, math.inf, patience=self.num_layers)[-1])
 
     def within(self, budget: Budget) -> Candidate:
-        """The candidate with the most layers whose loss is within the budget, else the last layer alone; finished."""
+        """The most layers whose loss is within the budget, else the last layer alone; finished."""
+        left = _REFINED if self._states is not None and self._steps > 0 else 1.0
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
-        within, beyond = 1, most + 1
-        chosen = self.measure([self.num_layers - 1])
-        coarse = sorted({min(round(self.num_layers * share), most) for share in (*_SHARES, MOST)} - {0, 1})
-        for done, count in enumerate(coarse):
-            self._progress("choose", done, len(coarse) + 3)
-            best = self.best(count)
-            spent = budget.spent(best.loss)
-            if spent <= 1:
-                chosen, within, beyond = best, count, most + 1
-            else:
-                beyond = min(beyond, count)
-            if spent > _HOPELESS:
+        sets = self._grow(budget, most, 1 / left, _PATIENCE)
+        for candidate in reversed(sets[1:]):
+            if (spent := budget.spent(candidate.loss)) * left > 1:
+                continue
+            finished = self.finish(candidate)
+            if (remains := budget.spent(finished.loss)) <= 1:
+                return finished
+            left = remains / spent  # of the others as well, more or less: not each of them is tried
+        return self.finish(sets[0])
+
+    def _grow(self, budget: Budget, most: int, limit: float, patience: int) -> list[Candidate]:
+        """Sets of 1 to at most `most` layers, each the one before with one more. limit: what they spend at most."""
+        sets = [self.measure([self.num_layers - 1])]
+        rejected: list[tuple[float, int]] = []
+        in_a_row = 0
+        layers = range(self.num_layers - 2, self._held_out.first - 1, -1)
+        for done, layer in enumerate(layers):
+            if len(sets) == most or in_a_row == patience:
                 break
-        while beyond - within > 1:  # between the last that is within the budget and the first that is not
-            self._progress("choose", len(coarse), len(coarse) + 3)
-            count = (within + beyond) // 2
-            best = self.best(count)
-            if budget.spent(best.loss) <= 1:
-                chosen, within = best, count
+            self._progress("choose", done, len(layers))
+            tried = self.measure(sorted([layer, *sets[-1].pruned]))
+            spent = budget.spent(tried.loss)
+            cost = spent - budget.spent(sets[-1].loss)
+            if cost <= _STEP and spent <= limit:
+                sets.append(tried)
+                in_a_row = 0
             else:
-                beyond = count
-        if self._states is not None and self._steps > 0:
-            while within < most and budget.spent(self.best(within + 1).loss) * _REFINED <= 1:
-                within += 1
-        left = _REFINED
-        while within > len(chosen.pruned):
-            best = self.best(within)
-            if (spent := budget.spent(best.loss)) * left <= 1:
-                refined = self.finish(best)
-                if (remains := budget.spent(refined.loss)) <= 1:
-                    return refined
-                left = remains / spent  # of the others as well, more or less: not each of them is tried
-            within -= 1
-        return self.finish(chosen)
+                rejected.append((cost, layer))
+                in_a_row += 1
+        for _, layer in sorted(rejected):
+            if len(sets) == most:
+                break
+            tried = self.measure(sorted([layer, *sets[-1].pruned]))
+            if budget.spent(tried.loss) > limit:
+                break
+            sets.append(tried)
+        return sets
 
 
 def largest_count(num_layers: int) -> int:
@@ -174,20 +181,5 @@ def largest_count(num_layers: int) -> int:
 
 
 def first_candidate(num_layers: int, count: int) -> int:
-    """The first layer that a candidate of up to `count` layers may prune. Layer 0 is always kept."""
-    return max(1, num_layers - count - max(KEPT))
-
-
-def propose(count: int, importance: Sequence[float], first: int) -> list[list[int]]:
-    """Sets of `count` layers from layer `first` on: the deepest, and those that keep important ones among them."""
-    num_layers = len(importance)
-    found: list[list[int]] = []
-    for kept in KEPT:
-        deep = range(max(num_layers - count - kept, first), num_layers)
-        if len(deep) < count:
-            continue
-        keep = sorted(deep, key=lambda layer: (-importance[layer], layer))[: len(deep) - count]
-        pruned = [layer for layer in deep if layer not in keep]
-        if pruned not in found:
-            found.append(pruned)
-    return found
+    """The first layer that may be pruned where `count` are, at most. Layer 0 is always kept, if it can be."""
+    return max(min(1, num_layers - count), num_layers - count - max(2, min(_KEPT, count // 2)))

@@ -120,13 +120,13 @@ def _add_convert(commands: Any) -> None:
         "--window",
         metavar="N",
         type=POSITIVE,
-        help="tokens at the end of a prompt that take the whole model, 64 for example (default 1, as in the paper)",
+        help="tokens at the end of a prompt that take the whole model (default 64; 1 is the paper's)",
     )
     parser.add_argument(
         "--max-kl",
         metavar="X",
         type=NATS,
-        help="what --prune auto may cost: first-token KL in nats (default 0.1), with a window answers' too",
+        help="what --prune auto may cost: KL in nats of the first token and of answers in the prompt (default 0.05)",
     )
     parser.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
     parser.add_argument(
@@ -144,8 +144,8 @@ def _add_convert(commands: Any) -> None:
         "--refinement-steps",
         metavar="N",
         type=COUNT,
-        default=128,
-        help="after the closed form; default 128, 0 for none",
+        default=64,
+        help="after the closed form; default 64, 0 for none",
     )
     parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
     parser.add_argument(

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from popcompile.adapter import Adapter
 from popcompile.analysis import source_tokenizer
 from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED
-from popcompile.calibration_text import FEWEST, SELF, TEXTS, WINDOWS
+from popcompile.calibration_text import FEWEST, SELF, TEXTS, WINDOW, WINDOWS
 from popcompile.checkpoint import Checkpoint
 from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
@@ -97,10 +97,11 @@ def convert(
     """Compile `model` (hub id, folder or GGUF file) into a package at `out`; returns the package's manifest.
 
     prune: how many layers prefill skips, a count or a fraction, or "auto", the default: as many as the budget allows,
-    max_kl (first-token KL in nats, default 0.1) and max_ppl_ratio (perplexity over the whole model's), measured on
-    held-out text. layers: which ones ("20-29,17"). window: how many tokens at the end of a prompt take the whole model,
-    1 by default; with more, 64 for example, prompts that are no longer are encoded in full, and max_kl is of answers
-    that stand in the prompt as well. kv_projection: "calibrated", the default, or "layer", the layers' own weights.
+    max_kl (KL in nats of the first token and of answers that stand in the prompt, default 0.05) and max_ppl_ratio
+    (perplexity over the whole model's), measured on held-out text. layers: which ones ("20-29,17"). window: how many
+    tokens at the end of a prompt take the whole model, 64 by default, or a quarter of a shorter context; prompts that
+    are no longer are encoded in full. 1 is the paper's, without answers among the text. kv_projection: "calibrated",
+    the default, or "layer", the layers' own weights.
     calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of it.
     refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled. With
     random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
@@ -259,7 +260,7 @@ def _require_kernels(source: Source, shapes: _ModelShapes, provider: str, chosen
 
 
 def _window(source: Source, window: int | None) -> int:
-    """The window that was asked for, or else the boundary token alone.
+    """The window that was asked for, or else the default one, as far as the context allows.
 
     Raises PopcompileError for one that leaves no room for a prompt to prune and measure.
     """
@@ -270,7 +271,7 @@ def _window(source: Source, window: int | None) -> int:
             f"--window {window}: too large for the model's context of {context} tokens, for prompts that are no longer"
             f" are encoded in full; give at most {most}"
         )
-    return window or 1
+    return window if window is not None else min(WINDOW, most)
 
 
 def _require_choice(option: str, value: str, choices: Any) -> None:

@@ -6,6 +6,7 @@ and has no name, so memory does not grow with the text and a killed process leav
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,13 @@ class HiddenStates:
         """[N, T, hidden], backed by the file. layer: at least `first`."""
         assert layer >= self.first
         return self._states[layer - self.first]
+
+    def thinned(self, step: int) -> HiddenStates:
+        """Every `step`-th row, and the same hidden states."""
+        thinned = copy.copy(self)
+        thinned.rows = self.rows[::step]
+        thinned._states = [states[::step] for states in self._states]
+        return thinned
 
     def batches(self) -> Iterator[slice]:
         """Rows to run together."""

@@ -1,7 +1,7 @@
 """Decide which layers prefill skips and calibrate what takes their place: between tracing and pruning.
 
-    text -> importance of the prefill gates -> candidates, each calibrated and measured on held-out text -> choice
-    -> refinement -> quality on text that has decided nothing
+    text -> sets of layers, each calibrated and measured on held-out text -> choice -> refinement
+    -> quality on text that has decided nothing
 
 Without calibration, and with the layers or their number given, nothing has to be run: conversion then reads weights
 only to write them.
@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from popcompile.analysis import importance_rows
 from popcompile.calibration import Calibration
-from popcompile.calibration_text import SELF, TEXTS, CalibrationText, calibration_text
+from popcompile.calibration_text import SELF, TEXTS, calibration_text
 from popcompile.choice import Budget, Candidate, Search, first_candidate, largest_count
-from popcompile.execution import Reader, fast_products, held_in_memory, materialise, require_memory
+from popcompile.execution import Reader, held_in_memory, materialise, require_memory
 from popcompile.held_out import HeldOut
 from popcompile.hidden_states import HiddenStates
-from popcompile.importance import Importance, importance
 from popcompile.layer_table import full_prefill_one_logit
 from popcompile.layerwise import LayerwiseModel
 from popcompile.passes import Program
@@ -36,9 +34,7 @@ from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
 #: the loss that `convert` allows where the user says nothing: KL of the first token, in nats
-MAX_KL = 0.1
-#: text that the ranking of layers is estimated on
-_RANKING = {"texts": 16, "tokens": 192, "prefixes": 4}
+MAX_KL = 0.05
 
 Progress = Callable[[str, int, int], Any]
 
@@ -50,7 +46,7 @@ class Options:
     texts: pieces of it. steps: of refinement. window: tokens at a prompt's end that take the whole model.
     """
 
-    window: int = 1
+    window: int
     calibrated: bool = True
     origin: str = SELF
     texts: int = TEXTS
@@ -98,7 +94,6 @@ def make_plan(
         options.origin, program, read, tokenizer, texts=options.texts, window=options.window,
         seed=options.seed, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
-    ranking = None if request.how == "layers" else _rank(program, read, text, options, progress)
     layers = program.num_layers
     most = largest_count(layers) if request.how == "auto" else len(request.layers)
     first = min(request.layers) if request.how == "layers" else first_candidate(layers, most)
@@ -107,13 +102,13 @@ def make_plan(
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
     held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, options.window, text.retrieval_held_out)
-    importance = ranking.prefill if ranking else [0.0] * layers
-    search = Search(states, held_out, importance, progress, steps=options.steps, seed=options.seed)
+    search = Search(states, held_out, progress, steps=options.steps, seed=options.seed)
     if request.how == "auto":
         chosen = search.within(options.budget)
+    elif request.how == "layers":
+        chosen = search.finish(search.measure(request.layers))
     else:
-        found = search.measure(request.layers) if request.how == "layers" else search.best(len(request.layers))
-        chosen = search.finish(found)
+        chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
     unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed, options.window, text.retrieval_unseen)
     sections = {
@@ -128,19 +123,7 @@ def make_plan(
             "own_projection": asdict(unseen.measure(chosen.pruned, Calibration())),
         },
     }
-    if ranking:
-        sizes = {key: _RANKING[key] for key in ("texts", "tokens")}
-        sections["importance"] = {**sizes, "layers": importance_rows(ranking)}
     return Plan(chosen.pruned, calibration, sections)
-
-
-def _rank(program: Program, read: Reader, text: CalibrationText, options: Options, progress: Progress) -> Importance:
-    tokens = text.calibration[: _RANKING["texts"], : _RANKING["tokens"]]
-    with fast_products():
-        return importance(
-            program, read, tokens, seed=options.seed, prefixes=_RANKING["prefixes"],
-            progress=lambda *n: progress("analyze", *n),
-        )  # fmt: skip
 
 
 def _choice(program: Program, search: Search, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from popcompile.hidden_states import HiddenStates
 from popcompile.pruned_prefill import Prompts, last_hidden_state
 
 #: steps by default, and rows and boundary tokens of each row that a step takes
-STEPS, _ROWS, _BOUNDARY_TOKENS = 128, 8, 32
+STEPS, _ROWS, _BOUNDARY_TOKENS = 64, 8, 32
 #: position of the earliest boundary token
 _EARLIEST = 8
 #: Adam's step, relative to the root mean square of a map's weight

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from hypothesis import given
-from hypothesis import strategies as st
 from test_evaluation import save_tiny, save_words
 
 import popcompile
-from popcompile.choice import Budget, Candidate, Search, propose
+from popcompile.choice import Budget, Candidate, Search, first_candidate
 from popcompile.held_out import Loss
 from popcompile.package import REPORT, read_manifest
 from popcompile.verify import verify
@@ -45,26 +43,6 @@ def chosen(checkpoint: Path) -> Path:
 # --- proposals and budgets -------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0.001, 10), min_size=2, max_size=40), st.data())
-def test_proposals(importance: list[float], data: Any) -> None:
-    layers = len(importance)
-    importance[-1] = 0.0
-    count = data.draw(st.integers(1, layers - 1))
-    first = data.draw(st.integers(1, layers - count))
-    found = propose(count, importance, first)
-    assert found[0] == list(range(layers - count, layers)), "the deepest ones are the first candidate"
-    assert len({tuple(p) for p in found}) == len(found)
-    for pruned in found:
-        assert pruned == sorted(set(pruned)) and len(pruned) == count and pruned[0] >= first
-        assert layers - 1 in pruned, "the last layer is free"
-
-
-def test_a_proposal_keeps_the_most_important_layers() -> None:
-    importance = [9.0, 1.0, 1.0, 5.0, 1.0, 7.0, 1.0, 0.0]
-    assert propose(3, importance, 1) == [[5, 6, 7], [4, 6, 7]]
-    assert propose(3, [1.0] * 7 + [0.0], 4) == [[5, 6, 7]]
-
-
 def loss(kl: float, ratio: float) -> Loss:
     return Loss(kl, 0.0, 1.0, kl, 1.0, ratio)
 
@@ -86,31 +64,59 @@ def test_budgets(budget: Budget, kl: float, ratio: float, spent: float) -> None:
 
 
 class Canned(Search):
-    """Searches among losses that are given: KL of the best set of each number of layers, and what refinement leaves."""
+    """Searches among losses that are given: a KL for each layer, which add up, and what refinement leaves of them."""
 
-    def __init__(self, closed: list[float], left: float) -> None:
-        self.closed, self.left, self.tried = closed, left, list[int]()
-        self.num_layers, self._held_out = len(closed), SimpleNamespace(first=1)
-        self._states, self._steps, self._progress = object(), 1, lambda *_: None
+    def __init__(self, costs: list[float], left: float = 1.0, first: int = 1) -> None:
+        self.costs, self.left = costs, left
+        self.asked, self.tried = list[list[int]](), list[int]()
+        self.num_layers, self._held_out = len(costs), SimpleNamespace(first=first)
+        self._states, self._steps, self._progress = object(), 1 if left < 1 else 0, lambda *_: None
 
     def measure(self, pruned: list[int]) -> Candidate:
-        return Candidate(pruned, loss(self.closed[len(pruned)], 1.0))
-
-    def best(self, count: int) -> Candidate:
-        return self.measure(list(range(self.num_layers - count, self.num_layers)))
+        self.asked.append(pruned)
+        return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned), 1.0))
 
     def finish(self, candidate: Candidate) -> Candidate:
         self.tried.append(len(candidate.pruned))
         return Candidate(candidate.pruned, loss(candidate.loss.first_token_kl * self.left, 1.0), refined=True)
 
 
+def test_layers_that_cost_much_are_kept_and_shallower_ones_skipped() -> None:
+    """With a budget of 0.1 a layer may take 0.02; what was kept comes last, the cheapest first."""
+    costs = [9.0, 9.0, 0.01, 0.03, 0.01, 0.01, 0.5, 0.01, 0.02, 0.0]
+    search = Canned(costs)
+    assert search.within(Budget(max_kl=0.101)).pruned == [2, 4, 5, 7, 8, 9]  # at most 6 of 10
+    assert search.asked[0] == [9] and [6, 7, 8, 9] in search.asked
+    assert all(len(pruned) <= 6 for pruned in search.asked) and not any(0 in pruned for pruned in search.asked)
+    assert Canned(costs).within(Budget(max_kl=0.059)).pruned == [2, 4, 5, 7, 9]  # 8 takes more than 0.0118
+    assert Canned(costs).within(Budget(max_kl=0.061)).pruned == [2, 4, 5, 7, 8, 9]  # and there is room for it
+    assert Canned([1.0] * 9 + [0.0]).within(Budget(max_kl=0.1)).pruned == [9]
+    assert Canned([0.0] * 10).within(Budget(max_kl=0.0)).pruned == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_number_of_layers() -> None:
+    costs = [9.0, 0.4, 0.01, 0.3, 0.01, 0.01, 0.5, 0.005, 0.01, 0.0]
+    scale = Budget(max_kl=0.05)
+    assert Canned(costs).best(3, scale).pruned == [7, 8, 9]
+    assert Canned(costs).best(4, scale).pruned == [5, 7, 8, 9]
+    assert Canned(costs).best(7, scale).pruned == [2, 3, 4, 5, 7, 8, 9]  # 3 was kept, and is the cheapest of those
+    assert Canned(costs).best(9, scale).pruned == list(range(1, 10))
+
+
+@pytest.mark.parametrize(("layers", "count", "first"), [(30, 18, 8), (30, 10, 16), (30, 2, 26), (6, 5, 1), (2, 1, 1)])
+def test_the_first_layer_that_may_be_pruned(layers: int, count: int, first: int) -> None:
+    assert first_candidate(layers, count) == first
+
+
 def test_refinement_is_tried_where_it_may_suffice() -> None:
     """From the largest set down; what it left of one set's loss is what it is expected to leave of the others'."""
-    closed = [0.0, 0.0, 0.05, 0.08, 0.11, 0.13, 0.14, 0.9, 0.9, 0.9, 0.9, 0.9]
-    search = Canned(closed, 0.75)
-    assert len(search.within(Budget(max_kl=0.1)).pruned) == 5 and search.tried == [6, 5]
-    search = Canned(closed, 0.95)  # not 5 and 4, which would be 0.124 and 0.105
-    assert len(search.within(Budget(max_kl=0.1)).pruned) == 3 and search.tried == [6, 3]
+    costs = [9.0] * 4 + [0.018] * 15 + [0.0]
+    search = Canned(costs, 0.75, first=4)  # 0.126 may become 0.1
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 8 and search.tried == [8]
+    search = Canned(costs, 0.85, first=4)
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 7 and search.tried == [8, 7]
+    search = Canned(costs, 0.95, first=4)  # then not 7, which is 0.108
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 6 and search.tried == [8, 6]
 
 
 # --- conversions -----------------------------------------------------------------------------------------------
@@ -130,7 +136,6 @@ def test_the_choice_is_the_largest_within_the_budget(chosen: Path) -> None:
     assert all(row["loss"]["first_token_kl"] > 2.0 for row in larger)
     assert quality["texts"] == 12 and quality["prompt_tokens"] == 76 and quality["continuation_tokens"] == 20
     assert quality["own_projection"] != quality["loss"]
-    assert report["importance"]["layers"][-1]["prefill"] == 0.0
     assert len(verify(chosen)) == 4
 
 
@@ -186,8 +191,11 @@ def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path
 def test_a_count_is_chosen_by_loss(checkpoint: Path, tmp_path: Path) -> None:
     manifest = popcompile.convert(checkpoint, tmp_path / "out", prune=3, calibration_texts=24, refinement_steps=8)
     frontier = report_of(tmp_path / "out")["choice"]["frontier"]
-    best = min(frontier, key=lambda row: row["loss"]["first_token_kl"])
-    assert best["chosen"] and best["pruned"] == manifest.pruned and len(manifest.pruned) == 3
+    (chosen,) = [row for row in frontier if row["chosen"]]
+    assert chosen["pruned"] == manifest.pruned and len(manifest.pruned) == 3 and LAYERS - 1 in manifest.pruned
+    smaller = [row["pruned"] for row in frontier if len(row["pruned"]) < 3]
+    assert [LAYERS - 1] in smaller
+    assert any(len(pruned) == 2 and set(pruned) < set(manifest.pruned) for pruned in smaller)
 
 
 def test_a_budget_that_nothing_meets(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

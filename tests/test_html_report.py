@@ -41,7 +41,7 @@ def candidate(pruned: list[int], kl: float, chosen: bool = False) -> dict[str, A
 
 
 def evaluation() -> dict[str, Any]:
-    scores = [PromptScores(first_kl=x, mean_kl=x, agreement=0.75, full_nll=2, nll=2 + x) for x in (0.1, 0.3)]
+    scores = [PromptScores(first_kl=x, later_kl=x, agreement=0.75, full_nll=2, nll=2 + x) for x in (0.1, 0.3)]
     texts = {"notes <1>": summarise(scores, seed=0)}
     return {
         "package": "out", "pruned": [2, 3], "kv_projection": "layer", "texts": texts, "seconds": 1.0,
