@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from popcompile.calibration import Calibration
+from popcompile.hidden_states import scratch
 from popcompile.layerwise import LayerwiseModel, Tokens
 from popcompile.predictions import Comparison, compare
 from popcompile.pruned_prefill import Prompts, last_hidden_state
@@ -60,11 +62,11 @@ class Loss:
 
 
 class HeldOut:
-    """Rows of tokens [N, T], and the whole model's hidden states before layer `first` and at the end.
+    """Rows of tokens [N, T], and the whole model's hidden states before each layer from `first` on and at the end.
 
     Layers before `first` are never pruned. prompt: tokens of a row that are its prompt; the others continue it.
     window: tokens at a prompt's end that take the whole model, fewer than it has. retrieval: texts of the same sizes
-    whose answers stand in the prompt.
+    whose answers stand in the prompt. folder: where files of hidden states may be, by default that of temporary files.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class HeldOut:
         seed: int,
         window: int = 1,
         retrieval: RetrievalText | None = None,
+        folder: Path | None = None,
     ) -> None:
         assert 0 < window < prompt
-        self._retrieval = retrieval and _HeldOutRetrieval(model, retrieval, first, prompt, window)
+        self._retrieval = retrieval and _HeldOutRetrieval(model, retrieval, first, prompt, window, folder)
         context = prompt - window
         self._continued = rows.shape[1] - prompt
         random = torch.Generator().manual_seed(seed)
@@ -93,7 +96,7 @@ class HeldOut:
         )
         self._tails = _Tails(
             model, rows, first, context, torch.cat((continuation, probes), 1), torch.cat(begins, 1),
-            torch.cat(measured).expand(len(rows), -1),
+            torch.cat(measured).expand(len(rows), -1), folder,
         )  # fmt: skip
 
     @property
@@ -124,7 +127,9 @@ class HeldOut:
 class _HeldOutRetrieval:
     """Texts whose answers stand in them, as HeldOut has rows; what is asked for from `prompt` on is measured."""
 
-    def __init__(self, model: LayerwiseModel, text: RetrievalText, first: int, prompt: int, window: int = 1) -> None:
+    def __init__(
+        self, model: LayerwiseModel, text: RetrievalText, first: int, prompt: int, window: int, folder: Path | None
+    ) -> None:
         assert 0 < window < prompt
         rows, context = text.rows, prompt - window
         positions = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
@@ -132,7 +137,9 @@ class _HeldOutRetrieval:
         count = int(answers.sum(1).min())
         assert count > 0
         measured = answers.int().topk(count, 1).indices.sort(1).values
-        self._tails = _Tails(model, rows, first, context, positions, torch.full_like(positions, context), measured)
+        self._tails = _Tails(
+            model, rows, first, context, positions, torch.full_like(positions, context), measured, folder
+        )
 
     def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with what it costs here."""
@@ -166,31 +173,35 @@ class _Tails:
 
     def __init__(
         self, model: LayerwiseModel, rows: Tensor, first: int, context: int, positions: Tensor, begins: Tensor,
-        measured: Tensor,
+        measured: Tensor, folder: Path | None,
     ) -> None:  # fmt: skip
-        self.model, self.first = model, first
+        self.model, self.first, self._folder = model, first, folder
         self._rows, self._context, self._positions, self._begins = rows, context, positions, begins
         self._measured = measured
         self._ids = rows.gather(1, positions)
         self._next = rows.gather(1, positions.gather(1, measured) + 1)
-        entering, final = [], []
+        shape = (len(rows), context + positions.shape[1], model.hidden_size)
+        #: of layers from `first` on, what the whole model hands them; in files, where HiddenStates has its own
+        self._entering = [scratch(shape, folder) for _ in range(first, model.num_layers)]
+        final = []
         for batch in self._batches():
             prompts = self._prompts(batch)
             x = model.embed(prompts.together)
             for layer in range(model.num_layers):
-                if layer == first:
-                    entering.append(x)
+                if layer >= first:
+                    self._entering[layer - first][batch] = x
                 x = model.layer(layer, x, prompts.together, prompts.visible)
             final.append(self._at(batch, x[:, context:]))
-        self._entering, self._final = torch.cat(entering), torch.cat(final)
+        self._final = torch.cat(final)
 
     def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
         """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
         parts = []
+        begin = pruned[0] if pruned else self.first
         for batch in self._batches():
-            prompts, x = self._prompts(batch), self._entering[batch]
+            prompts, x = self._prompts(batch), self._entering[begin - self.first][batch]
             entering = x[:, : self._context], x[:, self._context :]
-            y = last_hidden_state(self.model, prompts, entering, self.first, pruned, calibration)
+            y = last_hidden_state(self.model, prompts, entering, begin, pruned, calibration)
             parts.append(self._compare(batch, prompts.tail, self._at(batch, y)))
         return Comparison(*map(torch.cat, zip(*parts, strict=True)))
 

@@ -82,11 +82,16 @@ class HiddenStates:
         return self.model.layer(layer, x, tokens, self._causal)
 
     def scratch(self) -> Tensor:
-        """Room for hidden states of all rows, in a file of its own."""
-        shape = (*self.rows.shape, self.model.hidden_size)
-        require_disk_space(self._folder / "calibration", 4 * int(np.prod(shape)))
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
+        """Room for hidden states of all rows."""
+        return scratch((*self.rows.shape, self.model.hidden_size), self._folder)
+
+
+def scratch(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """Room for a tensor, fp32, in a file of its own in `folder`, or where temporary files are."""
+    place = folder or Path(tempfile.gettempdir())
+    require_disk_space(place / "calibration", 4 * int(np.prod(shape)))
+    with tempfile.TemporaryFile(dir=place) as file:
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
 
 
 def require_finite(x: Tensor, layer: int) -> None:

@@ -101,7 +101,9 @@ def make_plan(
     states = None
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, options.window, text.retrieval_held_out)
+    held_out = HeldOut(
+        model, text.held_out, first, text.prompt, options.seed, options.window, text.retrieval_held_out, folder
+    )
     search = Search(states, held_out, progress, steps=options.steps, seed=options.seed)
     if request.how == "auto":
         chosen = search.within(options.budget)
@@ -110,7 +112,9 @@ def make_plan(
     else:
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
-    unseen = HeldOut(model, text.unseen, first, text.prompt, options.seed, options.window, text.retrieval_unseen)
+    unseen = HeldOut(
+        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, options.window, text.retrieval_unseen, folder
+    )
     sections = {
         "choice": _choice(program, search, chosen, request, options),
         "quality": {

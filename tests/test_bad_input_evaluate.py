@@ -13,7 +13,7 @@ from popcompile.errors import PopcompileError
 from popcompile.evaluation import evaluate
 
 WORDS = "the cat sat w1 w2 w3 w4 w5 " * 20
-SMALL = ["--prompts", "1", "--prompt-tokens", "8", "--continuation-tokens", "4", "--greedy-prompts", "0"]
+SMALL = ["--prompts", "1", "--prompt-tokens", "20", "--continuation-tokens", "4", "--greedy-prompts", "0"]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def text(tmp_path: Path) -> Path:
     [
         ("missing.txt", None, "no such file"),
         ("empty.txt", b"", "has no text"),
-        ("short.txt", b"the cat sat", "has 3 tokens of text and one window needs 12"),
+        ("short.txt", b"the cat sat", "has 3 tokens of text and one window needs 24"),
         ("latin1.txt", b"caf\xe9", "is not UTF-8"),
         ("binary.txt", bytes(range(256)), "is not UTF-8"),
         ("lines.jsonl", b"the cat\n", "line 1: is not JSON"),

@@ -250,7 +250,7 @@ def test_smallest_sizes(tiny: tuple[PreTrainedModel, Path], files: list[Path]) -
     """A prompt of one token more than the window, and one after it; the largest that the context has room for."""
     for prompt in (1, WINDOW):
         with pytest.raises(PopcompileError, match=f"--prompt-tokens {prompt}: .* up to 3 tokens in full"):
-            evaluate(tiny[1], files[:1], prompt_tokens=prompt)
+            evaluate(tiny[1], files[:1], prompt_tokens=prompt, continuation_tokens=1)
     result = evaluate(tiny[1], files[:1], prompts=2, prompt_tokens=WINDOW + 1, continuation_tokens=1)
     (metrics,) = result["texts"].values()
     assert metrics["first_token_kl_mean"]["value"] > 0 and "continuation_kl_mean" not in metrics

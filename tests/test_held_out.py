@@ -64,7 +64,7 @@ def brute_force(
         )
         ours = torch.cat((logits, decoded), 1)[0].double().log_softmax(-1)
         theirs, following = whole[prompt - 1 : -1], row[prompt:, None]
-        kl.append(divergence(theirs, ours))
+        kl.append(divergence(theirs, ours)[1 if len(theirs) > 1 else 0 :])
         agreement.append(theirs.argmax(-1) == ours.argmax(-1))
         whole_loss.append(-theirs.gather(1, following))
         pruned_loss.append(-ours.gather(1, following))

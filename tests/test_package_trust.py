@@ -28,7 +28,7 @@ COMMANDS = {
     "run --chat": ["--chat", "--max-new-tokens", "2"],
     "verify": [],
     "inspect": [],
-    "evaluate": ["--prompts", "1", "--prompt-tokens", "4", "--continuation-tokens", "2"],
+    "evaluate": ["--prompts", "1", "--prompt-tokens", "20", "--continuation-tokens", "2"],
     "bench": ["--lengths", "8", "--decode-tokens", "2"],
 }
 QUICK = {name: COMMANDS[name] for name in ("run", "verify", "inspect")}

@@ -53,7 +53,7 @@ def make_bases(folder: Path, packages: list[str], ready: Path | None = None) -> 
         if name == "split" and ready is not None:
             shutil.copytree(ready, folder / name)
         else:
-            convert(model, folder / name, prune=1, kv_projection="layer", **PACKAGES[name])
+            convert(model, folder / name, prune=1, kv_projection="layer", **{"window": 2} | PACKAGES[name])
     logits = {name: package_logits(folder / name) for name in packages}
     (folder / "answers.json").write_text(json.dumps({name: _answers(folder / name) for name in packages}))
     logits["model"] = transformers_logits(model)

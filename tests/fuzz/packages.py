@@ -25,7 +25,7 @@ COMMANDS: dict[tuple[str, ...], int] = {
     ("run", PACKAGE, "--prompt", "the cat", "--max-new-tokens", "4"): 3,
     ("run", PACKAGE, "--prompt", "the cat", "--max-new-tokens", "4", "--prefill", "full"): 1,
     ("run", PACKAGE, "--chat", "--max-new-tokens", "3"): 1,
-    ("evaluate", PACKAGE, "--text", "text.txt", "--prompts", "1", "--prompt-tokens", "8", "--continuation-tokens", "2",
+    ("evaluate", PACKAGE, "--text", "text.txt", "--prompts", "1", "--prompt-tokens", "20", "--continuation-tokens", "2",
      "--greedy-prompts", "0", "--json"): 1,
     ("load", PACKAGE): 4,
 }  # fmt: skip

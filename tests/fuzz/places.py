@@ -203,7 +203,7 @@ def _file(rng: Random, workspace: Workspace) -> Case:
     if packages_kind:
         option, parts = rng.choice([
             ("--prompt-file", ["run", PACKAGE, "--max-new-tokens", "3", "--raw"]),
-            ("--text", ["evaluate", PACKAGE, "--prompts", "1", "--prompt-tokens", "8", "--continuation-tokens", "2",
+            ("--text", ["evaluate", PACKAGE, "--prompts", "1", "--prompt-tokens", "20", "--continuation-tokens", "2",
                         "--greedy-prompts", "0"]),
             ("--html", ["inspect", PACKAGE]),
         ])  # fmt: skip
