@@ -27,7 +27,7 @@ MOST = 0.6
 #: how many of the deep layers `auto` may keep in that
 _KEPT = 4
 #: the share of the budget that skipping a layer may take; and how many in a row that take more end the growth
-_STEP, _PATIENCE = 0.25, 4
+_STEP, _PATIENCE = 0.2, 4
 #: rows of text to calibrate on while a set grows
 _FEW_ROWS = 40
 #: what refinement leaves of a loss at best: it is tried on sets that would keep to the budget then
