@@ -161,7 +161,7 @@ def test_page_shows_every_section(page: str) -> None:
         "dropped in prefill and decode",
         "hellaswag acc 0.4000 ± 0.1000",
         "Measured on 6 texts of 32 tokens",
-        "boundary token own projection of x entering layer 2",
+        "last 16 tokens own projection of x entering layer 2",
         "InsertBoundaryRecompute",
         "weights.onnx.data",
     ):
