@@ -228,7 +228,7 @@ def smollm2_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unified_package(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 in one graph, calibrated: quickly, with a few texts and steps."""
     few = {"calibration_texts": 12, "refinement_steps": 3}
-    variable, options = "POPCOMPILE_TEST_UNIFIED", {"layers": "20-29", "layout": "unified", **few}
+    variable, options = "POPCOMPILE_TEST_UNIFIED", {"layers": "20-29", "layout": "unified", "window": 1, **few}
     return _package("unified", variable, smollm2_checkpoint, tmp_path_factory, **options)
 
 

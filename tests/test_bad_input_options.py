@@ -178,7 +178,7 @@ def test_a_path_that_is_not_utf8(odd: Path, package: Path, model: Path, cli: Cli
     (odd / "text.txt").write_text("the cat sat w1 w2 w3 " * 20)
     status, out, err = cli.run("inspect", odd / "package", "--html", odd / "page.html")
     assert (status, err) == (0, "") and out.endswith("\\udcff\\udcfe/page.html\n") and (odd / "page.html").exists()
-    few = ("--prompts", 1, "--prompt-tokens", 8, "--continuation-tokens", 4, "--greedy-prompts", 0)
+    few = ("--prompts", 1, "--prompt-tokens", 20, "--continuation-tokens", 4, "--greedy-prompts", 0)
     status, out, err = cli.run("evaluate", package, *few, "--text", odd / "text.txt")
     assert (status, err) == (0, "") and "\\udcff\\udcfe/text.txt" in out
     status, out, err = cli.run(
