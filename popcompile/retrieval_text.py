@@ -109,7 +109,7 @@ def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 def find_words(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[str]:
     """Words that are a token of the vocabulary each, in an order of the seed's.
 
-    None where there are too few, or where the tokenizer does not tell which characters a token stands for.
+    Empty where there are too few, or where the tokenizer does not tell which characters a token stands for.
     """
     if not tokenizer.is_fast:
         return []
