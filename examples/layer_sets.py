@@ -1,8 +1,8 @@
 """What skipping sets of layers costs: python examples/layer_sets.py MODEL 20-29 18,20-21,23-29 [--window 64]
 
-Each set is calibrated in closed form and measured as `popcompile convert` does it, on text sampled from the model itself
-and, with a window, on lists whose answers stand in the prompt. Nothing is exported. Prints a table as popcompile/
-calibration.md has it.
+Each set is calibrated in closed form and measured as `popcompile convert` does it, on text sampled from the model
+itself and, with a window, on lists whose answers stand in the prompt. Nothing is exported. Prints the tables of
+popcompile/calibration.md that are about sets.
 """
 
 from __future__ import annotations
