@@ -101,16 +101,15 @@ class Search:
         self.measured.append(measured)
         return measured
 
-    def finish(self, candidate: Candidate) -> Candidate:
+    def finish(self, pruned: list[int]) -> Candidate:
         """The set with its final maps: of all the text, and refined, if that helps."""
-        pruned = candidate.pruned
-        if self._states is None:
-            self._final[tuple(pruned)] = Calibration()
-            return candidate
-        self._final[tuple(pruned)] = maps = calibrate(self._states, pruned)
-        self.measured.remove(candidate)
+        maps = Calibration() if self._states is None else calibrate(self._states, pruned)
+        self._final[tuple(pruned)] = maps
+        self.measured = [c for c in self.measured if c.pruned != pruned]
         finished = Candidate(pruned, self._held_out.measure(pruned, maps))
         self.measured.append(finished)
+        if self._states is None:
+            return finished
         refined = refine(
             self._states, pruned, maps, steps=self._steps, seed=self._seed,
             progress=lambda *n: self._progress("refine", *n),
@@ -130,7 +129,7 @@ class Search:
 
     def best(self, count: int, scale: Budget) -> Candidate:
         """`count` layers; finished. scale: the budget whose shares decide which layers are kept."""
-        return self.finish(self._grow(scale, count, math.inf, patience=self.num_layers)[-1])
+        return self.finish(self._grow(scale, count, math.inf, patience=self.num_layers)[-1].pruned)
 
     def within(self, budget: Budget) -> Candidate:
         """The most layers whose loss is within the budget, else the last layer alone; finished."""
@@ -140,11 +139,11 @@ class Search:
         for candidate in reversed(sets[1:]):
             if (spent := budget.spent(candidate.loss)) * left > 1:
                 continue
-            finished = self.finish(candidate)
+            finished = self.finish(candidate.pruned)
             if (remains := budget.spent(finished.loss)) <= 1:
                 return finished
-            left = remains / spent  # of the others as well, more or less: not each of them is tried
-        return self.finish(sets[0])
+            left = remains / max(spent, _ROUNDING)  # of the others as well, more or less: not each of them is tried
+        return self.finish(sets[0].pruned)
 
     def _grow(self, budget: Budget, most: int, limit: float, patience: int) -> list[Candidate]:
         """Sets of 1 to at most `most` layers, each the one before with one more. limit: what they spend at most."""

@@ -132,7 +132,10 @@ def evaluate(
             for name, texts in documents.items()
         }
         asked = questions(tokenizer, next(iter(documents.values())), retrieval_prompts, prompt_tokens, seed)
-        _require_vocabulary(Path(folder), manifest, [w for found in samples.values() for w in found])
+        tokens_used = [t for found in samples.values() for t in found] + [
+            t for q in asked for t in (q.prompt, q.answer)
+        ]
+        _require_vocabulary(Path(folder), manifest, tokens_used)
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True))
         encoders = {"pop": Encoder(runtime, "prefill")}
         if baselines:
@@ -235,8 +238,8 @@ def _require_same_model(reference: Path, manifest: Manifest) -> None:
         )
 
 
-def _require_vocabulary(folder: Path, manifest: Manifest, samples: Sequence[Tensor]) -> None:
-    highest = max(int(window.max()) for window in samples)
+def _require_vocabulary(folder: Path, manifest: Manifest, texts: Sequence[Tensor]) -> None:
+    highest = max(int(ids.max()) for ids in texts)
     if highest >= manifest.vocab_size:
         raise PopcompileError(
             f"{folder}: its tokenizer makes token {highest} and its model has {manifest.vocab_size}; convert a model"

@@ -175,7 +175,7 @@ class _Tails:
         self, model: LayerwiseModel, rows: Tensor, first: int, context: int, positions: Tensor, begins: Tensor,
         measured: Tensor, folder: Path | None,
     ) -> None:  # fmt: skip
-        self.model, self.first, self._folder = model, first, folder
+        self.model, self.first = model, first
         self._rows, self._context, self._positions, self._begins = rows, context, positions, begins
         self._measured = measured
         self._ids = rows.gather(1, positions)

@@ -108,7 +108,7 @@ def make_plan(
     if request.how == "auto":
         chosen = search.within(options.budget)
     elif request.how == "layers":
-        chosen = search.finish(search.measure(request.layers))
+        chosen = search.finish(request.layers)
     else:
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)

@@ -76,9 +76,9 @@ class Canned(Search):
         self.asked.append(pruned)
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned), 1.0))
 
-    def finish(self, candidate: Candidate) -> Candidate:
-        self.tried.append(len(candidate.pruned))
-        return Candidate(candidate.pruned, loss(candidate.loss.first_token_kl * self.left, 1.0), refined=True)
+    def finish(self, pruned: list[int]) -> Candidate:
+        self.tried.append(len(pruned))
+        return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned) * self.left, 1.0), refined=True)
 
 
 def test_layers_that_cost_much_are_kept_and_shallower_ones_skipped() -> None:
@@ -92,6 +92,13 @@ def test_layers_that_cost_much_are_kept_and_shallower_ones_skipped() -> None:
     assert Canned(costs).within(Budget(max_kl=0.061)).pruned == [2, 4, 5, 7, 8, 9]  # and there is room for it
     assert Canned([1.0] * 9 + [0.0]).within(Budget(max_kl=0.1)).pruned == [9]
     assert Canned([0.0] * 10).within(Budget(max_kl=0.0)).pruned == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_budget_of_nothing() -> None:
+    """What a part of the text called free may cost something on all of it."""
+    search = Canned([0.0] * 10)
+    search.finish = lambda pruned: Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))  # type: ignore[method-assign]
+    assert search.within(Budget(max_kl=0.0)).pruned == [9]
 
 
 def test_a_number_of_layers() -> None:
