@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.errors import PopcompileError
-from popcompile.evaluation_report import baseline_rows, metric_rows
+from popcompile.evaluation_report import baseline_rows, metric_rows, retrieval_rows
 from popcompile.inspection import layer_table, pass_table, read_package, readable_report
 from popcompile.measurements import Measurements, Quality, read_measurements
 from popcompile.output_file import replace_file, require_replaceable_file
@@ -139,6 +139,8 @@ def _measured(manifest: Manifest, found: Measurements) -> dict[str, Any]:
             table = _table(*baseline_rows(found.evaluation), left=2)
             own = {i for i, row in enumerate(table.rows) if row[1].startswith("this package")}
             content["baselines"] = Table(table.headers, table.rows, table.align, own)
+        if found.evaluation.get("retrieval"):
+            content["retrieval"] = _table(*retrieval_rows(found.evaluation), left=2)
     if found.evaluation_tasks is not None:
         from popcompile.harness import task_rows
 
@@ -182,9 +184,10 @@ def _verdict(manifest: Manifest, report: dict[str, Any], found: Measurements) ->
     tokens = flops["reference_sizes"]["prefill"]["sequence"]
     full, one, pop = (flops[k] / 1e9 for k in ("full_prefill", "full_prefill_one_logit", "pop_prefill"))
     if manifest.pruned:
+        last = "token" if manifest.window == 1 else f"{manifest.window} tokens"
         runs = (
-            f"Layers {format_layers(manifest.pruned)} run for the last token of a prompt only; prefill skips them for"
-            " the tokens before it, and decode runs every layer."
+            f"Layers {format_layers(manifest.pruned)} run for the last {last} of a prompt only; prefill skips them for"
+            " what comes before, and decode runs every layer."
         )
     else:
         runs = "Nothing is pruned: prefill and decode run every layer."

@@ -11,13 +11,12 @@ from tqdm import tqdm
 #: what share of a command's time has passed when a step begins and ends, in percent
 Steps = Mapping[str, tuple[int, int]]
 CONVERT_STEPS: Steps = {
-    "trace": (0, 5),
-    "sample": (5, 25),
-    "analyze": (25, 35),
-    "calibrate": (35, 40),
-    "choose": (40, 60),
-    "refine": (60, 80),
-    "compile": (80, 85),
+    "trace": (0, 2),
+    "sample": (2, 20),
+    "calibrate": (20, 30),
+    "choose": (30, 60),
+    "refine": (60, 82),
+    "compile": (82, 85),
     "export": (85, 95),
     "weights": (95, 99),
     "flush": (99, 100),

@@ -48,7 +48,7 @@ def chosen_by(choice: LayerChoice | None) -> str:
         return "not recorded"
     who = {"auto": "popcompile", "count": "popcompile; the user gave their number", "layers": "the user"}[choice.how]
     limits = [
-        *([f"first-token KL of at most {choice.max_kl:g} nats"] if choice.max_kl is not None else []),
+        *([f"KL of at most {choice.max_kl:g} nats"] if choice.max_kl is not None else []),
         *([f"perplexity of at most {choice.max_ppl_ratio:g} times full"] if choice.max_ppl_ratio is not None else []),
     ]
     if not limits:

@@ -356,7 +356,7 @@ class Runtime:
     def feed(self, rows: Sequence[Tensor], cache: KVCache, stage: Stage, *, every_token: bool = False) -> Tensor:
         """Append `rows` (new tokens of every row, [tokens] int64 each, at least one) to the cache.
 
-        stage: "prefill" encodes them as a prompt, skipping the pruned layers for all but each row's last token;
+        stage: "prefill" encodes them as a prompt, skipping the pruned layers for all but each row's window;
         "decode" runs the whole model. A single token is a boundary token, for which the two are the same.
         every_token: logits [B, S, vocabulary] of every token, right-padded, in place of the last ones' [B, 1,
         vocabulary]; for "decode" only. Takes tokens and lengths as they are: the caller checks them.
