@@ -50,11 +50,13 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
     """
     chosen = PROVIDERS[provider]
     decode = _export(program, "decode")
+    one = decode.clone()
+    attend_to_prompts(one, None)  # one token needs none of it but for entries that no attention reads
     models = {}
     for stage in stages:
         model = decode.clone() if stage == "decode" else _export(program, stage)
         if attend_to_prompts(model, chosen.query_block):
-            model = choose_by_tokens(decode.clone(), model)
+            model = choose_by_tokens(one.clone(), model)
         if not chosen.fp16_products:
             widen_products(model)
         models[stage] = model

@@ -275,6 +275,23 @@ def test_a_variant_with_other_layers_pruned(tiny: tuple[PreTrainedModel, Path], 
     assert snapshot(package) == before
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_variant_without_layers_goes_on_after_a_prompt(
+    tiny: tuple[PreTrainedModel, Path], tmp_path: Path, tokens: int
+) -> None:
+    """By one token and by several: the entries of dropped layers, which nothing reads, keep to their place as well."""
+    model, package = tiny
+    runtime = Runtime(Variants(package).drop(tmp_path / "out", PRUNED))
+    ids = torch.randint(128, (30,), generator=torch.Generator().manual_seed(0))
+    cache = runtime.new_cache(1)
+    runtime.feed([ids[:20]], cache, "prefill")
+    for part in ids[20:].split(tokens):
+        logits = runtime.feed([part], cache, "decode")
+    with torch.no_grad():
+        expected = without_layers(model, PRUNED)(ids[None]).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
 def test_baselines_of_another_projection_in_fp16(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
