@@ -27,11 +27,12 @@ MOST = 0.6
 #: how many of the deep layers `auto` may keep in that
 _KEPT = 4
 #: the share of the budget that skipping a layer may take; and how many in a row that take more end the growth
-_STEP, _PATIENCE = 0.2, 4
+_STEP, _PATIENCE = 0.25, 4
 #: rows of text to calibrate on while a set grows
 _FEW_ROWS = 40
-#: what refinement leaves of a loss at best: it is tried on sets that would keep to the budget then
-_REFINED = 0.7
+#: what refinement leaves of a loss at best, of first tokens and of answers: it is tried on sets that would keep to the
+#: budget then
+_REFINED, _REFINED_ANSWERS = 0.7, 0.9
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,14 @@ class Search:
 
     def within(self, budget: Budget) -> Candidate:
         """The most layers whose loss is within the budget, else the last layer alone; finished."""
-        left = _REFINED if self._states is not None and self._steps > 0 else 1.0
+        refines = self._states is not None and self._steps > 0
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
-        sets = self._grow(budget, most, 1 / left, _PATIENCE)
+        sets = self._grow(budget, most, 1 / _REFINED if refines else 1.0, _PATIENCE)
+        left = None
         for candidate in reversed(sets[1:]):
-            if (spent := budget.spent(candidate.loss)) * left > 1:
+            spent = budget.spent(candidate.loss)
+            hoped = left or (_left_by_refinement(candidate.loss) if refines else 1.0)
+            if spent * hoped > 1:
                 continue
             finished = self.finish(candidate.pruned)
             if (remains := budget.spent(finished.loss)) <= 1:
@@ -172,6 +176,11 @@ class Search:
                 break
             sets.append(tried)
         return sets
+
+
+def _left_by_refinement(loss: Loss) -> float:
+    """The share of a loss that refinement leaves at best, by the kind of text that loses more."""
+    return _REFINED_ANSWERS if (loss.retrieval_kl or 0.0) > loss.first_token_kl else _REFINED
 
 
 def largest_count(num_layers: int) -> int:

@@ -220,7 +220,7 @@ def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 @contextlib.contextmanager
 def default_action(number: signal.Signals) -> Iterator[None]:
-    """What is started in the block ends by the signal, even where `nohup` or a CI ignores it for all of its children."""
+    """What is started in the block ends by the signal, even where `nohup` or CI ignores it for its children."""
     previous = signal.signal(number, signal.SIG_DFL)
     try:
         yield
