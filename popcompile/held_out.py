@@ -41,8 +41,8 @@ class Loss:
     kl: of the continuation's tokens after that one, teacher-forced; agreement, ppl_ratio: of all of its tokens.
     Agreement is that of the likeliest token.
     Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
-    likeliest to the whole model; of these, retrieval_kl, and retrieval_kept, the share that is the likeliest after
-    pruning as well. None: not measured, or nothing found.
+    likeliest to the whole model; of these, retrieval_kl, its standard error over rows, and retrieval_kept, the share
+    that is the likeliest after pruning as well. None: not measured, or nothing found; the error: in one row at most.
     """
 
     first_token_kl: float
@@ -54,6 +54,7 @@ class Loss:
     retrieval_found: float | None = None
     retrieval_kl: float | None = None
     retrieval_kept: float | None = None
+    retrieval_kl_error: float | None = None
 
     @property
     def worst_kl(self) -> float:
@@ -148,8 +149,13 @@ class _HeldOutRetrieval:
         share = float(compared.full_correct.mean())
         if not found.any():
             return replace(loss, retrieval_found=share)
-        kept = float(compared.correct[found].mean())
-        return replace(loss, retrieval_found=share, retrieval_kl=float(compared.kl[found].mean()), retrieval_kept=kept)
+        return replace(
+            loss,
+            retrieval_found=share,
+            retrieval_kl=float(compared.kl[found].mean()),
+            retrieval_kept=float(compared.correct[found].mean()),
+            retrieval_kl_error=_pooled_error(compared.kl, found),
+        )
 
 
 def _probes(context: int, window: int, random: torch.Generator) -> Tensor:
@@ -162,6 +168,16 @@ def _probes(context: int, window: int, random: torch.Generator) -> Tensor:
 
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+def _pooled_error(values: Tensor, chosen: Tensor) -> float | None:
+    """The standard error of the mean of the chosen values [N, M]: of a ratio of sums, over rows."""
+    sums, counts = (values * chosen).sum(1), chosen.sum(1)
+    rows = int((counts > 0).sum())
+    if rows < 2:
+        return None
+    off = sums - counts * (sums.sum() / counts.sum())
+    return float((off.pow(2).sum() * rows / (rows - 1)).sqrt() / counts.sum())
 
 
 class _Tails:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from popcompile.package import Manifest
 
 _LOSSES = tuple(field.name for field in fields(Loss))
-_OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retrieval_kept")
+_OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retrieval_kept", "retrieval_kl_error")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def _loss(entry: dict[str, Any]) -> Loss:
         retrieval_found=_number_or_none(entry.get("retrieval_found")),
         retrieval_kl=_number_or_none(entry.get("retrieval_kl")),
         retrieval_kept=_number_or_none(entry.get("retrieval_kept")),
+        retrieval_kl_error=_number_or_none(entry.get("retrieval_kl_error")),
     )
 
 

@@ -69,7 +69,8 @@ def retrieval_words(loss: Loss) -> str:
     """What becomes of answers that stand in the prompt, where that was measured."""
     if loss.retrieval_kl is None or loss.retrieval_kept is None:
         return ""
-    return f"; answers found in the prompt: KL {small(loss.retrieval_kl)}, {share(loss.retrieval_kept)} kept"
+    kl = with_error(loss.retrieval_kl, loss.retrieval_kl_error)
+    return f"; answers found in the prompt: KL {kl}, {share(loss.retrieval_kept)} kept"
 
 
 def text_words(quality: Quality) -> str:
@@ -113,12 +114,16 @@ def loss_cells(loss: Loss) -> list[str]:
     cells = [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
     if loss.retrieval_kl is None or loss.retrieval_kept is None:
         return [*cells, "", ""]
-    return [*cells, small(loss.retrieval_kl), share(loss.retrieval_kept)]
+    return [*cells, with_error(loss.retrieval_kl, loss.retrieval_kl_error), share(loss.retrieval_kept)]
 
 
 def kl_cell(loss: Loss) -> str:
-    error = loss.first_token_kl_error
-    return small(loss.first_token_kl) + ("" if math.isnan(error) else f" ± {small(error)}")
+    return with_error(loss.first_token_kl, loss.first_token_kl_error)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number of nats and its standard error, where that is known."""
+    return small(value) + ("" if error is None or math.isnan(error) else f" ± {small(error)}")
 
 
 def small(value: float) -> str:

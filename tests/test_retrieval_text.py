@@ -112,11 +112,12 @@ def test_loss_of_answers_is_brute_force(window: int) -> None:
     calibration = random_maps(model, [1, 2], [1], seed=2)
     held = HeldOut(traced().layers, rows, 1, prompt, 0, window, RetrievalText(rows, answers))
     loss = held.measure(pruned, calibration)
-    kl, kept, found = [], [], []
+    kl, kept, found, by_row = [], [], [], []
     for row in rows:
         whole = transformers_forward(model, row[None])[0][0].double().log_softmax(-1)
         first, entries = pop_prefill(model, row[None, :prompt], pruned, None, *reference_maps(calibration), window)
         after = transformers_forward(model, row[None, prompt:-1], entries)[0]
+        known = len(kl)
         ours = torch.cat((first, after), 1)[0].double().log_softmax(-1)
         for place in (21, 24, 25):
             p, q = whole[place - 1], ours[place - prompt]
@@ -125,10 +126,14 @@ def test_loss_of_answers_is_brute_force(window: int) -> None:
             if right:
                 kl.append(float((p.exp() * (p - q)).sum()))
                 kept.append(bool(q.argmax() == row[place]))
+        by_row.append(kl[known:])
     assert 0.5 < sum(found) / len(found) < 1 and 0 < sum(kept) < len(kept)
     assert loss.retrieval_found == pytest.approx(sum(found) / len(found))
     assert loss.retrieval_kl == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert loss.retrieval_kept == pytest.approx(sum(kept) / len(kept))
+    mean, some = sum(kl) / len(kl), [row for row in by_row if row]
+    squares = sum((sum(row) - len(row) * mean) ** 2 for row in some) * len(some) / (len(some) - 1)
+    assert loss.retrieval_kl_error == pytest.approx(squares**0.5 / len(kl), rel=1e-3)
 
 
 def test_the_worse_loss_decides() -> None:

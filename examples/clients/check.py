@@ -26,7 +26,8 @@ from transformers import AutoTokenizer
 import popcompile
 
 HERE = Path(__file__).parent
-PROMPTS = ["The capital of France is", "def fibonacci(n):\n    "]
+#: shorter than the window, and longer
+PROMPTS = ["The capital of France is", "def fibonacci(n):\n    ", (HERE.parents[1] / "README.md").read_text()[:1200]]
 NEW_TOKENS = 24
 #: this range of torch keeps pip from fetching a CUDA build that nothing here needs
 OPTIMUM = ["optimum-onnx[onnxruntime]>=0.1,<0.2", "torch>=2.11,<2.14"]
