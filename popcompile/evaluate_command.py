@@ -42,6 +42,12 @@ def add_evaluate(commands: Any) -> None:
         default=20,
         help="of lists and of passages each, whose end asks for a fact that stands in them (default 20)",
     )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="complete HumanEval's problems too and run what the model wrote, in processes with limits (no sandbox)",
+    )
+    parser.add_argument("--code-problems", metavar="N", type=POSITIVE, help="with --run-code: N of the 164")
     parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of the sample of prompts (default 0)")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
@@ -66,8 +72,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.tasks is None and (options.limit or options.include_path):
         raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
-    if options.tasks is not None and (options.text or options.baselines or options.reference):
-        raise PopcompileError("--tasks runs the harness instead of text; leave out --text, --baselines and --reference")
+    if options.tasks is not None and (options.text or options.baselines or options.reference or options.run_code):
+        raise PopcompileError(
+            "--tasks runs the harness instead of text; leave out --text, --baselines, --reference and --run-code"
+        )
+    if options.code_problems and not options.run_code:
+        raise PopcompileError("--code-problems is for --run-code, which runs what a model wrote; give both, or neither")
     require_options(options.text or (), options.provider)
     tasks = []
     if options.tasks is not None:
@@ -109,6 +119,8 @@ def _evaluate(options: argparse.Namespace) -> None:
                 greedy_tokens=options.greedy_tokens,
                 retrieval_prompts=options.retrieval_prompts,
                 reference=options.reference,
+                run_code=options.run_code,
+                code_problems=options.code_problems,
             )
     if options.save:
         save_in_report(options.package, manifest, key, result)

@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from popcompile.arguments import SEED
 from popcompile.bootstrap import CONFIDENCE, RESAMPLES, estimate
+from popcompile.code_problems import Problem, complete, passes, read_problems, require_room
 from popcompile.conversion import Progress
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
@@ -72,6 +74,8 @@ def evaluate(
     greedy_tokens: int = 32,
     retrieval_prompts: int = 20,
     reference: str | Path | None = None,
+    run_code: bool = False,
+    code_problems: int | None = None,
 ) -> dict[str, Any]:
     """Compare the package's pruned prefill with its full model on windows of text, and on facts to find in a prompt.
 
@@ -81,9 +85,11 @@ def evaluate(
     passages of the first text; 0 for none. baselines: measure variants of the package on the same windows and
     questions too, which compiles them.
     reference: a package whose full model is compared with, in place of this one's, which becomes a baseline, "full".
+    run_code: complete HumanEval's problems and run what the model wrote (code_problems.py), code_problems of them, all
+    by default.
 
     Returns {"package", "reference", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines":
-    {variant: {name: metrics}}, "retrieval", "seconds"}; of several texts, "all" is their union. Each metric is
+    {variant: {name: metrics}}, "retrieval", "code", "seconds"}; of several texts, "all" is their union. Each metric is
     {"value", "low", "high"} with a 95% confidence interval over prompts:
 
         first_token_kl_mean, first_token_kl_p95   KL(full || pop) of the first new token, nats
@@ -98,11 +104,17 @@ def evaluate(
     answered by the reference that pop answers too. It is empty where the model's tokenizer or the length does not
     allow such prompts.
 
+    "code", with run_code, has "problems" and metrics: "pass_at_1" by encoder, but for "dropped", which writes no code,
+    and "difference", pop's less the reference's, paired by problem.
+
     baselines are "none" (nothing pruned: the full model), "dropped" (the pruned layers dropped in prefill and decode)
     and, unless the package has it, "layer" (pruned with the layers' own K/V projection); "full" with a reference.
     Raises PopcompileError.
     """
     started = time.perf_counter()
+    if code_problems is not None and not run_code:
+        raise PopcompileError("--code-problems is for --run-code, which runs what a model wrote; give both, or neither")
+    problems = read_problems(code_problems) if run_code else []
     _require_numbers(prompts, prompt_tokens, continuation_tokens, greedy_prompts, greedy_tokens, retrieval_prompts)
     SEED.require("--seed", seed)
     documents = require_options(text or (), provider) or default_texts()
@@ -127,6 +139,8 @@ def evaluate(
             other = stack.enter_context(with_full_model(Path(reference)))
             expected = Runtime(other, provider=provider, main="decode")
         tokenizer = load_tokenizer(Path(folder))
+        if problems:
+            require_room(problems, tokenizer, manifest.context_length)
         samples = {
             name: windows(tokenizer, texts, prompts, prompt_tokens + continuation_tokens, seed, name)
             for name, texts in documents.items()
@@ -157,6 +171,7 @@ def evaluate(
         for question in asked:
             report("evaluate", done + len(answered), total)
             answered.append({name: _answers(e, question) for name, e in {"reference": full, **encoders}.items()})
+        code = _code({"reference": full, **encoders}, tokenizer, problems, seed, report) if problems else None
         report("evaluate", total, total)
         del encoders  # Windows removes no file that a session has mapped
 
@@ -181,6 +196,8 @@ def evaluate(
         "texts": metrics.pop("pop"),
     }
     result["retrieval"] = _retrieval(asked, answered, seed)
+    if code is not None:
+        result["code"] = code
     if baselines or metrics:
         unpruned = {name: [_itself(s) for s in found] for name, found in scores["pop"].items()}
         result["baselines"] = {"none": _summaries(unpruned, seed), **metrics}
@@ -316,6 +333,32 @@ def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder
 def _answers(encoder: Encoder, question: Question) -> bool:
     first, cache = encoder.encode(question.prompt)
     return is_answered(encoder.predict(first, cache, question.answer), question.answer)
+
+
+def _code(
+    encoders: Mapping[str, Encoder],
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """pass@1 by encoder, and what pop's differs by from the reference's."""
+    solved: dict[str, list[float]] = {}
+    names = [name for name in encoders if name != "dropped"]
+    for index, name in enumerate(names):
+
+        def written(count: int, before: int = index * len(problems)) -> None:
+            progress("code", before + count, len(names) * len(problems))
+
+        written(0)
+        completions = complete(encoders[name], tokenizer, problems, written)
+        solved[name] = [float(passes(p, c)) for p, c in zip(problems, completions, strict=True)]
+    difference = [pop - full for pop, full in zip(solved["pop"], solved["reference"], strict=True)]
+    return {
+        "problems": len(problems),
+        "pass_at_1": {name: estimate(_mean, found, seed) for name, found in solved.items()},
+        "difference": estimate(_mean, difference, seed),
+    }
 
 
 # --- statistics ------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
     )
     tables = [metric_rows(result)] + ([baseline_rows(result)] if "baselines" in result else [])
     tables += [retrieval_rows(result)] if result.get("retrieval") else []
+    tables += [code_rows(result)] if result.get("code") else []
     return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
 
 
@@ -67,6 +68,9 @@ def evaluation_words(result: dict[str, Any]) -> str:
         f"; facts in a {kind}: {_cell(shares['pop'])} found, {_cell(shares['reference'])} by the full model"
         for kind, shares in ((kind, found["answered"]) for kind, found in result.get("retrieval", {}).items())
     )
+    if "code" in result:
+        shares = result["code"]["pass_at_1"]
+        answers += f"; HumanEval pass@1: {_cell(shares['pop'])}, {_cell(shares['reference'])} of the full model"
     return (
         f"first-token KL {_cell(metrics['first_token_kl_mean'])} nats, agreement {_cell(metrics['top1_agreement'])};"
         f" perplexity {_cell(metrics['perplexity_ratio'])} times full (of {name}; 95% confidence interval){answers}"
@@ -105,6 +109,16 @@ def retrieval_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             kept = _cell(found["kept"]) if name == "pop" and "kept" in found else ""
             rows.append([f"{kind} ({found['prompts']})", names[name], _cell(found["answered"][name]), kept])
     return ["facts in the prompt", "prefill", "answered", "kept of the full model's"], rows
+
+
+def code_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per encoder with the share of HumanEval's problems that it solves; the package is the last."""
+    names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
+    code, rows = result["code"], []
+    for name in (n for n in names if n in code["pass_at_1"]):
+        difference = _cell(code["difference"]) if name == "pop" else ""
+        rows.append([f"HumanEval ({code['problems']})", names[name], _cell(code["pass_at_1"][name]), difference])
+    return ["code that is run", "prefill", "pass@1", "less the full model's"], rows
 
 
 def _cell(metric: dict[str, Any]) -> str:

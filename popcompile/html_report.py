@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.errors import PopcompileError
-from popcompile.evaluation_report import baseline_rows, metric_rows, retrieval_rows
+from popcompile.evaluation_report import baseline_rows, code_rows, metric_rows, retrieval_rows
 from popcompile.inspection import layer_table, pass_table, read_package, readable_report
 from popcompile.measurements import Measurements, Quality, read_measurements
 from popcompile.output_file import replace_file, require_replaceable_file
@@ -141,6 +141,8 @@ def _measured(manifest: Manifest, found: Measurements) -> dict[str, Any]:
             content["baselines"] = Table(table.headers, table.rows, table.align, own)
         if found.evaluation.get("retrieval"):
             content["retrieval"] = _table(*retrieval_rows(found.evaluation), left=2)
+        if found.evaluation.get("code"):
+            content["code"] = _table(*code_rows(found.evaluation), left=2)
     if found.evaluation_tasks is not None:
         from popcompile.harness import task_rows
 

@@ -23,7 +23,7 @@ CONVERT_STEPS: Steps = {
     "done": (100, 100),
 }
 ANALYZE_STEPS: Steps = {"trace": (0, 10), "sample": (10, 50), "analyze": (50, 100)}
-EVALUATE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 100)}
+EVALUATE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 100), "code": (0, 100)}
 BENCH_STEPS: Steps = {"compile": (0, 5), "load": (5, 10), "measure": (10, 100)}
 
 

@@ -49,6 +49,7 @@ def evaluation() -> dict[str, Any]:
         "settings": {"prompts": 2, "prompt_tokens": 8, "continuation_tokens": 4, "greedy_tokens": 0},
         "baselines": {"none": texts, "dropped": texts},
         "retrieval": {"list": {"prompts": 2, "answered": {"reference": share, "dropped": share, "pop": share}}},
+        "code": {"problems": 4, "pass_at_1": {"reference": share, "pop": share}, "difference": share},
     }  # fmt: skip
 
 
