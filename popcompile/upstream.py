@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import mmap
@@ -63,6 +64,8 @@ NAMES = (
     Private("torch._subclasses.fake_tensor:DynamicOutputShapeException", "a shape that depends on values", "2.11"),
     Private("torch.utils._python_dispatch:_disable_current_modes", "real values while a model is traced", "2.11"),
     Private("torch._dispatch.python:enable_python_dispatcher", "fake values of free sizes, before torch 2.13", "2.11"),
+    Private("torch.cpu:_is_avx512_bf16_supported", "whether products of bf16 are faster", "2.11"),
+    Private("torch.cpu:_is_amx_tile_supported", "whether PyTorch rounds products of fp32 by itself", "2.11"),
     Private("torch.utils._pytree:tree_leaves", "the nodes among nested arguments", "2.11"),
     Private("torch.fx:Node._rename", "names in printed graphs; Node.name has no setter", "2.11"),
     Private("torch._ops:OpOverload._overloadname", "the overload without its operator", "2.11"),
@@ -186,6 +189,12 @@ def mask_length(generation_config: Any) -> int | None:
 
 
 # --- numpy -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rounds_in_avx512() -> bool:
+    """Whether the CPU multiplies bf16 faster than fp32, and PyTorch does not round fp32 to that by a setting."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def memory_map(array: np.memmap) -> mmap.mmap | None:
