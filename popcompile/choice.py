@@ -1,19 +1,21 @@
 """Choose the layers that prefill skips by what skipping them costs on held-out text.
 
 A set grows from the last layer towards the first ones by a layer at a time: each layer is tried on top of the set so
-far, calibrated in closed form and measured, and it stays in prefill if skipping it costs more than a share of the
-budget. So a few layers that do what the deep ones below them do not, such as copying from far back, are kept, and
-shallower ones are skipped in their place: with the calibrated bypass a kept layer in the middle reads nearly what it
-did. Layers that were kept are tried again at the end, the cheapest first, while the budget allows. Refinement, which
-takes longer, is for the largest sets.
+far, calibrated in closed form and measured, and it stays in prefill for now if skipping it costs more than a share of
+the budget. Of several such layers in a row the cheapest is skipped all the same, if the budget allows. So a few layers
+that do what the deep ones below them do not, such as copying from far back, are kept, and shallower ones are skipped in
+their place: with the calibrated bypass a kept layer in the middle reads nearly what it did. Layers that were kept are
+tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
+sets.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +28,7 @@ from popcompile.refinement import refine
 MOST = 0.6
 #: how many of the deep layers `auto` may keep in that
 _KEPT = 4
-#: the share of the budget that skipping a layer may take; and how many in a row that take more end the growth
+#: the share of the budget that skipping a layer may take; and of how many in a row that take more one is skipped
 _STEP, _PATIENCE = 0.25, 4
 #: rows of text to calibrate on while a set grows
 _FEW_ROWS = 40
@@ -152,30 +154,48 @@ class Search:
     def _grow(self, budget: Budget, most: int, limit: float, patience: int) -> list[Candidate]:
         """Sets of 1 to at most `most` layers, each the one before with one more. limit: what they spend at most."""
         sets = [self.measure([self.num_layers - 1])]
-        rejected: list[tuple[float, int]] = []
-        in_a_row = 0
-        layers = range(self.num_layers - 2, self._held_out.first - 1, -1)
-        for done, layer in enumerate(layers):
-            if len(sets) == most or in_a_row == patience:
-                break
-            self._progress("choose", done, len(layers))
-            tried = self.measure(sorted([layer, *sets[-1].pruned]))
-            spent = budget.spent(tried.loss)
-            cost = spent - budget.spent(sets[-1].loss)
-            if cost <= _STEP and spent <= limit:
-                sets.append(tried)
-                in_a_row = 0
-            else:
-                rejected.append((cost, layer))
-                in_a_row += 1
-        for _, layer in sorted(rejected):
+        queue = deque(range(self.num_layers - 2, self._held_out.first - 1, -1))
+        count = len(queue)
+        rejected: list[_Tried] = []
+        ahead: list[_Tried] = []
+        while queue and len(sets) < most:
+            self._progress("choose", count - len(queue), count)
+            tried = self._try(queue.popleft(), sets[-1], budget)
+            if tried.cost <= _STEP and tried.spent <= limit:
+                sets.append(tried.candidate)
+                rejected, ahead = rejected + ahead, []
+                continue
+            ahead.append(tried)
+            if len(ahead) == patience:
+                cheapest = min(ahead, key=lambda t: t.cost)
+                if cheapest.spent > limit:
+                    break
+                sets.append(cheapest.candidate)
+                ahead.remove(cheapest)
+                queue.extendleft(t.layer for t in reversed(ahead) if t.spent <= limit)
+                rejected, ahead = rejected + [t for t in ahead if t.spent > limit], []
+        for again in sorted(rejected + ahead, key=lambda t: t.cost):
             if len(sets) == most:
                 break
-            tried = self.measure(sorted([layer, *sets[-1].pruned]))
-            if budget.spent(tried.loss) > limit:
+            tried = self._try(again.layer, sets[-1], budget)
+            if tried.spent > limit:
                 break
-            sets.append(tried)
+            sets.append(tried.candidate)
         return sets
+
+    def _try(self, layer: int, before: Candidate, budget: Budget) -> _Tried:
+        candidate = self.measure(sorted([layer, *before.pruned]))
+        spent = budget.spent(candidate.loss)
+        return _Tried(layer, candidate, spent, spent - budget.spent(before.loss))
+
+
+class _Tried(NamedTuple):
+    """A layer on top of a set. spent: the share of the budget that both take, cost: that the layer adds."""
+
+    layer: int
+    candidate: Candidate
+    spent: float
+    cost: float
 
 
 def _left_by_refinement(loss: Loss) -> float:

@@ -94,6 +94,18 @@ def test_layers_that_cost_much_are_kept_and_shallower_ones_skipped() -> None:
     assert Canned([0.0] * 10).within(Budget(max_kl=0.0)).pruned == [4, 5, 6, 7, 8, 9]
 
 
+def test_the_cheapest_of_several_layers_that_cost_much_is_skipped() -> None:
+    """And the growth goes on from there, with those of them that the budget still has room for."""
+    costs = [9.0, 9.0, 9.0, 9.0, 0.001, 0.001, 9.0, 0.04, 0.027, 0.03, 0.5, 0.0]
+    search = Canned(costs)
+    assert search.within(Budget(max_kl=0.1)).pruned == [4, 5, 7, 8, 9, 11]
+    tried = [sorted(set(pruned) - {11}) for pruned in search.asked[1:]]
+    assert tried[:4] == [[10], [9], [8], [7]]  # four in a row
+    assert tried[4:6] == [[8, 9], [7, 8]]  # 8 was the cheapest; the others again, but for 10
+    search = Canned([9.0, 9.0, 9.0, 9.0, 0.001, 0.001, 9.0, 9.0, 0.5, 0.4, 0.5, 0.0])
+    assert search.within(Budget(max_kl=0.1)).pruned == [11] and len(search.asked) == 1 + 4 + 1
+
+
 def test_a_budget_of_nothing() -> None:
     """What a part of the text called free may cost something on all of it."""
     search = Canned([0.0] * 10)
