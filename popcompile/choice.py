@@ -11,7 +11,6 @@ sets.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,18 +131,21 @@ class Search:
 
     def best(self, count: int, scale: Budget) -> Candidate:
         """`count` layers; finished. scale: the budget whose shares decide which layers are kept."""
-        return self.finish(self._grow(scale, count, math.inf, patience=self.num_layers)[-1].pruned)
+        return self.finish(self._grow(scale, count, lambda loss: 0.0, patience=self.num_layers)[-1].pruned)
 
     def within(self, budget: Budget) -> Candidate:
         """The most layers whose loss is within the budget, else the last layer alone; finished."""
         refines = self._states is not None and self._steps > 0
+
+        def hoped(loss: Loss) -> float:
+            return budget.spent(loss) * (_left_by_refinement(loss) if refines else 1.0)
+
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
-        sets = self._grow(budget, most, 1 / _REFINED if refines else 1.0, _PATIENCE)
+        sets = self._grow(budget, most, hoped, _PATIENCE)
         left = None
         for candidate in reversed(sets[1:]):
             spent = budget.spent(candidate.loss)
-            hoped = left or (_left_by_refinement(candidate.loss) if refines else 1.0)
-            if spent * hoped > 1:
+            if (hoped(candidate.loss) if left is None else spent * left) > 1:
                 continue
             finished = self.finish(candidate.pruned)
             if (remains := budget.spent(finished.loss)) <= 1:
@@ -151,8 +153,11 @@ class Search:
             left = remains / max(spent, _ROUNDING)  # of the others as well, more or less: not each of them is tried
         return self.finish(sets[0].pruned)
 
-    def _grow(self, budget: Budget, most: int, limit: float, patience: int) -> list[Candidate]:
-        """Sets of 1 to at most `most` layers, each the one before with one more. limit: what they spend at most."""
+    def _grow(self, budget: Budget, most: int, hoped: Callable[[Loss], float], patience: int) -> list[Candidate]:
+        """Sets of 1 to at most `most` layers, each the one before with one more.
+
+        hoped: the share of the budget that a set with this loss takes at best, at most 1 for each of them.
+        """
         sets = [self.measure([self.num_layers - 1])]
         queue = deque(range(self.num_layers - 2, self._held_out.first - 1, -1))
         count = len(queue)
@@ -161,40 +166,38 @@ class Search:
         while queue and len(sets) < most:
             self._progress("choose", count - len(queue), count)
             tried = self._try(queue.popleft(), sets[-1], budget)
-            if tried.cost <= _STEP and tried.spent <= limit:
+            if tried.cost <= _STEP and hoped(tried.candidate.loss) <= 1:
                 sets.append(tried.candidate)
                 rejected, ahead = rejected + ahead, []
                 continue
             ahead.append(tried)
             if len(ahead) == patience:
                 cheapest = min(ahead, key=lambda t: t.cost)
-                if cheapest.spent > limit:
+                if hoped(cheapest.candidate.loss) > 1:
                     break
                 sets.append(cheapest.candidate)
                 ahead.remove(cheapest)
-                queue.extendleft(t.layer for t in reversed(ahead) if t.spent <= limit)
-                rejected, ahead = rejected + [t for t in ahead if t.spent > limit], []
+                queue.extendleft(t.layer for t in reversed(ahead) if hoped(t.candidate.loss) <= 1)
+                rejected, ahead = rejected + [t for t in ahead if hoped(t.candidate.loss) > 1], []
         for again in sorted(rejected + ahead, key=lambda t: t.cost):
             if len(sets) == most:
                 break
             tried = self._try(again.layer, sets[-1], budget)
-            if tried.spent > limit:
+            if hoped(tried.candidate.loss) > 1:
                 break
             sets.append(tried.candidate)
         return sets
 
     def _try(self, layer: int, before: Candidate, budget: Budget) -> _Tried:
         candidate = self.measure(sorted([layer, *before.pruned]))
-        spent = budget.spent(candidate.loss)
-        return _Tried(layer, candidate, spent, spent - budget.spent(before.loss))
+        return _Tried(layer, candidate, budget.spent(candidate.loss) - budget.spent(before.loss))
 
 
 class _Tried(NamedTuple):
-    """A layer on top of a set. spent: the share of the budget that both take, cost: that the layer adds."""
+    """A layer on top of a set. cost: the share of the budget that it adds."""
 
     layer: int
     candidate: Candidate
-    spent: float
     cost: float
 
 
