@@ -76,8 +76,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise PopcompileError(
             "--tasks runs the harness instead of text; leave out --text, --baselines, --reference and --run-code"
         )
-    if options.code_problems and not options.run_code:
-        raise PopcompileError("--code-problems is for --run-code, which runs what a model wrote; give both, or neither")
     require_options(options.text or (), options.provider)
     tasks = []
     if options.tasks is not None:

@@ -191,18 +191,18 @@ def mask_length(generation_config: Any) -> int | None:
 # --- numpy -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def rounds_in_avx512() -> bool:
-    """Whether the CPU multiplies bf16 faster than fp32, and PyTorch does not round fp32 to that by a setting."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-
-
 def memory_map(array: np.memmap) -> mmap.mmap | None:
     """The mapping behind an array, to give its pages back."""
     return getattr(array, "_mmap", None)
 
 
 # --- torch -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rounds_in_avx512() -> bool:
+    """Whether the CPU multiplies bf16 faster than fp32, and PyTorch does not round fp32 to that by a setting."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def computed_buffers(module: nn.Module) -> list[str]:

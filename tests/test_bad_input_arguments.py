@@ -71,15 +71,7 @@ def test_numbers(command: str, option: str, kind: Number, cli: Cli) -> None:
             assert line.startswith(f"popcompile {command}: error: argument {option}: "), line
             assert kind.words in line and len(line) < 300 and "\x1b" not in line
         else:
-            known = (
-                "--block-size 0",
-                "--block-size 1",
-                "--calibration-texts",
-                "--threads",
-                "--tokens 1",
-                "--limit",
-                "--code-problems",
-            )
+            known = ("--block-size 0", "--block-size 1", "--calibration-texts", "--threads", "--tokens 1", "--limit")
             expected = NO_WORK + tuple(f"{k}" for k in known if k.startswith(option))
             expected += (f"{option} {text}: choose one of",)
             assert any(words in line for words in expected), (text, line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,14 +22,18 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("bias", [None, torch.arange(4.0)])
 @pytest.mark.parametrize("function", [F.linear, torch.ops.aten.linear.default])
-def test_linear_layers_are_rounded_and_nothing_else(function: object, bias: torch.Tensor | None) -> None:
+def test_linear_layers_are_rounded_and_nothing_else(
+    function: Callable[..., torch.Tensor], bias: torch.Tensor | None
+) -> None:
     random = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 3, 8, generator=random), torch.randn(4, 8, generator=random)
     exact, product = F.linear(x, weight, bias), x @ weight.T
     expected = (x.bfloat16().double() @ weight.bfloat16().double().T).float() + (0 if bias is None else bias)
     with fast_products():
-        found, other = function(x, weight, bias), x @ weight.T  # type: ignore[operator]
-        assert function(x.double(), weight.double(), None).dtype == torch.float64  # type: ignore[operator]
+        found, other = function(x, weight, bias), x @ weight.T
+        assert function(x.double(), weight.double(), None).dtype == torch.float64
+        with fast_products(False):
+            assert torch.equal(function(x, weight, bias), exact)
     assert found.dtype == torch.float32 and not torch.equal(found, exact)
     assert torch.allclose(found, expected, atol=0.05) and torch.equal(other, product)
     assert torch.equal(F.linear(x, weight, bias), exact)
