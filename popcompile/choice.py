@@ -7,12 +7,15 @@ that do what the deep ones below them do not, such as copying from far back, are
 their place: with the calibrated bypass a kept layer in the middle reads nearly what it did. Layers that were kept are
 tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
 sets.
+
+A smaller window of tokens that take the whole model is sooner and loses more: it is tried on what was chosen, where it
+gains enough for prompts of the stated length.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +37,8 @@ _FEW_ROWS = 40
 #: what refinement leaves of a loss at best, of first tokens and of answers: it is tried on sets that would keep to the
 #: budget then
 _REFINED, _REFINED_ANSWERS = 0.7, 0.9
+#: how many times sooner the prefill has to be for a smaller window to be taken: it costs quality within the budget
+_WORTH = 1.05
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,19 @@ def _share(loss: float, allowed: float) -> float:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A measured set of pruned layers. refined: its maps are, by gradients."""
+    """A measured set of pruned layers. refined: its maps are, by gradients.
+
+    window: tokens at a prompt's end that take the whole model.
+    """
 
     pruned: list[int]
     loss: Loss
     refined: bool = False
+    window: int = 1
+
+
+#: how many times sooner than the whole model's a prefill is that skips these layers, with this window
+Speedup = Callable[[list[int], int], float]
 
 
 class Search:
@@ -85,49 +98,62 @@ class Search:
         *,
         steps: int = 0,
         seed: int = 0,
+        windows: Sequence[int] = (),
+        speedup: Speedup | None = None,
     ) -> None:
-        """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement."""
+        """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement. windows: smaller
+        ones than held_out's that `within` may choose, by what `speedup` predicts.
+        """
         self._states, self._held_out = states, held_out
         self._progress, self._steps, self._seed = progress, steps, seed
+        self._windows, self._speedup = windows, speedup
         self.num_layers = held_out.model.num_layers
         self.measured: list[Candidate] = []
-        self._final: dict[tuple[int, ...], Calibration] = {}
+        self._final: dict[tuple[int, ...], _Maps] = {}
 
-    def measure(self, pruned: list[int]) -> Candidate:
-        """The set with maps in closed form, of a part of the text."""
+    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
+        """The set with maps in closed form, of a part of the text. window: by default held_out's."""
         maps = Calibration()
         if self._states is not None:
             few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
             maps = calibrate(few, pruned, products=torch.float32)
-        measured = Candidate(pruned, self._held_out.measure(pruned, maps))
-        self.measured.append(measured)
-        return measured
+        return self._measured(pruned, _Maps(maps, refined=False), window)
 
-    def finish(self, pruned: list[int]) -> Candidate:
+    def finish(self, pruned: list[int], window: int | None = None) -> Candidate:
         """The set with its final maps: of all the text, and refined, if that helps."""
-        maps = Calibration() if self._states is None else calibrate(self._states, pruned)
-        self._final[tuple(pruned)] = maps
-        self.measured = [c for c in self.measured if c.pruned != pruned]
-        finished = Candidate(pruned, self._held_out.measure(pruned, maps))
-        self.measured.append(finished)
+        if (known := self._final.get(tuple(pruned))) is not None:
+            return self._measured(pruned, known, window)
+        plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
+        self._final[tuple(pruned)] = plain
+        finished = self._measured(pruned, plain, window)
         if self._states is None:
             return finished
-        refined = refine(
-            self._states, pruned, maps, steps=self._steps, seed=self._seed,
+        maps = refine(
+            self._states, pruned, plain.maps, steps=self._steps, seed=self._seed,
             progress=lambda *n: self._progress("refine", *n),
         )  # fmt: skip
-        if refined is maps:
+        if maps is plain.maps:
             return finished
-        better = Candidate(pruned, self._held_out.measure(pruned, refined), refined=True)
+        refined = _Maps(maps, refined=True)
+        better = self._measured(pruned, refined, window)
         if better.loss.worst_kl >= finished.loss.worst_kl:
+            self.measured.remove(better)
             return finished
         self._final[tuple(pruned)] = refined
-        self.measured.append(better)
         return better
 
     def final(self, candidate: Candidate) -> Calibration:
         """The maps of a finished candidate."""
-        return self._final[tuple(candidate.pruned)]
+        return self._final[tuple(candidate.pruned)].maps
+
+    def _measured(self, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
+        """It takes the place of the same set's, measured with other maps of the same kind."""
+        held_out = self._held_out if window is None else self._held_out.at(window)
+        found = Candidate(pruned, held_out.measure(pruned, maps.maps), maps.refined, held_out.window)
+        same = (found.pruned, found.refined, found.window)
+        self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
+        self.measured.append(found)
+        return found
 
     def best(self, count: int, scale: Budget) -> Candidate:
         """`count` layers; finished. scale: the budget whose shares decide which layers are kept."""
@@ -143,15 +169,36 @@ class Search:
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
         sets = self._grow(budget, most, hoped, _PATIENCE)
         left = None
-        for candidate in reversed(sets[1:]):
-            spent = budget.spent(candidate.loss)
-            if (hoped(candidate.loss) if left is None else spent * left) > 1:
+        for count in range(len(sets) - 1, 0, -1):
+            spent = budget.spent(sets[count].loss)
+            if (hoped(sets[count].loss) if left is None else spent * left) > 1:
                 continue
-            finished = self.finish(candidate.pruned)
-            if (remains := budget.spent(finished.loss)) <= 1:
-                return finished
+            finished = self.finish(sets[count].pruned)
+            remains = budget.spent(finished.loss)
             left = remains / max(spent, _ROUNDING)  # of the others as well, more or less: not each of them is tried
+            if remains <= 1:
+                return self._with_smaller_window(finished, sets[: count + 1], budget, left)
         return self.finish(sets[0].pruned)
+
+    def _with_smaller_window(
+        self, finished: Candidate, sets: Sequence[Candidate], budget: Budget, left: float
+    ) -> Candidate:
+        """The soonest of these sets with a smaller window, finished, that keeps to the budget and is worth it; else
+        `finished`, the last of them. left: what its final maps leave of a loss.
+        """
+        if self._speedup is None:
+            return finished
+        least = _WORTH * self._speedup(finished.pruned, finished.window)
+        pairs = [(self._speedup(c.pruned, window), c.pruned, window) for c in sets[1:] for window in self._windows]
+        for speedup, pruned, window in sorted(pairs, reverse=True):
+            if speedup < least:
+                break
+            if pruned != finished.pruned and budget.spent(self.measure(pruned, window).loss) * left > 1:
+                continue
+            smaller = self.finish(pruned, window)
+            if budget.spent(smaller.loss) <= 1:
+                return smaller
+        return finished
 
     def _grow(self, budget: Budget, most: int, hoped: Callable[[Loss], float], patience: int) -> list[Candidate]:
         """Sets of 1 to at most `most` layers, each the one before with one more.
@@ -191,6 +238,13 @@ class Search:
     def _try(self, layer: int, before: Candidate, budget: Budget) -> _Tried:
         candidate = self.measure(sorted([layer, *before.pruned]))
         return _Tried(layer, candidate, budget.spent(candidate.loss) - budget.spent(before.loss))
+
+
+class _Maps(NamedTuple):
+    """What takes the place of pruned layers. refined: by gradients."""
+
+    maps: Calibration
+    refined: bool
 
 
 class _Tried(NamedTuple):

@@ -123,6 +123,12 @@ def _add_convert(commands: Any) -> None:
         help="tokens at the end of a prompt that take the whole model (default 64; 1 is the paper's)",
     )
     parser.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=POSITIVE,
+        help="length of the prompts that --prune auto chooses layers and window for (default 1024)",
+    )
+    parser.add_argument(
         "--max-kl",
         metavar="X",
         type=NATS,
@@ -197,6 +203,7 @@ def _convert(options: argparse.Namespace) -> None:
             prune=options.prune,
             layers=options.layers,
             window=options.window,
+            prompt_tokens=options.prompt_tokens,
             kv_projection=options.kv_projection,
             calibration=options.calibration,
             calibration_texts=options.calibration_texts,

@@ -12,6 +12,7 @@ Of texts whose answers stand in the prompt (retrieval_text.py) only the answers'
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from popcompile.calibration import Calibration
-from popcompile.hidden_states import scratch
+from popcompile.hidden_states import HiddenStates, at_positions
 from popcompile.layerwise import LayerwiseModel, Tokens
 from popcompile.predictions import Comparison, compare
 from popcompile.pruned_prefill import Prompts, last_hidden_state
@@ -61,6 +62,13 @@ class Loss:
         """Of the first token, or of answers found in the prompt: what the choice of layers goes by."""
         return max(self.first_token_kl, self.retrieval_kl or 0.0)
 
+    @property
+    def worst_kl_error(self) -> float:
+        """The standard error of worst_kl; NaN where it is not known."""
+        if self.worst_kl == self.first_token_kl:
+            return self.first_token_kl_error
+        return math.nan if self.retrieval_kl_error is None else self.retrieval_kl_error
+
 
 class HeldOut:
     """Rows of tokens [N, T], and the whole model's hidden states before each layer from `first` on and at the end.
@@ -81,11 +89,25 @@ class HeldOut:
         retrieval: RetrievalText | None = None,
         folder: Path | None = None,
     ) -> None:
-        assert 0 < window < prompt
-        self._retrieval = retrieval and _HeldOutRetrieval(model, retrieval, first, prompt, window, folder)
-        context = prompt - window
-        self._continued = rows.shape[1] - prompt
-        random = torch.Generator().manual_seed(seed)
+        self._states, self._prompt, self._seed = HiddenStates(model, rows, first, folder), prompt, seed
+        self._asked = None
+        if retrieval is not None:
+            self._asked = HiddenStates(model, retrieval.rows, first, folder), retrieval.answers
+        self._place(window)
+
+    def at(self, window: int) -> HeldOut:
+        """The same text, with another window."""
+        other = copy.copy(self)
+        other._place(window)
+        return other
+
+    def _place(self, window: int) -> None:
+        assert 0 < window < self._prompt
+        self.window = window
+        self._retrieval = self._asked and _HeldOutRetrieval(*self._asked, self._prompt, window)
+        rows, context = self._states.rows, self._prompt - window
+        self._continued = rows.shape[1] - self._prompt
+        random = torch.Generator().manual_seed(self._seed)
         ends = torch.stack([_probes(context, window, random) for _ in rows])
         continuation = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
         probes = (ends[:, :, None] - torch.arange(window).flip(0)).flatten(1)
@@ -96,17 +118,17 @@ class HeldOut:
             torch.arange(ends.shape[1]) * window + continuation.shape[1] + window - 1,
         )
         self._tails = _Tails(
-            model, rows, first, context, torch.cat((continuation, probes), 1), torch.cat(begins, 1),
-            torch.cat(measured).expand(len(rows), -1), folder,
+            self._states, context, torch.cat((continuation, probes), 1), torch.cat(begins, 1),
+            torch.cat(measured).expand(len(rows), -1),
         )  # fmt: skip
 
     @property
     def model(self) -> LayerwiseModel:
-        return self._tails.model
+        return self._states.model
 
     @property
     def first(self) -> int:
-        return self._tails.first
+        return self._states.first
 
     def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
@@ -128,19 +150,15 @@ class HeldOut:
 class _HeldOutRetrieval:
     """Texts whose answers stand in them, as HeldOut has rows; what is asked for from `prompt` on is measured."""
 
-    def __init__(
-        self, model: LayerwiseModel, text: RetrievalText, first: int, prompt: int, window: int, folder: Path | None
-    ) -> None:
-        assert 0 < window < prompt
-        rows, context = text.rows, prompt - window
+    def __init__(self, states: HiddenStates, answers: Tensor, prompt: int, window: int) -> None:
+        """answers [N, T]: which tokens of the rows are measured."""
+        rows, context = states.rows, prompt - window
         positions = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
-        answers = text.answers[:, context + 1 :] & (positions + 1 >= prompt)
-        count = int(answers.sum(1).min())
+        asked = answers[:, context + 1 :] & (positions + 1 >= prompt)
+        count = int(asked.sum(1).min())
         assert count > 0
-        measured = answers.int().topk(count, 1).indices.sort(1).values
-        self._tails = _Tails(
-            model, rows, first, context, positions, torch.full_like(positions, context), measured, folder
-        )
+        measured = asked.int().topk(count, 1).indices.sort(1).values
+        self._tails = _Tails(states, context, positions, torch.full_like(positions, context), measured)
 
     def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration) -> Loss:
         """The loss of pruning these layers, with what it costs here."""
@@ -181,62 +199,43 @@ def _pooled_error(values: Tensor, chosen: Tensor) -> float | None:
 
 
 class _Tails:
-    """Tails of rows [N, T], and what the whole model makes of them.
+    """Tails of rows, and what the whole model makes of them.
 
     context: tokens of a row from its beginning that tails may attend to. positions: of the tails' tokens [N, Q], and
     begins, where the block of each begins. measured: indices [N, M] of tail tokens whose predictions are compared.
     """
 
-    def __init__(
-        self, model: LayerwiseModel, rows: Tensor, first: int, context: int, positions: Tensor, begins: Tensor,
-        measured: Tensor, folder: Path | None,
-    ) -> None:  # fmt: skip
-        self.model, self.first = model, first
-        self._rows, self._context, self._positions, self._begins = rows, context, positions, begins
+    def __init__(self, states: HiddenStates, context: int, positions: Tensor, begins: Tensor, measured: Tensor) -> None:
+        self._states, self._context, self._positions, self._begins = states, context, positions, begins
         self._measured = measured
-        self._ids = rows.gather(1, positions)
-        self._next = rows.gather(1, positions.gather(1, measured) + 1)
-        shape = (len(rows), context + positions.shape[1], model.hidden_size)
-        #: of layers from `first` on, what the whole model hands them; in files, where HiddenStates has its own
-        self._entering = [scratch(shape, folder) for _ in range(first, model.num_layers)]
-        final = []
-        for batch in self._batches():
-            prompts = self._prompts(batch)
-            x = model.embed(prompts.together)
-            for layer in range(model.num_layers):
-                if layer >= first:
-                    self._entering[layer - first][batch] = x
-                x = model.layer(layer, x, prompts.together, prompts.visible)
-            final.append(self._at(batch, x[:, context:]))
-        self._final = torch.cat(final)
+        self._ids = states.rows.gather(1, positions)
+        at = positions.gather(1, measured)
+        self._next = states.rows.gather(1, at + 1)
+        self._final = at_positions(states.before(states.model.num_layers), at)
 
     def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
         """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
         parts = []
-        begin = pruned[0] if pruned else self.first
+        begin = pruned[0] if pruned else self._states.first
         for batch in self._batches():
-            prompts, x = self._prompts(batch), self._entering[begin - self.first][batch]
-            entering = x[:, : self._context], x[:, self._context :]
-            y = last_hidden_state(self.model, prompts, entering, begin, pruned, calibration)
-            parts.append(self._compare(batch, prompts.tail, self._at(batch, y)))
+            prompts, x = self._prompts(batch), self._states.before(begin)[batch]
+            entering = x[:, : self._context], at_positions(x, self._positions[batch])
+            y = last_hidden_state(self._states.model, prompts, entering, begin, pruned, calibration)
+            parts.append(self._compare(batch, prompts.tail, at_positions(y, self._measured[batch])))
         return Comparison(*map(torch.cat, zip(*parts, strict=True)))
 
     def _compare(self, batch: slice, tokens: Tokens, y: Tensor) -> Comparison:
         """Of last hidden states y [B, M, hidden]. A row at a time bounds the logits."""
         rows = []
         for final, ours, following in zip(self._final[batch], y, self._next[batch], strict=True):
-            whole, pruned = (self.model.logits(h[None], tokens)[0] for h in (final, ours))
+            whole, pruned = (self._states.model.logits(h[None], tokens)[0] for h in (final, ours))
             rows.append(compare(whole, pruned, following))
         return Comparison(*map(torch.stack, zip(*rows, strict=True)))
 
-    def _at(self, batch: slice, y: Tensor) -> Tensor:
-        """What is measured of the tail's y [B, Q, hidden]: [B, M, hidden]."""
-        return y.gather(1, self._measured[batch, :, None].expand(-1, -1, y.shape[2]))
-
     def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self._rows), _BATCH):
-            yield slice(start, min(start + _BATCH, len(self._rows)))
+        for start in range(0, len(self._states.rows), _BATCH):
+            yield slice(start, min(start + _BATCH, len(self._states.rows)))
 
     def _prompts(self, batch: slice) -> Prompts:
-        context = self._rows[batch, : self._context]
-        return Prompts.of(self.model, context, self._ids[batch], self._positions[batch], self._begins[batch])
+        context = self._states.rows[batch, : self._context]
+        return Prompts.of(self._states.model, context, self._ids[batch], self._positions[batch], self._begins[batch])

@@ -27,6 +27,7 @@ _BATCH_TOKENS = 2560
 class HiddenStates:
     """Rows of tokens [N, T] and the hidden states [N, T, hidden] that the whole model has before layers `first`..L.
 
+    folder: where files may be, by default that of temporary files.
     `before(L)` is the last layer's output. Raises PopcompileError where a layer computes NaN or infinity.
     """
 
@@ -35,7 +36,7 @@ class HiddenStates:
         model: LayerwiseModel,
         rows: Tensor,
         first: int,
-        folder: Path,
+        folder: Path | None = None,
         progress: Callable[[int, int], Any] | None = None,
     ) -> None:
         self.model, self.rows, self.first, self._folder = model, rows, first, folder
@@ -92,6 +93,11 @@ def scratch(shape: tuple[int, ...], folder: Path | None) -> Tensor:
     require_disk_space(place / "calibration", 4 * int(np.prod(shape)))
     with tempfile.TemporaryFile(dir=place) as file:
         return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
+
+
+def at_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """[N, Q, hidden] of x [N, T, hidden] at positions [N, Q]."""
+    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def require_finite(x: Tensor, layer: int) -> None:

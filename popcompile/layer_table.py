@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from popcompile.passes import Program, ops
-from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer, node_flops, total_flops
+from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer, node_flops
 from popcompile.passes.graph import dimension_symbols, find, role_of, runs
 from popcompile.passes.insert_kv_projection import projection_nodes
 
@@ -63,12 +63,13 @@ def layer_table(program: Program, pruned: list[int], window: int) -> list[dict[s
     return [asdict(row) for row in rows]
 
 
-def full_prefill_one_logit(decode: fx.GraphModule) -> int:
+def full_prefill_one_logit(decode: fx.GraphModule, sizes: dict[str, int] | None = None) -> int:
     """FLOPs of prefill through the whole model with the LM head on the boundary token only.
 
-    What an unpruned runtime can do at best: the saving beyond this is the pruned layers' own.
+    What an unpruned runtime can do at best: the saving beyond this is the pruned layers' own. sizes: by default
+    prefill's reference sizes.
     """
-    sizes = REFERENCE_SIZES["prefill"]
+    sizes = sizes or REFERENCE_SIZES["prefill"]
     values = {symbol: sizes[name] for name, symbol in dimension_symbols(decode).items()}
     head = node_flops(find(decode, role="lm_head")[0], values, sizes["total"])
-    return total_flops(decode, "prefill") - head + head // sizes["sequence"]
+    return sum(flops_by_layer(decode, "prefill", sizes).values()) - head + head // sizes["sequence"]

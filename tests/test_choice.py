@@ -36,7 +36,7 @@ def report_of(package: Path) -> dict[str, Any]:
 def chosen(checkpoint: Path) -> Path:
     """A package whose layers popcompile chose, of 5 at most."""
     out = checkpoint.parent / "auto"
-    popcompile.convert(checkpoint, out, max_kl=2.0, calibration_texts=24, refinement_steps=32)
+    popcompile.convert(checkpoint, out, window=24, max_kl=2.0, calibration_texts=24, refinement_steps=32)
     return out
 
 
@@ -71,12 +71,13 @@ class Canned(Search):
         self.asked, self.tried = list[list[int]](), list[int]()
         self.num_layers, self._held_out = len(costs), SimpleNamespace(first=first)
         self._states, self._steps, self._progress = object(), 1 if left < 1 else 0, lambda *_: None
+        self._windows, self._speedup = (), None
 
-    def measure(self, pruned: list[int]) -> Candidate:
+    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
         self.asked.append(pruned)
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned), 1.0))
 
-    def finish(self, pruned: list[int]) -> Candidate:
+    def finish(self, pruned: list[int], window: int | None = None) -> Candidate:
         self.tried.append(len(pruned))
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned) * self.left, 1.0), refined=True)
 
@@ -109,7 +110,7 @@ def test_the_cheapest_of_several_layers_that_cost_much_is_skipped() -> None:
 def test_a_budget_of_nothing() -> None:
     """What a part of the text called free may cost something on all of it."""
     search = Canned([0.0] * 10)
-    search.finish = lambda pruned: Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))  # type: ignore[method-assign]
+    search.finish = lambda pruned, window=None: Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))  # type: ignore[method-assign]
     assert search.within(Budget(max_kl=0.0)).pruned == [9]
 
 
@@ -138,6 +139,40 @@ def test_refinement_is_tried_where_it_may_suffice() -> None:
     assert len(search.within(Budget(max_kl=0.1)).pruned) == 6 and search.tried == [8, 6]
 
 
+class OfWindows(Canned):
+    """A window of 64 loses what a layer is said to, one of 32 twice and one of 16 four times as much."""
+
+    def __init__(self, costs: list[float], tokens: int) -> None:
+        super().__init__(costs)
+        self._windows = (32, 16)
+        self._speedup = lambda pruned, window: 1 / (1 - len(pruned) / len(costs) * (1 - window / tokens))
+
+    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
+        window = window or 64
+        return Candidate(pruned, loss(64 / window * sum(self.costs[layer] for layer in pruned), 1.0), window=window)
+
+    def finish(self, pruned: list[int], window: int | None = None) -> Candidate:
+        self.tried.append(len(pruned))
+        return self.measure(pruned, window)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budget", "chosen"),
+    [
+        (1024, 0.1, (6, 64)),  # a window of 16 would be 1.05 times sooner, and cost four times as much
+        (256, 0.4, (6, 16)),
+        (256, 0.15, (6, 32)),  # 0.2 with 16
+        (256, 0.06, (6, 64)),
+        (128, 0.06, (6, 64)),
+        (128, 0.09, (5, 32)),
+    ],
+)
+def test_a_smaller_window_where_the_prompts_gain_by_it(tokens: int, budget: float, chosen: tuple[int, int]) -> None:
+    costs = [9.0] * 4 + [0.01] * 5 + [0.0]
+    found = OfWindows(costs, tokens).within(Budget(max_kl=budget))
+    assert (len(found.pruned), found.window) == chosen
+
+
 # --- conversions -----------------------------------------------------------------------------------------------
 
 
@@ -158,6 +193,22 @@ def test_the_choice_is_the_largest_within_the_budget(chosen: Path) -> None:
     assert len(verify(chosen)) == 4
 
 
+def test_short_prompts_get_a_smaller_window(checkpoint: Path, chosen: Path, tmp_path: Path) -> None:
+    """Of prompts of 48 tokens a window of 24 is half; of 96, all that the context has, a quarter."""
+    few: dict[str, Any] = {"max_kl": 2.0, "calibration_texts": 24, "refinement_steps": 0}
+    manifest = popcompile.convert(checkpoint, tmp_path / "short", prompt_tokens=48, **few)
+    report = report_of(tmp_path / "short")
+    (picked,) = [row for row in report["choice"]["frontier"] if row["chosen"]]
+    assert manifest.window == picked["window"] == report["quality"]["window"] < 24
+    assert report["choice"]["prompt_tokens"] == 48 and picked["loss"]["first_token_kl"] <= 2.0
+    same = [row for row in report["choice"]["frontier"] if row["pruned"] == picked["pruned"] and row["window"] == 24]
+    assert same and picked["speedup"] >= 1.05 * same[0]["speedup"]
+    assert {row["window"] for row in report_of(chosen)["choice"]["frontier"]} == {24}, "it was given"
+    count = popcompile.convert(checkpoint, tmp_path / "count", prompt_tokens=40, prune=2, kv_projection="layer")
+    assert count.window == 20
+    assert len(verify(tmp_path / "short")) == 4
+
+
 def test_refinement_prunes_more_within_a_budget(checkpoint: Path, tmp_path: Path) -> None:
     """A budget between what two layers lose in closed form and refined, on text that repeats itself."""
     text = tmp_path / "words.txt"
@@ -176,10 +227,14 @@ def test_refinement_prunes_more_within_a_budget(checkpoint: Path, tmp_path: Path
     assert not any(row["refined"] for row in report_of(tmp_path / "not")["choice"]["frontier"])
 
 
-def test_predicted_speedup_is_that_of_the_compiled_graph(chosen: Path) -> None:
-    report = report_of(chosen)
+def test_predicted_speedup_is_that_of_the_compiled_graph(tmp_path: Path) -> None:
+    """At 1,024 tokens, the default and what the report counts for."""
+    save_tiny(tmp_path / "model", tiny_llama(vocab_size=128, num_hidden_layers=4, max_position_embeddings=1024))
+    popcompile.convert(tmp_path / "model", tmp_path / "out", layers="1,3", calibration_texts=8, refinement_steps=0)
+    report = report_of(tmp_path / "out")
     (picked,) = [row for row in report["choice"]["frontier"] if row["chosen"]]
     flops = report["flops"]
+    assert report["choice"]["prompt_tokens"] == 1024 and picked["window"] == 64
     assert picked["speedup"] == pytest.approx(flops["full_prefill_one_logit"] / flops["pop_prefill"], rel=0.005)
 
 

@@ -147,6 +147,16 @@ def test_one_held_out_serves_every_later_choice() -> None:
         assert_losses(held.measure(pruned, calibration), theirs)
 
 
+def test_another_window_on_the_same_text() -> None:
+    layers, (pruned, calibrated, bypassed) = traced("llama").layers, next(iter(CHOICES.values()))
+    calibration = random_maps(traced("llama").model, calibrated, bypassed, seed=3)
+    held = HeldOut(layers, text(), pruned[0], PROMPT, seed=0, window=6)
+    there, here = held.at(3), HeldOut(layers, text(), pruned[0], PROMPT, seed=0, window=3)
+    assert there.measure(pruned, calibration) == here.measure(pruned, calibration)
+    assert (held.window, there.window) == (6, 3)
+    assert held.measure(pruned, calibration) != there.measure(pruned, calibration)
+
+
 @pytest.mark.parametrize("pruned", [[], [3]])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_nothing_or_the_last_layer_costs_nothing(family: str, pruned: list[int]) -> None:

@@ -37,7 +37,8 @@ def loss(kl: float) -> dict[str, float]:
 
 
 def candidate(pruned: list[int], kl: float, chosen: bool = False) -> dict[str, Any]:
-    return {"pruned": pruned, "speedup": 1 / (1 - len(pruned) / 8), "loss": loss(kl), "chosen": chosen}
+    speedup = 1 / (1 - len(pruned) / 8)
+    return {"pruned": pruned, "window": 16, "speedup": speedup, "loss": loss(kl), "chosen": chosen}
 
 
 def evaluation() -> dict[str, Any]:
@@ -159,7 +160,7 @@ def test_page_shows_every_section(page: str) -> None:
         "With the layers' own K/V projections it would be 0.5000 ± 0.0500 nats and 1.500 times",
         "popcompile; budget: KL of at most 0.15 nats; met",
         "measured on held-out text for 5 sets of layers",
-        "2 2-3 1.33x 0.1250 ± 0.0125 93.8% 0.0625 96.9% 1.125 chosen",
+        "2 2-3 16 1.33x 0.1250 ± 0.0125 93.8% 0.0625 96.9% 1.125 chosen",
         "6 texts, sampled from the model itself: prompts of 24 tokens and 8 after them",
         "dropped in prefill and decode",
         "list (2) this package 0.500 [0.000, 1.000]",
@@ -221,7 +222,7 @@ def test_numbers_that_are_no_ordinary_ones(package: Path, cli: Cli) -> None:
     sections["quality"]["loss"] = loss(0) | {"ppl_ratio": 1e12, "first_token_kl_error": math.nan}
     save(package, {name: sections[name] for name in ("choice", "quality")})
     page = Page(html_report(package)).text
-    assert "1 3 1.14x 0.0000 100.0% 0.0000 100.0% inf" in page
+    assert "1 3 16 1.14x 0.0000 100.0% 0.0000 100.0% inf" in page
     assert "chosen by popcompile KV projection" in page and "1.0e+12 times" in page
     assert "1.0e+12 times full" in cli.run("inspect", package)[1]
 
@@ -242,7 +243,7 @@ def test_plots_are_elements_and_the_same_every_time(full: Path) -> None:
     for svg in (frontier_svg(choice), flops_svg(report["layers"], 1024)):
         assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert frontier_svg(choice) == frontier_svg(choice)
-    assert ">budget<" in frontier_svg(choice) and ">chosen<" in frontier_svg(choice)
+    assert ">budget<" in frontier_svg(choice) and ">chosen, window 16<" in frontier_svg(choice)
     assert "pruned in prefill" in flops_svg(report["layers"], 1024)
 
 
@@ -263,7 +264,7 @@ def test_text(full: Path, cli: Cli) -> None:
     quality = "first-token KL 0.1250 ± 0.0125 nats, agreement 93.8%; perplexity 1.125 times full"
     assert f"quality on held-out text {quality}" in lines
     assert "- measured on 6 texts, sampled from the model itself: prompts of 24 tokens and 8 after them" in lines
-    assert "2 2-3 1.33x 0.1250 ± 0.0125 93.8% 0.0625 96.9% 1.125 chosen" in lines
+    assert "2 2-3 16 1.33x 0.1250 ± 0.0125 93.8% 0.0625 96.9% 1.125 chosen" in lines
     assert not [line for line in lines if line.startswith("2 1,3 ")], "the best of each number"
     assert "not measured" not in out
 
@@ -372,6 +373,7 @@ ODD: dict[str, Callable[[Any], None]] = {
     "no frontier": drop("choice", "frontier"),
     "layers in words": put("1-2", "choice", "frontier", 0, "pruned"),
     "layers of another model": put([99], "choice", "frontier", 0, "pruned"),
+    "a window in words": put("wide", "choice", "frontier", 0, "window"),
     "no speedup": put(None, "choice", "frontier", 0, "speedup"),
     "layers without importance": drop("importance", "layers", 1),
     "importance in words": put("high", "importance", "layers", 0, "prefill"),
