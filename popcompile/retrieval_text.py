@@ -29,8 +29,9 @@ FORMS: tuple[Form, ...] = (
 #: words to draw from, how many of the vocabulary's tokens are looked at for them, and the fewest to use
 _WORDS, _TRIES, _FEWEST = 400, 20_000, 100
 _LETTERS = range(3, 13)  # of a word
-#: the share of texts whose values are words; and tokens that are made beyond those asked for
-OF_WORDS, _SPARE = 0.3, 64
+#: the share of texts whose values are words; and the share of tokens that are made beyond those asked for, as lines
+#: have fewer tokens together than each on its own
+OF_WORDS, _SPARE = 0.3, 0.25
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _text(
         length += token_count(tokenizer, values[key].join(line(key)))
     text += between
     spans: list[tuple[int, int]] = []
-    while length < tokens + _SPARE:
+    while length < tokens * (1 + _SPARE):
         key = choice.choice(list(values))
         begin = len(text) + len(line(key)[0])
         spans.append((begin, begin + len(values[key])))

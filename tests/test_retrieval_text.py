@@ -56,6 +56,12 @@ def test_every_answer_stands_in_the_list(tokenizer: PreTrainedTokenizerBase) -> 
     assert len(beginnings) == 4  # forms
 
 
+def test_long_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of a window of 256 tokens: lines have fewer tokens together than each on its own, the more the longer the text."""
+    text = retrieval_text(tokenizer, 4, 1024, 563, seed=1)
+    assert text is not None and text.rows.shape == (4, 1024) and text.answers[:, 819:].any(1).all()
+
+
 def test_texts_come_from_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
     one, same, other = (retrieval_text(tokenizer, 4, TOKENS, LISTED, seed) for seed in (1, 1, 2))
     assert one is not None and same is not None and other is not None
