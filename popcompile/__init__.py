@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from popcompile.errors import PopcompileError
 
 if TYPE_CHECKING:
+    __version__: str
     from popcompile.conversion import convert
     from popcompile.generation import PopForCausalLM, load
 
-__all__ = ["PopForCausalLM", "PopcompileError", "convert", "load"]
+__all__ = ["PopForCausalLM", "PopcompileError", "__version__", "convert", "load"]
 
 _LAZY = {"convert": "popcompile.conversion", "load": "popcompile.generation", "PopForCausalLM": "popcompile.generation"}
 
@@ -28,4 +29,12 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_LAZY[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("popcompile")
     raise AttributeError(f"module 'popcompile' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

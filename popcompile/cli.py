@@ -86,12 +86,26 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
+class _Version(argparse.Action):
+    """Reads the version where it is asked for: that takes as long as all the rest of the help."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from popcompile import __version__
+
+        show(f"popcompile {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="popcompile",
         description="Compile a Hugging Face decoder into an ONNX Runtime package whose prefill skips the layers that"
         " prompts do not need.",
     )
+    parser.add_argument("--version", action=_Version, help="print popcompile's version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_convert(commands)
     _add_analyze(commands)

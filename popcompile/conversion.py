@@ -175,7 +175,7 @@ def convert(
     with staged(out, force) as folder:
         try:
             compilation = _Compilation(program, folder, report_progress)
-            compilation.run(canonicalization())
+            compilation.run(canonicalization(), "canonicalize")
             plan = make_plan(
                 program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress
             )
@@ -333,11 +333,12 @@ class _Compilation:
         traced = print_graph(program.graphs["model"], "model")
         (self._texts / "traced.model.txt").write_text(traced, encoding="utf-8")
 
-    def run(self, passes: Sequence[Pass]) -> None:
+    def run(self, passes: Sequence[Pass], step: str = "compile") -> None:
+        """step: of the progress that is reported."""
         done = len(self._records)
 
         def observe(index: int, compiler_pass: Pass, stage: str, before: str, after: str) -> None:
-            self._progress("compile", done + index + 1, done + len(passes))
+            self._progress(step, index + 1, len(passes))
             if before != after:
                 path = self._texts / f"{done + index:02d}-{compiler_pass.name}.{stage}.txt"
                 path.write_text(after, encoding="utf-8")

@@ -12,7 +12,8 @@ from tqdm import tqdm
 Steps = Mapping[str, tuple[int, int]]
 CONVERT_STEPS: Steps = {
     "trace": (0, 2),
-    "sample": (2, 20),
+    "canonicalize": (2, 3),
+    "sample": (3, 20),
     "calibrate": (20, 30),
     "choose": (30, 60),
     "refine": (60, 82),
@@ -30,7 +31,7 @@ BENCH_STEPS: Steps = {"compile": (0, 5), "load": (5, 10), "measure": (10, 100)}
 @contextmanager
 def progress_bar(steps: Steps) -> Iterator[Callable[[str, int, int], None]]:
     """Yields the `progress` argument of `convert`, `analyze`, `evaluate` and `bench`."""
-    bar_format = "{desc:10}{bar}{percentage:4.0f}%"
+    bar_format = "{desc:13}{bar}{percentage:4.0f}% {elapsed}"
     with tqdm(
         total=100, disable=sys.stderr is None or not sys.stderr.isatty(), bar_format=bar_format, leave=False
     ) as bar:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def test_help_of_every_command(cli: Cli) -> None:
         assert name in out
         status, text, err = cli.run(name, "--help")
         assert (status, err) == (0, "") and f"example: popcompile {name}" in text
+
+
+def test_version(cli: Cli) -> None:
+    import popcompile as package
+
+    assert cli.run("--version") == (0, f"popcompile {package.__version__}\n", "")
+    assert package.__version__ == version("popcompile")
+    assert {"convert", "load", "__version__"} <= set(dir(package))
 
 
 def test_a_process_ends_as_main_says() -> None:

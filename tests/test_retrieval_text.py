@@ -57,7 +57,7 @@ def test_every_answer_stands_in_the_list(tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def test_long_texts(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of a window of 256 tokens: lines have fewer tokens together than each on its own, the more the longer the text."""
+    """Those of a window of 256 tokens: many lines have fewer tokens together than each on its own."""
     text = retrieval_text(tokenizer, 4, 1024, 563, seed=1)
     assert text is not None and text.rows.shape == (4, 1024) and text.answers[:, 819:].any(1).all()
 
