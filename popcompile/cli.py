@@ -128,80 +128,90 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", type=name, help="hub id, local folder, or .gguf file")
     parser.add_argument("out", metavar="OUT", type=path, help="folder that the package appears at")
-    parser.add_argument("--prune", metavar="N", help="layers that prefill skips: auto (default), a count, a fraction")
-    parser.add_argument("--layers", metavar="LIST", help="which layers to skip, for example 20-29,17")
-    parser.add_argument(
-        "--window",
-        metavar="N",
-        type=POSITIVE,
-        help="tokens at the end of a prompt that take the whole model (default 64; 1 is the paper's)",
-    )
-    parser.add_argument(
-        "--prompt-tokens",
-        metavar="N",
-        type=POSITIVE,
-        help="length of the prompts that --prune auto chooses layers and window for (default 1024)",
-    )
-    parser.add_argument(
+    parser.add_argument("--force", action="store_true", help="replace the package at OUT")
+
+    pruning = parser.add_argument_group("what prefill skips")
+    pruning.add_argument("--prune", metavar="N", help="how many layers: auto (default), a count, a fraction")
+    pruning.add_argument("--layers", metavar="LIST", help="which layers, for example 20-29,17")
+    pruning.add_argument(
         "--max-kl",
         metavar="X",
         type=NATS,
         help="what --prune auto may cost: KL in nats of the first token and of answers in the prompt (default 0.05)",
     )
-    parser.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
-    parser.add_argument(
+    pruning.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
+    pruning.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=POSITIVE,
+        help="length of the prompts that --prune auto chooses layers and window for (default 1024)",
+    )
+    pruning.add_argument(
+        "--window",
+        metavar="N",
+        type=POSITIVE,
+        help="tokens at the end of a prompt that take the whole model (default 64; 1 is the paper's)",
+    )
+
+    calibration = parser.add_argument_group("what takes the place of skipped layers")
+    calibration.add_argument(
         "--kv-projection", metavar="KIND", help="calibrated (default), or layer: the pruned layers' own weights"
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--calibration",
         default="self",
         metavar="FILE",
         type=name,
-        help="a .txt or .jsonl file, or self (default): no data needed",
+        help="text to calibrate on: a .txt or .jsonl file, or self (default), sampled from the model",
     )
-    parser.add_argument("--calibration-texts", metavar="N", type=POSITIVE, default=104, help="default 104")
-    parser.add_argument(
+    calibration.add_argument(
+        "--calibration-texts", metavar="N", type=POSITIVE, default=104, help="pieces of that text (default 104)"
+    )
+    calibration.add_argument(
         "--refinement-steps",
         metavar="N",
         type=COUNT,
         default=64,
-        help="after the closed form; default 64, 0 for none",
+        help="steps of gradient descent after the fit in closed form (default 64; 0 for none)",
     )
-    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
-    parser.add_argument(
+    calibration.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
+
+    package = parser.add_argument_group("the package")
+    package.add_argument(
         "--layout",
         default="split",
         metavar="KIND",
         help="split (default): prefill.onnx and decode.onnx; unified: model.onnx, for runtimes that load one graph",
     )
-    parser.add_argument(
+    package.add_argument(
         "--dtype",
         metavar="TYPE",
         help="fp32, fp16, bf16, int8, int4 or w8a8 (default: fp32 on cpu, fp16 on cuda); int8 and int4 round weights,"
         " w8a8 multiplies in int8, for prompts on the CPU",
     )
-    parser.add_argument(
+    package.add_argument(
         "--block-size",
         metavar="N",
         type=POSITIVE,
         default=32,
         help="of int8, int4 and w8a8: inputs that share a scale (default 32)",
     )
-    parser.add_argument(
+    package.add_argument(
         "--provider",
         default="cpu",
         metavar="NAME",
         help="to lower the graphs for: cpu (default) or cuda; genai_config.json names it",
     )
-    parser.add_argument(
+
+    source = parser.add_argument_group("the model")
+    source.add_argument(
         "--adapter", metavar="DIR", type=name, help="a PEFT adapter (LoRA) to merge into the weights, or a hub id"
     )
-    parser.add_argument(
+    source.add_argument(
         "--gguf-file", metavar="NAME", type=name, help="the GGUF file to take from the folder or hub id MODEL"
     )
-    parser.add_argument("--random-weights", action="store_true", help="take only the config, for measurements")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
-    parser.add_argument("--force", action="store_true", help="replace the package at OUT")
+    source.add_argument("--random-weights", action="store_true", help="take only the config, for measurements")
+    source.add_argument("--trust-remote-code", action="store_true", help="run model code that the checkpoint brings")
 
 
 def _convert(options: argparse.Namespace) -> None:
