@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -247,6 +248,7 @@ def _convert(options: argparse.Namespace) -> None:
             progress=progress,
         )
     report = json.loads((options.out / REPORT).read_bytes())
+    shown = shlex.quote(str(options.out))
     if not report.get("choice", {}).get("met", True):
         allowed = {"--max-kl": options.max_kl, "--max-ppl-ratio": options.max_ppl_ratio}
         budget = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
@@ -254,15 +256,29 @@ def _convert(options: argparse.Namespace) -> None:
             f"popcompile: no pruning meets the budget ({budget or 'the default'}); prefill skips the last layer only,"
             " which costs nothing"
         )
-    cost = ""
-    if quality := report.get("quality"):
-        cost = (
-            f"; on {quality['text']}: first-token KL {quality['loss']['first_token_kl']:.3f} nats, perplexity"
-            f" {quality['loss']['ppl_ratio']:.3f}x"
-        )
-    show(
+    size = sum(file["size"] for file in manifest.files.values()) / 1e6
+    window = f"; the last {manifest.window} tokens of a prompt take every layer" if manifest.window > 1 else ""
+    lines = [
         f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
-        f" ({format_layers(manifest.pruned)}){cost}; see `popcompile inspect {options.out}`"
+        f" ({format_layers(manifest.pruned)}){window}",
+        f"made in {report['seconds']:.0f} s, {size:.0f} MB",
+        _quality_line(report.get("quality"), shown),
+        f"next: popcompile run {shown} --prompt TEXT, popcompile bench {shown}, popcompile inspect {shown}",
+    ]
+    show("\n".join(lines))
+
+
+def _quality_line(quality: dict[str, Any] | None, shown: str) -> str:
+    """What a package's quality is, or what measures it."""
+    if quality is None:
+        return f"quality: not measured; popcompile evaluate {shown} --save measures it"
+    loss = quality["loss"]
+    answers = ""
+    if loss["retrieval_kept"] is not None:
+        answers = f", {loss['retrieval_kept']:.1%} of answers in the prompt kept"
+    return (
+        f"quality on {quality['text']}: first-token KL {loss['first_token_kl']:.3f} nats, perplexity"
+        f" {loss['ppl_ratio']:.3f}x{answers}"
     )
 
 

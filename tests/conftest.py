@@ -169,7 +169,7 @@ def tiny_package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     parent = tmp_path_factory.mktemp("packages")
     done = popcompile("convert", tiny_checkpoint, parent / "out", "--prune", "1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{parent / 'out'}: 2 layers, prefill skips 1 (1)") and done.stdout.count("\n") == 1
+    assert done.stdout.startswith(f"{parent / 'out'}: 2 layers, prefill skips 1 (1)") and done.stdout.count("\n") == 4
     assert [path.name for path in parent.iterdir()] == ["out"]
     return parent / "out"
 
