@@ -1,4 +1,4 @@
-"""Print the README's table of families from the results of their tests: python tests/family_table.py"""
+"""Print passes/README.md's table of families from the results of their tests: python tests/family_table.py"""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _assert_equals_full_model(runtime: Runtime, model: PreTrainedModel, atol: fl
 def test_a_calibrated_package_beats_the_papers(unified_package: Path) -> None:
     """Measured on prose that calibration has not seen, beside the layers' own projections.
 
-    With the default of 104 texts and 128 steps KL is a fourth of the paper's (README); here it is quick.
+    With the default of 104 texts and 128 steps KL is a fourth of the paper's (popcompile/README.md); here it is quick.
     """
     frontier = json.loads((unified_package / REPORT).read_text())["choice"]["frontier"]
     assert [row["refined"] for row in frontier] == [True, False]
