@@ -95,25 +95,46 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Compile `model` (hub id, folder or GGUF file) into a package at `out`; returns the package's manifest.
+    """Compile `model` into a package at `out`, which appears whole or not at all; returns the package's manifest.
 
-    prune: how many layers prefill skips, a count or a fraction, or "auto", the default: as many as the budget allows,
-    max_kl (KL in nats of the first token and of answers that stand in the prompt, default 0.05) and max_ppl_ratio
-    (perplexity over the whole model's), measured on held-out text. layers: which ones ("20-29,17"). window: how many
-    tokens at the end of a prompt take the whole model, 64 by default, or a quarter of a shorter context; prompts that
-    are no longer are encoded in full. 1 is the paper's, without answers among the text. With "auto" and no window it is
-    a half or a quarter of that where prompts of prompt_tokens tokens, by default 1,024, gain 5% by it within the
-    budget. kv_projection: "calibrated",
-    the default, or "layer", the layers' own weights.
-    calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of it.
-    refinement_steps: of gradient descent after the closed form, 0 for none. seed: of what is sampled. With
-    random_weights nothing is measured by default: a third of the layers, their own weights. dtype: of weights and
-    activations, "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or "bf16" on CUDA; with "int8" and
-    "int4" the weights of linear layers are quantized in blocks of block_size input features, and with "w8a8", on the
-    CPU, most of these layers multiply in int8, with a scale for every token. provider: what the graphs are lowered for
-    and what onnxruntime-genai is told to run on, "cpu" or "cuda". layout: "split", prefill.onnx and decode.onnx, or
-    "unified", model.onnx alone. adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
-    `out` appears whole or not at all. Raises PopcompileError for what the user can fix.
+    model: hub id ("org/name", also "org/name@revision"), folder with safetensors, or GGUF file.
+
+    What prefill skips:
+        prune: how many layers, a count or a fraction of them, or "auto", the default: as many as the budget allows.
+        layers: which ones, "20-29,17"; in place of `prune`.
+        max_kl, max_ppl_ratio: the budget of "auto", measured on held-out text: KL in nats against the whole model, of
+            the first token and of answers that stand in the prompt (default 0.05), and perplexity over the whole
+            model's.
+        prompt_tokens: the length of the prompts that layers and window are chosen for, 1,024 by default.
+        window: how many tokens at a prompt's end run through the whole model, so that shorter prompts are encoded in
+            full. 64 by default, or a quarter of a shorter context; "auto" takes a half or a quarter of that where
+            prompts of `prompt_tokens` gain 5% by it within the budget. 1 is the paper's, without answers among the
+            text.
+
+    What takes the place of skipped layers:
+        kv_projection: "calibrated", the default, or "layer", the layers' own weights.
+        calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of it.
+        refinement_steps: of gradient descent after the fit in closed form, 0 for none.
+        seed: of what is sampled.
+
+    What is written:
+        layout: "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone.
+        dtype: of weights and activations: "fp32" (the default) or "fp16" on the CPU, "fp16" (the default) or "bf16" on
+            CUDA. With "int8" and "int4" the weights of linear layers are quantized, in blocks of `block_size` input
+            features; with "w8a8", on the CPU, most of these layers multiply in int8, with a scale for every token.
+        provider: what the graphs are lowered for and what onnxruntime-genai is told to run on, "cpu" or "cuda".
+        force: replace a package at `out`.
+
+    The model:
+        adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
+        gguf_file: which GGUF file of a folder or a hub id.
+        random_weights: take the config alone; by default a third of the layers is skipped then, with their own
+            weights, and nothing is measured.
+        trust_remote_code: run model code that the checkpoint brings.
+
+    progress(step, done, total) is called as work is done, in the step's own unit.
+
+    Raises PopcompileError for what the user can fix.
     """
     out = Path(out)
     _require_choice("--provider", provider, PROVIDERS)
