@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,25 +120,28 @@ class PassManager:
     def run(self, program: Program) -> list[PassRecord]:
         """Transform `program` in place and return one record per pass. Raises ContractError."""
         records: list[PassRecord] = []
-        nodes, flops = self._measure(program)
-        texts = self._texts(program)
+        nodes, flops = self._measure(program.graphs)
+        texts = {stage: print_graph(gm, stage) for stage, gm in program.graphs.items()} if self.observe else {}
         for index, compiler_pass in enumerate(self.passes):
             if self.progress:
                 self.progress(compiler_pass.name)
             compiler_pass.program = program
             started = time.perf_counter()
-            changed = False
+            changed: dict[str, fx.GraphModule] = {}
             for stage in [s for s in compiler_pass.stages if s in program.graphs]:
-                gm = program.graphs[stage]
-                result = _apply(compiler_pass, gm)
-                changed |= result.modified
+                before = dict(program.graphs)
+                result = _apply(compiler_pass, before[stage])
                 if stage in program.graphs:
                     program.graphs[stage] = result.graph_module
-                for graph_module in program.graphs.values():
-                    compiler_pass.check_form(graph_module)
-                    graph_module.recompile()
+                for name, graph_module in program.graphs.items():
+                    if name == stage or graph_module is not before.get(name):
+                        compiler_pass.check_form(graph_module)
+                        if result.modified:
+                            graph_module.recompile()
+                            changed[name] = graph_module
             seconds = time.perf_counter() - started
-            nodes_after, flops_after = self._measure(program) if changed else (nodes, flops)
+            nodes_changed, flops_changed = self._measure(changed)
+            nodes_after, flops_after = nodes | nodes_changed, flops | flops_changed
             records.append(
                 PassRecord(
                     name=compiler_pass.name,
@@ -153,19 +156,23 @@ class PassManager:
             )
             nodes, flops = nodes_after, flops_after
             if self.observe:
-                texts_after = self._texts(program) if changed else texts
+                texts_after = {
+                    stage: print_graph(gm, stage) if stage in changed else texts[stage]
+                    for stage, gm in program.graphs.items()
+                }
                 for stage, text in texts_after.items():
                     self.observe(index, compiler_pass, stage, texts.get(stage, texts.get("model", "")), text)
                 texts = texts_after
         return records
 
-    def _measure(self, program: Program) -> tuple[dict[str, int], dict[str, int]]:
-        """Node counts and FLOPs of both stages. Before the split, the one graph is what both stages would run."""
-        stages = {stage: program.graphs.get(stage) or program.graphs["model"] for stage in ("prefill", "decode")}
+    def _measure(self, graphs: Mapping[str, fx.GraphModule]) -> tuple[dict[str, int], dict[str, int]]:
+        """Node counts and FLOPs of the stages among these graphs. Before the split, the one graph is what both stages
+        would run.
+        """
+        stages = {
+            stage: gm for stage in ("prefill", "decode") if (gm := graphs.get(stage) or graphs.get("model")) is not None
+        }
         return (
             {stage: sum(not is_size(n) for n in call_nodes(gm)) for stage, gm in stages.items()},
             {stage: total_flops(gm, stage) for stage, gm in stages.items()},
         )
-
-    def _texts(self, program: Program) -> dict[str, str]:
-        return {stage: print_graph(gm, stage) for stage, gm in program.graphs.items()} if self.observe else {}
