@@ -20,12 +20,13 @@ from popcompile.arguments import SEED
 from popcompile.checkpoint import Checkpoint
 from popcompile.errors import PopcompileError
 from popcompile.execution import Reader, fast_products, held_in_memory, materialise
-from popcompile.importance import Importance, importance, random_stream
+from popcompile.importance import importance, random_stream
 from popcompile.loading import quiet, reading
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
 from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
 from popcompile.positions import context_length
+from popcompile.report import Importance
 from popcompile.self_sampling import random_starts, sample
 from popcompile.source import Source, open_source
 from popcompile.tensor_names import settle_ties

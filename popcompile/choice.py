@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 
 from popcompile.calibration import Calibration, calibrate
-from popcompile.held_out import HeldOut, Loss
+from popcompile.held_out import HeldOut
 from popcompile.hidden_states import HiddenStates
 from popcompile.refinement import refine
+from popcompile.report import Loss
 
 #: the share of layers that `auto` prunes at most
 MOST = 0.6

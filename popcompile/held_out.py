@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,48 +26,13 @@ from popcompile.hidden_states import HiddenStates, at_positions
 from popcompile.layerwise import LayerwiseModel, Tokens
 from popcompile.predictions import Comparison, compare
 from popcompile.pruned_prefill import Prompts, last_hidden_state
+from popcompile.report import Loss
 from popcompile.retrieval_text import RetrievalText
 
 #: rows that are run together
 _BATCH = 4
 #: probes per row, at most; the tokens of their windows, unless these are two probes; and of the shortest one's context
 _PROBES, _PROBED_TOKENS, _EARLIEST = 32, 128, 32
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What pruning costs against the whole model; KL(whole || pruned) in nats.
-
-    first_token_kl, its standard error over rows (NaN for one row), first_token_agreement: of tokens after a prompt.
-    kl: of the continuation's tokens after that one, teacher-forced; agreement, ppl_ratio: of all of its tokens.
-    Agreement is that of the likeliest token.
-    Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
-    likeliest to the whole model; of these, retrieval_kl, its standard error over rows, and retrieval_kept, the share
-    that is the likeliest after pruning as well. None: not measured, or nothing found; the error: in one row at most.
-    """
-
-    first_token_kl: float
-    first_token_kl_error: float
-    first_token_agreement: float
-    kl: float
-    agreement: float
-    ppl_ratio: float
-    retrieval_found: float | None = None
-    retrieval_kl: float | None = None
-    retrieval_kept: float | None = None
-    retrieval_kl_error: float | None = None
-
-    @property
-    def worst_kl(self) -> float:
-        """Of the first token, or of answers found in the prompt: what the choice of layers goes by."""
-        return max(self.first_token_kl, self.retrieval_kl or 0.0)
-
-    @property
-    def worst_kl_error(self) -> float:
-        """The standard error of worst_kl; NaN where it is not known."""
-        if self.worst_kl == self.first_token_kl:
-            return self.first_token_kl_error
-        return math.nan if self.retrieval_kl_error is None else self.retrieval_kl_error
 
 
 class HeldOut:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,24 +26,10 @@ from popcompile.passes.graph import clone_module, find, inputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import GATES, Per
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
+from popcompile.report import Importance
 
 #: prefixes of every text that are texts of their own, one forward and one backward pass each
 PREFIXES = 8
-
-
-@dataclass(frozen=True)
-class Importance:
-    """Entry i of every list belongs to layer i, or, where layers have `blocks`, to block i % len(blocks) of layer
-    i // len(blocks). Numbers are squared derivatives of nats by a gate, without unit.
-
-    The errors are standard errors of the mean over texts, NaN for a single text.
-    """
-
-    prefill: list[float]
-    decode: list[float]
-    prefill_error: list[float]
-    decode_error: list[float]
-    blocks: tuple[str, ...] = ()
 
 
 @torch.enable_grad()

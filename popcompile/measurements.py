@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from popcompile.held_out import Loss
-from popcompile.importance import Importance
-from popcompile.passes.flops import REFERENCE_SIZES
+from popcompile.report import REFERENCE_TOKENS, Importance, Loss
 
 if TYPE_CHECKING:
     from popcompile.package import Manifest
@@ -149,7 +147,7 @@ def _choice(entry: dict[str, Any], num_layers: int, window: int) -> LayerChoice:
         max_kl=_number_or_none(budget["max_kl"]),
         max_ppl_ratio=_number_or_none(budget["max_ppl_ratio"]),
         met=bool(entry["met"]),
-        prompt_tokens=_whole(entry.get("prompt_tokens", REFERENCE_SIZES["prefill"]["sequence"])),
+        prompt_tokens=_whole(entry.get("prompt_tokens", REFERENCE_TOKENS)),
         frontier=points,
     )
 

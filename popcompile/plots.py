@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # importing matplotlib takes a second
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from popcompile.importance import Importance
     from popcompile.measurements import LayerChoice, Point
+    from popcompile.report import Importance
 
 _FORMATS = (".svg", ".png")
 _STAGES: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from popcompile.held_out import Loss
 from popcompile.measurements import LayerChoice, Measurements, Quality
 from popcompile.package import Manifest
+from popcompile.report import Loss
 from popcompile.selection import format_layers
 
 

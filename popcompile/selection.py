@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 
 from popcompile.arguments import shortened
 from popcompile.errors import PopcompileError
@@ -115,7 +116,6 @@ def _layers(num_layers: int, text: str) -> list[int]:
 
 def format_layers(layers: list[int]) -> str:
     """[17, 20, 21, 22] -> "17,20-22"; no layers -> "none"."""
-    from popcompile.passes.graph import runs
-
-    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs(layers)]
-    return ",".join(parts) or "none"
+    groups = groupby(enumerate(layers), lambda place: place[1] - place[0])
+    runs = [[layer for _, layer in group] for _, group in groups]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"

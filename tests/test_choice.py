@@ -14,8 +14,8 @@ from test_evaluation import save_tiny, save_words
 
 import popcompile
 from popcompile.choice import Budget, Candidate, Search, first_candidate
-from popcompile.held_out import Loss
 from popcompile.package import REPORT, read_manifest
+from popcompile.report import Loss
 from popcompile.verify import verify
 
 LAYERS = 6

@@ -19,10 +19,11 @@ from popcompile.analysis import sample_texts, source_tokenizer
 from popcompile.calibration import Calibration, calibrate
 from popcompile.checkpoint import Checkpoint
 from popcompile.execution import materialise
-from popcompile.held_out import HeldOut, Loss
+from popcompile.held_out import HeldOut
 from popcompile.hidden_states import HiddenStates
 from popcompile.layerwise import LayerwiseModel
 from popcompile.passes import PassManager, canonicalization
+from popcompile.report import Loss
 from popcompile.source import open_source
 from popcompile.tracing import trace
 

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib import resources
@@ -245,6 +247,15 @@ def test_plots_are_elements_and_the_same_every_time(full: Path) -> None:
     assert frontier_svg(choice) == frontier_svg(choice)
     assert ">budget<" in frontier_svg(choice) and ">chosen, window 16<" in frontier_svg(choice)
     assert "pruned in prefill" in flops_svg(report["layers"], 1024)
+
+
+@pytest.mark.parametrize("module", ["inspection", "html_report", "package", "selection", "integrity", "compatibility"])
+def test_reading_a_package_loads_no_compiler(module: str) -> None:
+    """`inspect` answers at once."""
+    heavy = ("torch", "transformers", "onnxruntime", "popcompile.passes.base", "matplotlib")
+    code = f"import sys, popcompile.{module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_best_of_every_number(full: Path) -> None:

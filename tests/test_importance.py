@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from popcompile.analysis import importance_rows
 from popcompile.cli import main
-from popcompile.importance import Importance, importance, prefix_lengths, random_stream
+from popcompile.importance import importance, prefix_lengths, random_stream
 from popcompile.passes.printing import print_graph
 from popcompile.plots import importance_svg
+from popcompile.report import Importance
 from popcompile.self_sampling import random_starts
 
 TEXTS, LENGTH, PREFIXES = 5, 12, 3

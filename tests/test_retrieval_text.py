@@ -12,7 +12,8 @@ from conftest import tiny_llama, transformers_forward
 from reference import pop_prefill
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from popcompile.held_out import HeldOut, Loss
+from popcompile.held_out import HeldOut
+from popcompile.report import Loss
 from popcompile.retrieval_questions import DEPTHS, KINDS, questions
 from popcompile.retrieval_text import RetrievalText, retrieval_text
 from popcompile.texts import default_texts

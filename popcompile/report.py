@@ -1,0 +1,60 @@
+"""What report.json says in numbers. Whoever reads a report imports this, and neither torch nor the compiler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: tokens of the prompts that FLOPs in a report are of, where it does not say (passes/flops.py)
+REFERENCE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What pruning costs against the whole model; KL(whole || pruned) in nats.
+
+    first_token_kl, its standard error over rows (NaN for one row), first_token_agreement: of tokens after a prompt.
+    kl: of the continuation's tokens after that one, teacher-forced; agreement, ppl_ratio: of all of its tokens.
+    Agreement is that of the likeliest token.
+    Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
+    likeliest to the whole model; of these, retrieval_kl, its standard error over rows, and retrieval_kept, the share
+    that is the likeliest after pruning as well. None: not measured, or nothing found; the error: in one row at most.
+    """
+
+    first_token_kl: float
+    first_token_kl_error: float
+    first_token_agreement: float
+    kl: float
+    agreement: float
+    ppl_ratio: float
+    retrieval_found: float | None = None
+    retrieval_kl: float | None = None
+    retrieval_kept: float | None = None
+    retrieval_kl_error: float | None = None
+
+    @property
+    def worst_kl(self) -> float:
+        """Of the first token, or of answers found in the prompt: what the choice of layers goes by."""
+        return max(self.first_token_kl, self.retrieval_kl or 0.0)
+
+    @property
+    def worst_kl_error(self) -> float:
+        """The standard error of worst_kl; NaN where it is not known."""
+        if self.worst_kl == self.first_token_kl:
+            return self.first_token_kl_error
+        return math.nan if self.retrieval_kl_error is None else self.retrieval_kl_error
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Entry i of every list belongs to layer i, or, where layers have `blocks`, to block i % len(blocks) of layer
+    i // len(blocks). Numbers are squared derivatives of nats by a gate, without unit.
+
+    The errors are standard errors of the mean over texts, NaN for a single text.
+    """
+
+    prefill: list[float]
+    decode: list[float]
+    prefill_error: list[float]
+    decode_error: list[float]
+    blocks: tuple[str, ...] = ()
