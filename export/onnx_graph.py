@@ -26,10 +26,10 @@ from onnx_ir.passes.common import (
 )
 from torch import fx
 
-from popcompile.loading import errors_only
 from popcompile.passes import Program
 from popcompile.passes.graph import clone_module, inputs_of, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
+from popcompile.quiet import errors_only
 from popcompile.upstream import FakeTensorMode, own_tensors
 
 from .branches import choose_by_tokens

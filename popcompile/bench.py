@@ -26,11 +26,11 @@ import psutil
 from popcompile.arguments import SEED
 from popcompile.bench_process import WorkerProcess
 from popcompile.bench_subjects import Subject, find_peers, package_subject, require_runtime
-from popcompile.conversion import Progress
 from popcompile.errors import PopcompileError
 from popcompile.gpu import gpu_name
 from popcompile.graph_check import check_package
 from popcompile.package import Manifest, read_manifest
+from popcompile.progress import Progress
 from popcompile.runtime import find_provider
 from popcompile.variants import Variants
 

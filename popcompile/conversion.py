@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +55,7 @@ from popcompile.paths import require_utf8
 from popcompile.plan import MAX_KL, PROMPT_TOKENS, Options, Plan, make_plan, needs_weights
 from popcompile.positions import context_length
 from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
+from popcompile.progress import Progress
 from popcompile.refinement import STEPS
 from popcompile.selection import parse_request, require_request
 from popcompile.source import Source, open_source
@@ -64,9 +65,6 @@ from popcompile.texts import read_texts
 from popcompile.tracing import trace
 
 KV_PROJECTIONS = ("calibrated", "layer")
-
-#: progress(step, done, total): done and total in the step's own unit
-Progress = Callable[[str, int, int], Any]
 
 
 def convert(

@@ -30,12 +30,12 @@ from transformers import PreTrainedTokenizerBase
 from popcompile.arguments import SEED
 from popcompile.bootstrap import CONFIDENCE, RESAMPLES, estimate
 from popcompile.code_problems import Problem, complete, passes, read_problems, require_room
-from popcompile.conversion import Progress
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.package import Manifest, read_manifest
 from popcompile.package_configs import load_tokenizer
 from popcompile.predictions import compare
+from popcompile.progress import Progress
 from popcompile.retrieval_questions import KINDS, Question, is_answered, questions
 from popcompile.runtime import KVCache, Runtime, find_provider
 from popcompile.texts import default_texts, read_texts, windows

@@ -27,8 +27,9 @@ from popcompile.arguments import SEED
 from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
 from popcompile.generation import PopForCausalLM
-from popcompile.loading import errors_only, one_line, quiet
+from popcompile.loading import one_line, quiet
 from popcompile.package_configs import load_tokenizer
+from popcompile.quiet import errors_only
 from popcompile.runtime import KVCache, Runtime, Stage
 from popcompile.variants import with_full_model
 

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import stat
 import sys
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.errors import PopcompileError
+from popcompile.quiet import errors_only
 from popcompile.regular_file import read_regular
 
 CONFIG_BYTES = 10 * 2**20
@@ -110,17 +110,3 @@ def quiet() -> Iterator[None]:
         errors_only("transformers", "huggingface_hub"),
     ):
         yield
-
-
-@contextlib.contextmanager
-def errors_only(*names: str) -> Iterator[None]:
-    """Loggers without what is less than an error."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -9,7 +9,7 @@ only to write them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from popcompile.passes import Program
 from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
 from popcompile.passes.graph import runs, shape_of
 from popcompile.passes.layers import layer_output, projected_kv
+from popcompile.progress import Progress
 from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
@@ -37,8 +38,6 @@ from popcompile.selection import Request
 MAX_KL = 0.05
 #: tokens of the prompts that the choice is made for, as far as the context goes
 PROMPT_TOKENS = 1024
-
-Progress = Callable[[str, int, int], Any]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
+
+#: progress(step, done, total): done and total in the step's own unit
+Progress = Callable[[str, int, int], Any]
 
 #: what share of a command's time has passed when a step begins and ends, in percent
 Steps = Mapping[str, tuple[int, int]]

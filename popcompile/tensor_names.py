@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from popcompile.errors import PopcompileError
-from popcompile.loading import errors_only, one_line
+from popcompile.loading import one_line
+from popcompile.quiet import errors_only
 from popcompile.source import Source
 from popcompile.upstream import (
     WeightConverter,
