@@ -1,7 +1,7 @@
 """InsertKVProjection with calibrated maps, and InsertBypass: as text, and against the reference with the same maps.
 
-The texts in tests/graphs/calibrated-NN-Pass.prefill.txt are of a tiny Llama with three layers whose middle one is
-pruned, as the inner-NN-... ones of test_passes.py; `--update-graphs` rewrites them.
+The texts in tests/graphs/calibrated-Pass.prefill.txt are of a tiny Llama with three layers whose middle one is
+pruned, as the inner-... ones of test_passes.py; `--update-graphs` rewrites them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from conftest import Inputs, make_inputs, materialise, run_graph, tiny_gemma3, t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pop_prefill
-from steps import GRAPHS, PASSES, Step, assert_close, numbered, rows, run_onnx
+from steps import GRAPHS, Step, assert_close, numbered, rows, run_onnx
 from torch import Tensor, fx
 from transformers import Olmo2Config, Phi3Config, PreTrainedModel
 
@@ -62,7 +62,7 @@ def texts() -> dict[str, str]:
     for compiler_pass in pruning([1], [1], [1]):
         PassManager([compiler_pass]).run(program)
         if (name := compiler_pass.name) in ("InsertKVProjection", "InsertBypass"):
-            file = f"calibrated-{PASSES.index(name):02d}-{name}.prefill.txt"
+            file = f"calibrated-{name}.prefill.txt"
             found[file] = print_graph(program.graphs["prefill"], "prefill")
     return found
 
