@@ -1,37 +1,15 @@
 """The compiler: passes over FX graphs, one file each.
 
-`canonicalization`, `pruning` and `lowering` list them in order. See base.py for what a pass is, ops.py for the node
-vocabulary.
+pipeline.py lists them in order, base.py says what a pass is, ops.py is the node vocabulary, README.md how it all works.
 """
 
-from collections.abc import Iterable
-
-from .annotate_layers import AnnotateLayers
 from .base import Pass, PassManager, PassRecord, Program
-from .cleanup import Cleanup
 from .contract import ContractError
-from .fold_parameters import FoldParameters
-from .fuse_rms_norm import FuseRMSNorm
-from .fuse_rotary_embedding import FuseRotaryEmbedding
-from .fuse_skip_rms_norm import FuseSkipRMSNorm
-from .insert_boundary_recompute import InsertBoundaryRecompute
-from .insert_bypass import InsertBypass
-from .insert_kv_projection import InsertKVProjection
 from .insert_virtual_gates import InsertVirtualGates
-from .lower_attention import LowerAttention
-from .lower_experts import ExpertKernels, LowerExperts
-from .lower_linear import LowerLinear
-from .lower_rms_norm import LowerRMSNorm
-from .lower_rotary_embedding import LowerRotaryEmbedding
-from .normalize import Normalize
-from .pack_qkv import PackQKV
-from .pad_heads import AttentionKernels, PadHeads
-from .prune_lm_head import PruneLMHead
-from .prune_prefill import PrunePrefill
-from .quantize_dynamic import QuantizeDynamic
-from .quantize_linear import Quantization, QuantizeLinear
-from .split_stages import SplitStages
-from .widen_logits import WidenLogits
+from .lower_experts import ExpertKernels
+from .pad_heads import AttentionKernels
+from .pipeline import canonicalization, lowering, pruning, transformations
+from .quantize_linear import Quantization
 
 __all__ = [
     "AttentionKernels",
@@ -48,59 +26,3 @@ __all__ = [
     "pruning",
     "transformations",
 ]
-
-
-def canonicalization() -> list[Pass]:
-    """The passes that bring a traced graph to the one form that all others read: fused patterns, layers and roles."""
-    return [Normalize(), FuseRMSNorm(), FuseRotaryEmbedding(), AnnotateLayers()]
-
-
-def pruning(
-    pruned: Iterable[int], calibrated: Iterable[int] = (), bypassed: Iterable[int] = (), window: int = 1
-) -> list[Pass]:
-    """The passes that split a canonical graph into stages and prune prefill; graphs stay runnable in PyTorch.
-
-    calibrated: pruned layers with a calibrated KV projection. bypassed: first layers of runs with a calibrated bypass.
-    window: tokens at the end of a prompt that take the whole model.
-    """
-    layers = sorted(set(pruned))
-    return [
-        SplitStages(),
-        PrunePrefill(layers),
-        InsertKVProjection(layers, calibrated),
-        InsertBoundaryRecompute(window),
-        InsertBypass(layers, bypassed),
-        PruneLMHead(),
-        Cleanup(),
-    ]
-
-
-def transformations(pruned: Iterable[int], window: int = 1) -> list[Pass]:
-    """From a traced graph to two stages."""
-    return [*canonicalization(), *pruning(pruned, window=window)]
-
-
-def lowering(
-    quantization: Quantization | None = None,
-    experts: ExpertKernels | None = None,
-    attention: AttentionKernels | None = None,
-) -> list[Pass]:
-    """The passes that bring both graphs to ONNX Runtime's operators.
-
-    quantization: of the weights of linear layers and experts. experts, attention: the provider's kernels.
-    """
-    return [
-        PadHeads(attention),
-        LowerAttention(),
-        PackQKV(),
-        LowerRotaryEmbedding(),
-        LowerRMSNorm(),
-        FuseSkipRMSNorm(),
-        *([QuantizeDynamic()] if quantization and quantization.dynamic else []),
-        *([QuantizeLinear(quantization)] if quantization else []),
-        LowerLinear(),
-        LowerExperts(experts or ExpertKernels(), quantization),
-        FoldParameters(),
-        WidenLogits(),
-        Cleanup(),
-    ]
