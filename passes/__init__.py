@@ -1,6 +1,6 @@
 """The compiler: passes over FX graphs, one file each.
 
-pipeline.py lists them in order, base.py says what a pass is, ops.py is the node vocabulary, README.md how it all works.
+pipeline.py lists them in order, base.py says what a pass is, ops.py is the node vocabulary, README.md how it works.
 """
 
 from .base import Pass, PassManager, PassRecord, Program

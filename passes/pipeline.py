@@ -1,5 +1,5 @@
-"""The passes in order, in three phases: one form for every model, a prefill without the pruned layers, and the operators
-of ONNX Runtime. Whoever adds a pass adds it here.
+"""The passes in order, in three phases: one form for every model, a prefill without pruned layers, and the operators of
+ONNX Runtime. Whoever adds a pass adds it here.
 """
 
 from collections.abc import Iterable
