@@ -377,7 +377,7 @@ class _Compilation:
             "pop_prefill": total_flops(prefill, "prefill"),
             "decode": total_flops(decode, "decode"),
         }
-        self.run(chosen.lowering())
+        self.run(chosen.lowering(), "lower")
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}
 
 

@@ -68,7 +68,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from popcompile.evaluation import require_options
     from popcompile.evaluation_report import evaluation_text, require_saveable, save_in_report
     from popcompile.package import read_manifest
-    from popcompile.progress import EVALUATE_STEPS, progress_bar
+    from popcompile.progress import EVALUATE_CODE_STEPS, EVALUATE_STEPS, progress_bar
 
     if options.tasks is None and (options.limit or options.include_path):
         raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
@@ -102,7 +102,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         from popcompile.evaluation import evaluate
 
         key, text_of = "evaluation", evaluation_text
-        with progress_bar(EVALUATE_STEPS) as progress:
+        with progress_bar(EVALUATE_CODE_STEPS if options.run_code else EVALUATE_STEPS) as progress:
             result = evaluate(
                 options.package,
                 options.text,

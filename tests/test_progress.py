@@ -15,6 +15,7 @@ from popcompile.progress import CONVERT_STEPS, progress_bar
 with progress_bar(CONVERT_STEPS) as progress:
     progress("trace", 0, 1)
     progress("weights", 1, 2)
+    progress("choose", 1, 2)
 """
 
 
@@ -32,6 +33,7 @@ def test_bar_on_a_terminal() -> None:
     finally:
         os.close(master)
     assert b"trace" in shown and b"weights" in shown and b"97%" in shown
+    assert b"choose" in shown and b"45%" not in shown, "it does not run backwards"
 
 
 def test_nothing_elsewhere() -> None:
