@@ -6,7 +6,7 @@ the budget. Of several such layers in a row the cheapest is skipped all the same
 that do what the deep ones below them do not, such as copying from far back, are kept, and shallower ones are skipped in
 their place: with the calibrated bypass a kept layer in the middle reads nearly what it did. Layers that were kept are
 tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
-sets.
+sets, where they are over the budget without it.
 
 A smaller window of tokens that take the whole model is sooner and loses more: it is tried on what was chosen, where it
 gains enough for prompts of the stated length.
@@ -120,14 +120,16 @@ class Search:
             maps = calibrate(few, pruned, products=torch.float32)
         return self._measured(pruned, _Maps(maps, refined=False), window)
 
-    def finish(self, pruned: list[int], window: int | None = None) -> Candidate:
-        """The set with its final maps: of all the text, and refined, if that helps."""
+    def finish(self, pruned: list[int], window: int | None = None, budget: Budget | None = None) -> Candidate:
+        """The set with its final maps: of all the text, and refined, if that helps. With a budget that it keeps to
+        without refinement, which takes a while and seldom gains much beside a window, it is left at that.
+        """
         if (known := self._final.get(tuple(pruned))) is not None:
             return self._measured(pruned, known, window)
         plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
         self._final[tuple(pruned)] = plain
         finished = self._measured(pruned, plain, window)
-        if self._states is None:
+        if self._states is None or (budget is not None and budget.spent(finished.loss) <= 1):
             return finished
         maps = refine(
             self._states, pruned, plain.maps, steps=self._steps, seed=self._seed,
@@ -174,12 +176,12 @@ class Search:
             spent = budget.spent(sets[count].loss)
             if (hoped(sets[count].loss) if left is None else spent * left) > 1:
                 continue
-            finished = self.finish(sets[count].pruned)
+            finished = self.finish(sets[count].pruned, budget=budget)
             remains = budget.spent(finished.loss)
             left = remains / max(spent, _ROUNDING)  # of the others as well, more or less: not each of them is tried
             if remains <= 1:
                 return self._with_smaller_window(finished, sets[: count + 1], budget, left)
-        return self.finish(sets[0].pruned)
+        return self.finish(sets[0].pruned, budget=budget)
 
     def _with_smaller_window(
         self, finished: Candidate, sets: Sequence[Candidate], budget: Budget, left: float
@@ -196,7 +198,7 @@ class Search:
                 break
             if pruned != finished.pruned and budget.spent(self.measure(pruned, window).loss) * left > 1:
                 continue
-            smaller = self.finish(pruned, window)
+            smaller = self.finish(pruned, window, budget)
             if budget.spent(smaller.loss) <= 1:
                 return smaller
         return finished
