@@ -31,6 +31,8 @@ WINDOW, WINDOWS = 64, 4
 _RETRIEVAL, _LISTED = 0.2, 32
 #: the same for each other one that decides or measures: answers differ more than first tokens do
 _RETRIEVAL_MEASURED = 2
+#: of such texts that are as long as prompts: tokens after the prompt, tokens of all of them, and the fewest
+_ASKED, _LONG_TOKENS, _FEWEST_LONG = 64, 16_384, 4
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,18 @@ class CalibrationText:
     source: str
     retrieval_held_out: RetrievalText | None = None
     retrieval_unseen: RetrievalText | None = None
+    retrieval_long: RetrievalText | None = None
 
     @property
     def prompt(self) -> int:
         """Tokens of a held-out text that are its prompt, four fifths; the others are its continuation."""
         return self.held_out.shape[1] * 4 // 5
+
+    @property
+    def long_prompt(self) -> int:
+        """Tokens of a text of retrieval_long that are its prompt."""
+        assert self.retrieval_long is not None
+        return self.retrieval_long.rows.shape[1] - _ASKED
 
 
 def calibration_text(
@@ -62,15 +71,18 @@ def calibration_text(
     *,
     texts: int = TEXTS,
     window: int = 1,
+    prompt_tokens: int = 0,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CalibrationText:
     """origin: "self" or a text file (popcompile/texts.py says of what kinds). program: canonical. window: tokens at a
-    prompt's end that take the whole model; texts are long enough for prompts of several windows.
+    prompt's end that take the whole model; texts are long enough for prompts of several windows. prompt_tokens: of
+    retrieval_long, which there is where that is more than the others' prompts have.
 
     Raises PopcompileError where the file cannot be used or the model's context is too short.
     """
     tokens = min(max(TOKENS, WINDOWS * window), program.max_positions)
+    long = min(prompt_tokens, program.max_positions - _ASKED)
     if tokens < _SHORTEST:
         raise PopcompileError(
             f"the model's context of {tokens} tokens is too short to calibrate on ({_SHORTEST} are needed); give"
@@ -78,7 +90,9 @@ def calibration_text(
         )
     if origin == SELF:
         rows = sample_texts(program, read, tokenizer, texts + 2 * HELD_OUT, tokens, seed, progress)
-        return _with_retrieval(_divided(rows, HELD_OUT, "text sampled from the model itself"), tokenizer, window, seed)
+        return _with_retrieval(
+            _divided(rows, HELD_OUT, "text sampled from the model itself"), tokenizer, window, long, seed
+        )
     documents = read_texts(Path(origin))
     if tokenizer is None:
         raise PopcompileError(f"--calibration {origin}: the model has no tokenizer; give --calibration {SELF}")
@@ -89,7 +103,7 @@ def calibration_text(
             f" give more text, or --calibration {SELF}"
         )
     divided = _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")
-    return _with_retrieval(divided, tokenizer, window, seed)
+    return _with_retrieval(divided, tokenizer, window, long, seed)
 
 
 def _divided(rows: Tensor, held_out: int, source: str) -> CalibrationText:
@@ -98,9 +112,12 @@ def _divided(rows: Tensor, held_out: int, source: str) -> CalibrationText:
 
 
 def _with_retrieval(
-    text: CalibrationText, tokenizer: PreTrainedTokenizerBase | None, window: int, seed: int
+    text: CalibrationText, tokenizer: PreTrainedTokenizerBase | None, window: int, long: int, seed: int
 ) -> CalibrationText:
-    """The text with self-made ones whose answers stand in them, where the tokenizer allows and they have the room."""
+    """The text with self-made ones whose answers stand in them, where the tokenizer allows and they have the room.
+
+    long: tokens of the prompts of retrieval_long.
+    """
     tokens, listed = text.calibration.shape[1], text.prompt - window
     if tokenizer is None or window == 1 or listed < _LISTED:
         return text
@@ -118,4 +135,12 @@ def _with_retrieval(
         calibration=torch.cat((text.calibration, fit.rows)),
         retrieval_held_out=decide,
         retrieval_unseen=measure,
+        retrieval_long=_long(tokenizer, long, window, seed) if long > text.prompt else None,
     )
+
+
+def _long(tokenizer: PreTrainedTokenizerBase, prompt: int, window: int, seed: int) -> RetrievalText | None:
+    tokens = prompt + _ASKED
+    count = max(_FEWEST_LONG, min(HELD_OUT, _LONG_TOKENS // tokens))
+    made = retrieval_text(tokenizer, count, tokens, prompt - window, random_stream(seed, "long retrieval"))
+    return made if made is not None and made.answers[:, prompt:].any(1).all() else None

@@ -8,8 +8,9 @@ their place: with the calibrated bypass a kept layer in the middle reads nearly 
 tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
 sets, where they are over the budget without it.
 
-A smaller window of tokens that take the whole model is sooner and loses more: it is tried on what was chosen, where it
-gains enough for prompts of the stated length.
+The longer a prompt, the more of its answers are lost: what was grown on short texts is decided on prompts of the length
+that the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on what
+was chosen, where it gains enough for such prompts.
 """
 
 from __future__ import annotations
@@ -75,13 +76,14 @@ def _share(loss: float, allowed: float) -> float:
 class Candidate:
     """A measured set of pruned layers. refined: its maps are, by gradients.
 
-    window: tokens at a prompt's end that take the whole model.
+    window: tokens at a prompt's end that take the whole model. asked_tokens: of the prompts in which answers stand.
     """
 
     pruned: list[int]
     loss: Loss
     refined: bool = False
     window: int = 1
+    asked_tokens: int | None = None
 
 
 #: how many times sooner than the whole model's a prefill is that skips these layers, with this window
@@ -101,11 +103,13 @@ class Search:
         seed: int = 0,
         windows: Sequence[int] = (),
         speedup: Speedup | None = None,
+        decides: HeldOut | None = None,
     ) -> None:
         """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement. windows: smaller
-        ones than held_out's that `within` may choose, by what `speedup` predicts.
+        ones than held_out's that `within` may choose, by what `speedup` predicts. decides: what finished sets are
+        measured on, by default held_out.
         """
-        self._states, self._held_out = states, held_out
+        self._states, self._held_out, self._decides = states, held_out, decides or held_out
         self._progress, self._steps, self._seed = progress, steps, seed
         self._windows, self._speedup = windows, speedup
         self.num_layers = held_out.model.num_layers
@@ -118,18 +122,22 @@ class Search:
         if self._states is not None:
             few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
             maps = calibrate(few, pruned, products=torch.float32)
-        return self._measured(pruned, _Maps(maps, refined=False), window)
+        return self._measured(self._held_out, pruned, _Maps(maps, refined=False), window)
 
-    def finish(self, pruned: list[int], window: int | None = None, budget: Budget | None = None) -> Candidate:
-        """The set with its final maps: of all the text, and refined, if that helps. With a budget that it keeps to
-        without refinement, which takes a while and seldom gains much beside a window, it is left at that.
+    def finish(
+        self, pruned: list[int], window: int | None = None, refinable: Callable[[Loss], bool] = lambda loss: True
+    ) -> Candidate:
+        """The set with its final maps: of all the text, and refined, if that helps.
+
+        refinable: whether a loss in closed form is one that refinement is worth its time for: it takes a while, and
+        seldom gains much beside a window.
         """
         if (known := self._final.get(tuple(pruned))) is not None:
-            return self._measured(pruned, known, window)
+            return self._measured(self._decides, pruned, known, window)
         plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
         self._final[tuple(pruned)] = plain
-        finished = self._measured(pruned, plain, window)
-        if self._states is None or (budget is not None and budget.spent(finished.loss) <= 1):
+        finished = self._measured(self._decides, pruned, plain, window)
+        if self._states is None or not refinable(finished.loss):
             return finished
         maps = refine(
             self._states, pruned, plain.maps, steps=self._steps, seed=self._seed,
@@ -138,7 +146,7 @@ class Search:
         if maps is plain.maps:
             return finished
         refined = _Maps(maps, refined=True)
-        better = self._measured(pruned, refined, window)
+        better = self._measured(self._decides, pruned, refined, window)
         if better.loss.worst_kl >= finished.loss.worst_kl:
             self.measured.remove(better)
             return finished
@@ -149,10 +157,11 @@ class Search:
         """The maps of a finished candidate."""
         return self._final[tuple(candidate.pruned)].maps
 
-    def _measured(self, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
+    def _measured(self, held_out: HeldOut, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
         """It takes the place of the same set's, measured with other maps of the same kind."""
-        held_out = self._held_out if window is None else self._held_out.at(window)
-        found = Candidate(pruned, held_out.measure(pruned, maps.maps), maps.refined, held_out.window)
+        held_out = held_out if window is None else held_out.at(window)
+        loss = held_out.measure(pruned, maps.maps)
+        found = Candidate(pruned, loss, maps.refined, held_out.window, held_out.asked_tokens)
         same = (found.pruned, found.refined, found.window)
         self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
         self.measured.append(found)
@@ -169,6 +178,9 @@ class Search:
         def hoped(loss: Loss) -> float:
             return budget.spent(loss) * (_left_by_refinement(loss) if refines else 1.0)
 
+        def refinable(loss: Loss) -> bool:
+            return budget.spent(loss) > 1 >= hoped(loss)
+
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
         sets = self._grow(budget, most, hoped, _PATIENCE)
         left = None
@@ -176,18 +188,19 @@ class Search:
             spent = budget.spent(sets[count].loss)
             if (hoped(sets[count].loss) if left is None else spent * left) > 1:
                 continue
-            finished = self.finish(sets[count].pruned, budget=budget)
+            finished = self.finish(sets[count].pruned, refinable=refinable)
             remains = budget.spent(finished.loss)
-            left = remains / max(spent, _ROUNDING)  # of the others as well, more or less: not each of them is tried
             if remains <= 1:
-                return self._with_smaller_window(finished, sets[: count + 1], budget, left)
-        return self.finish(sets[0].pruned, budget=budget)
+                return self._with_smaller_window(finished, sets[: count + 1], budget, refinable)
+            if finished.refined:
+                left = remains / max(spent, _ROUNDING)  # of the others' as well, more or less: not each is refined
+        return self.finish(sets[0].pruned, refinable=refinable)
 
     def _with_smaller_window(
-        self, finished: Candidate, sets: Sequence[Candidate], budget: Budget, left: float
+        self, finished: Candidate, sets: Sequence[Candidate], budget: Budget, refinable: Callable[[Loss], bool]
     ) -> Candidate:
-        """The soonest of these sets with a smaller window, finished, that keeps to the budget and is worth it; else
-        `finished`, the last of them. left: what its final maps leave of a loss.
+        """The fastest of these sets with a smaller window, finished, that keeps to the budget and is worth it; else
+        `finished`, the last of them.
         """
         if self._speedup is None:
             return finished
@@ -196,9 +209,9 @@ class Search:
         for speedup, pruned, window in sorted(pairs, reverse=True):
             if speedup < least:
                 break
-            if pruned != finished.pruned and budget.spent(self.measure(pruned, window).loss) * left > 1:
+            if pruned != finished.pruned and budget.spent(self.measure(pruned, window).loss) > 1:
                 continue
-            smaller = self.finish(pruned, window, budget)
+            smaller = self.finish(pruned, window, refinable)
             if budget.spent(smaller.loss) <= 1:
                 return smaller
         return finished

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ from popcompile.pruned_prefill import Prompts, last_hidden_state
 from popcompile.report import Loss
 from popcompile.retrieval_text import RetrievalText
 
-#: rows that are run together
-_BATCH = 4
+#: rows that are run together, and their tokens, unless it is one row
+_BATCH, _BATCH_TOKENS = 4, 2048
 #: probes per row, at most; the tokens of their windows, unless these are two probes; and of the shortest one's context
 _PROBES, _PROBED_TOKENS, _EARLIEST = 32, 128, 32
 
@@ -55,9 +56,9 @@ class HeldOut:
         folder: Path | None = None,
     ) -> None:
         self._states, self._prompt, self._seed = HiddenStates(model, rows, first, folder), prompt, seed
-        self._asked = None
+        self._folder, self._asked = folder, None
         if retrieval is not None:
-            self._asked = HiddenStates(model, retrieval.rows, first, folder), retrieval.answers
+            self._asked = _Asked(HiddenStates(model, retrieval.rows, first, folder), retrieval.answers, prompt)
         self._place(window)
 
     def at(self, window: int) -> HeldOut:
@@ -66,10 +67,23 @@ class HeldOut:
         other._place(window)
         return other
 
+    def asking(self, retrieval: RetrievalText, prompt: int) -> HeldOut:
+        """The same text, with other texts whose answers stand in them, whose first `prompt` tokens are the prompt."""
+        other = copy.copy(self)
+        states = HiddenStates(self.model, retrieval.rows, self.first, self._folder)
+        other._asked = _Asked(states, retrieval.answers, prompt)
+        other._place(self.window)
+        return other
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Tokens of the prompts in which answers stand."""
+        return self._asked.prompt if self._asked else None
+
     def _place(self, window: int) -> None:
         assert 0 < window < self._prompt
         self.window = window
-        self._retrieval = self._asked and _HeldOutRetrieval(*self._asked, self._prompt, window)
+        self._retrieval = self._asked and _HeldOutRetrieval(self._asked, window)
         rows, context = self._states.rows, self._prompt - window
         self._continued = rows.shape[1] - self._prompt
         random = torch.Generator().manual_seed(self._seed)
@@ -112,11 +126,19 @@ class HeldOut:
         return self._retrieval.add_to(loss, pruned, calibration) if self._retrieval else loss
 
 
+class _Asked(NamedTuple):
+    """Rows of tokens [N, T], which of their tokens are parts of answers [N, T], and the tokens of their prompts."""
+
+    states: HiddenStates
+    answers: Tensor
+    prompt: int
+
+
 class _HeldOutRetrieval:
     """Texts whose answers stand in them, as HeldOut has rows; what is asked for from `prompt` on is measured."""
 
-    def __init__(self, states: HiddenStates, answers: Tensor, prompt: int, window: int) -> None:
-        """answers [N, T]: which tokens of the rows are measured."""
+    def __init__(self, text: _Asked, window: int) -> None:
+        states, answers, prompt = text
         rows, context = states.rows, prompt - window
         positions = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
         asked = answers[:, context + 1 :] & (positions + 1 >= prompt)
@@ -198,8 +220,10 @@ class _Tails:
         return Comparison(*map(torch.stack, zip(*rows, strict=True)))
 
     def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self._states.rows), _BATCH):
-            yield slice(start, min(start + _BATCH, len(self._states.rows)))
+        count, tokens = self._states.rows.shape
+        step = max(1, min(_BATCH, _BATCH_TOKENS // tokens))
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
 
     def _prompts(self, batch: slice) -> Prompts:
         context = self._states.rows[batch, : self._context]

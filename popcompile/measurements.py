@@ -24,11 +24,12 @@ _OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retriev
 class Point:
     """A measured set of pruned layers. speedup: prefill FLOPs of the whole model with one row of logits, by those of
     this prefill. refined: with maps refined by gradients, and not only in closed form. window: tokens at a prompt's end
-    that take the whole model.
+    that take the whole model. asked_tokens: of the prompts in which answers stand, None where they were not measured.
     """
 
     pruned: list[int]
     window: int
+    asked_tokens: int | None
     speedup: float
     loss: Loss
     refined: bool
@@ -136,6 +137,7 @@ def _choice(entry: dict[str, Any], num_layers: int, window: int) -> LayerChoice:
             Point(
                 pruned=point["pruned"],
                 window=_whole(point.get("window", window)),
+                asked_tokens=None if (asked := point.get("asked_tokens")) is None else _whole(asked),
                 speedup=_number(point["speedup"]),
                 loss=_loss(point["loss"]),
                 refined=bool(point.get("refined", False)),

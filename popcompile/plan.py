@@ -99,7 +99,8 @@ def make_plan(
     read = held_in_memory(read, name)
     text = calibration_text(
         options.origin, program, read, tokenizer, texts=options.texts, window=window,
-        seed=options.seed, progress=lambda *n: progress("sample", *n),
+        prompt_tokens=options.prompt_tokens if request.how == "auto" else 0, seed=options.seed,
+        progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     layers = program.num_layers
     most = largest_count(layers) if request.how == "auto" else len(request.layers)
@@ -109,9 +110,17 @@ def make_plan(
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
     held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, window, text.retrieval_held_out, folder)
+    decides = held_out.asking(text.retrieval_long, text.long_prompt) if text.retrieval_long else None
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
-        states, held_out, progress, steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup
+        states,
+        held_out,
+        progress,
+        steps=options.steps,
+        seed=options.seed,
+        windows=smaller,
+        speedup=speedup,
+        decides=decides,
     )
     if request.how == "auto":
         chosen = search.within(options.budget)
@@ -143,6 +152,7 @@ def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Reques
         {
             "pruned": candidate.pruned,
             "window": candidate.window,
+            "asked_tokens": candidate.asked_tokens,
             "speedup": round(speedup(candidate.pruned, candidate.window), 4),
             "loss": asdict(candidate.loss),
             "refined": candidate.refined,

@@ -84,6 +84,7 @@ def frontier_table(choice: LayerChoice) -> Table:
     points = choice.best()
     points += [p for p in choice.frontier if p.chosen and p not in points]
     points.sort(key=lambda p: (len(p.pruned), p.loss.worst_kl))
+    usual = min((p.asked_tokens for p in points if p.asked_tokens is not None), default=None)
     rows = [
         [
             str(len(p.pruned)),
@@ -91,9 +92,10 @@ def frontier_table(choice: LayerChoice) -> Table:
             str(p.window),
             f"{p.speedup:.2f}x",
             *loss_cells(p.loss),
-            ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen)) if true),
+            ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen), (asked, asked)) if true),
         ]
         for p in points
+        for asked in [f"answers in {p.asked_tokens} tokens" if p.asked_tokens not in (None, usual) else ""]
     ]
     marked = {i for i, p in enumerate(points) if p.chosen}
     saved = f"FLOPs saved, {choice.prompt_tokens} tokens"

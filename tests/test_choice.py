@@ -77,7 +77,7 @@ class Canned(Search):
         self.asked.append(pruned)
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned), 1.0))
 
-    def finish(self, pruned: list[int], window: int | None = None, budget: Budget | None = None) -> Candidate:
+    def finish(self, pruned: list[int], window: int | None = None, refinable: Any = None) -> Candidate:
         self.tried.append(len(pruned))
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned) * self.left, 1.0), refined=True)
 
@@ -110,7 +110,7 @@ def test_the_cheapest_of_several_layers_that_cost_much_is_skipped() -> None:
 def test_a_budget_of_nothing() -> None:
     """What a part of the text called free may cost something on all of it."""
     search = Canned([0.0] * 10)
-    search.finish = lambda pruned, window=None, budget=None: Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))  # type: ignore[method-assign]
+    search.finish = lambda pruned, window=None, refinable=None: Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))  # type: ignore[method-assign]
     assert search.within(Budget(max_kl=0.0)).pruned == [9]
 
 
@@ -151,7 +151,7 @@ class OfWindows(Canned):
         window = window or 64
         return Candidate(pruned, loss(64 / window * sum(self.costs[layer] for layer in pruned), 1.0), window=window)
 
-    def finish(self, pruned: list[int], window: int | None = None, budget: Budget | None = None) -> Candidate:
+    def finish(self, pruned: list[int], window: int | None = None, refinable: Any = None) -> Candidate:
         self.tried.append(len(pruned))
         return self.measure(pruned, window)
 
