@@ -9,8 +9,8 @@ tried again at the end, the cheapest first, while the budget allows. Refinement,
 sets, where they are over the budget without it.
 
 The longer a prompt, the more of its answers are lost: what was grown on short texts is decided on prompts of the length
-that the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on what
-was chosen, where it gains enough for such prompts.
+that the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on
+what was chosen, where it gains enough for such prompts.
 """
 
 from __future__ import annotations
