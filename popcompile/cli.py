@@ -217,8 +217,10 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from popcompile.conversion import convert
+    from popcompile.measurements import read_measurements
     from popcompile.package import REPORT
     from popcompile.progress import CONVERT_STEPS, progress_bar
+    from popcompile.report_words import not_measured, quality_words, text_words, unmeasured
     from popcompile.selection import format_layers
 
     with progress_bar(CONVERT_STEPS) as progress:
@@ -256,30 +258,21 @@ def _convert(options: argparse.Namespace) -> None:
             f"popcompile: no pruning meets the budget ({budget or 'the default'}); prefill skips the last layer only,"
             " which costs nothing"
         )
+    found = read_measurements(report, manifest)
+    if found.quality is None:
+        quality = not_measured(unmeasured(options.out, manifest, found)["quality"])
+    else:
+        quality = f"{quality_words(found.quality)}; {text_words(found.quality)}"
     size = sum(file["size"] for file in manifest.files.values()) / 1e6
     window = f"; the last {manifest.window} tokens of a prompt take every layer" if manifest.window > 1 else ""
     lines = [
         f"{options.out}: {manifest.num_layers} layers, prefill skips {len(manifest.pruned)}"
         f" ({format_layers(manifest.pruned)}){window}",
         f"made in {report['seconds']:.0f} s, {size:.0f} MB",
-        _quality_line(report.get("quality"), shown),
+        f"quality: {quality}",
         f"next: popcompile run {shown} --prompt TEXT, popcompile bench {shown}, popcompile inspect {shown}",
     ]
     show("\n".join(lines))
-
-
-def _quality_line(quality: dict[str, Any] | None, shown: str) -> str:
-    """What a package's quality is, or what measures it."""
-    if quality is None:
-        return f"quality: not measured; popcompile evaluate {shown} --save measures it"
-    loss = quality["loss"]
-    answers = ""
-    if loss["retrieval_kept"] is not None:
-        answers = f", {loss['retrieval_kept']:.1%} of answers in the prompt kept"
-    return (
-        f"quality on {quality['text']}: first-token KL {loss['first_token_kl']:.3f} nats, perplexity"
-        f" {loss['ppl_ratio']:.3f}x{answers}"
-    )
 
 
 def _add_analyze(commands: Any) -> None:

@@ -15,7 +15,8 @@ from test_evaluation import save_tiny, save_words
 import popcompile
 from popcompile.choice import Budget, Candidate, Search, first_candidate
 from popcompile.package import REPORT, read_manifest
-from popcompile.report import Loss
+from popcompile.passes.flops import REFERENCE_SIZES
+from popcompile.report import REFERENCE_TOKENS, Loss
 from popcompile.verify import verify
 
 LAYERS = 6
@@ -107,11 +108,16 @@ def test_the_cheapest_of_several_layers_that_cost_much_is_skipped() -> None:
     assert search.within(Budget(max_kl=0.1)).pruned == [11] and len(search.asked) == 1 + 4 + 1
 
 
+class CostlierOnAllText(Canned):
+    """More than one layer costs something there."""
+
+    def finish(self, pruned: list[int], window: int | None = None, refinable: Any = None) -> Candidate:
+        return Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))
+
+
 def test_a_budget_of_nothing() -> None:
     """What a part of the text called free may cost something on all of it."""
-    search = Canned([0.0] * 10)
-    search.finish = lambda pruned, window=None, refinable=None: Candidate(pruned, loss(0.001 * (len(pruned) > 1), 1.0))  # type: ignore[method-assign]
-    assert search.within(Budget(max_kl=0.0)).pruned == [9]
+    assert CostlierOnAllText([0.0] * 10).within(Budget(max_kl=0.0)).pruned == [9]
 
 
 def test_a_number_of_layers() -> None:
@@ -232,7 +238,8 @@ def test_predicted_speedup_is_that_of_the_compiled_graph(tmp_path: Path) -> None
     report = report_of(tmp_path / "out")
     (picked,) = [row for row in report["choice"]["frontier"] if row["chosen"]]
     flops = report["flops"]
-    assert report["choice"]["prompt_tokens"] == 1024 and picked["window"] == 64
+    assert report["choice"]["prompt_tokens"] == REFERENCE_TOKENS == REFERENCE_SIZES["prefill"]["sequence"]
+    assert picked["window"] == 64
     assert picked["speedup"] == pytest.approx(flops["full_prefill_one_logit"] / flops["pop_prefill"], rel=0.005)
 
 

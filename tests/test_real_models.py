@@ -13,11 +13,9 @@ import torch
 from reference import pop_prefill
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from popcompile.conversion import convert
 from popcompile.evaluation import evaluate
 from popcompile.package import REPORT
 from popcompile.runtime import Runtime
-from popcompile.samples import sample_model
 from popcompile.variants import Variants
 from popcompile.verify import verify
 
@@ -111,23 +109,3 @@ def test_a_calibrated_package_beats_the_papers(unified_package: Path) -> None:
         assert 0 < ours[metric]["value"] < 0.7 * papers[metric]["value"]
     assert abs(ours["perplexity_ratio"]["value"] - 1) < papers["perplexity_ratio"]["value"] - 1
     assert len(verify(unified_package)) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_half_of_a_real_model_keeps_its_answers(tmp_path: Path) -> None:
-    """Qwen2.5-Coder-0.5B with half of its layers pruned: facts that stand in the prompt, and HumanEval's problems."""
-    out = tmp_path / "out"
-    convert(sample_model("qwen2.5-coder-0.5b"), out, layers="9,11,13-14,16-23")
-    result = evaluate(
-        out, prompts=12, greedy_prompts=0, retrieval_prompts=25, baselines=True, run_code=True, code_problems=24
-    )
-    scores, paper = result["texts"]["all"], result["baselines"]["layer"]["all"]
-    for metric in ("first_token_kl_mean", "continuation_kl_mean"):
-        assert scores[metric]["value"] < min(0.12, 0.5 * paper[metric]["value"])
-    assert scores["perplexity_ratio"]["value"] < 1.1
-    for found in result["retrieval"].values():
-        answered = found["answered"]
-        assert answered["reference"]["value"] >= 0.8 and found["kept"]["value"] >= 0.92
-        assert answered["pop"]["value"] >= answered["layer"]["value"]
-    assert result["code"]["difference"]["value"] >= -0.1
