@@ -8,9 +8,9 @@ their place: with the calibrated bypass a kept layer in the middle reads nearly 
 tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
 sets, where they are over the budget without it.
 
-The longer a prompt, the more of its answers are lost: what was grown on short texts is decided on prompts of the length
-that the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on
-what was chosen, where it gains enough for such prompts.
+The longer a prompt, the more of its answers are lost, so the answers that decide stand in prompts of the length that
+the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on what
+was chosen, where it gains enough for such prompts.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _WORTH = 1.05
 
 @dataclass(frozen=True)
 class Budget:
-    """The loss that is allowed: KL in nats, of a first token and of answers that stand in the prompt, and perplexity
-    over the whole model's. None: any.
+    """The loss that is allowed: KL in nats, of a first token, of those after it and of answers that stand in the prompt
+    each, and perplexity over the whole model's. None: any.
     """
 
     max_kl: float | None = None
@@ -76,14 +76,13 @@ def _share(loss: float, allowed: float) -> float:
 class Candidate:
     """A measured set of pruned layers. refined: its maps are, by gradients.
 
-    window: tokens at a prompt's end that take the whole model. asked_tokens: of the prompts in which answers stand.
+    window: tokens at a prompt's end that take the whole model.
     """
 
     pruned: list[int]
     loss: Loss
     refined: bool = False
     window: int = 1
-    asked_tokens: int | None = None
 
 
 #: how many times sooner than the whole model's a prefill is that skips these layers, with this window
@@ -103,13 +102,11 @@ class Search:
         seed: int = 0,
         windows: Sequence[int] = (),
         speedup: Speedup | None = None,
-        decides: HeldOut | None = None,
     ) -> None:
         """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement. windows: smaller
-        ones than held_out's that `within` may choose, by what `speedup` predicts. decides: what finished sets are
-        measured on, by default held_out.
+        ones than held_out's that `within` may choose, by what `speedup` predicts.
         """
-        self._states, self._held_out, self._decides = states, held_out, decides or held_out
+        self._states, self._held_out = states, held_out
         self._progress, self._steps, self._seed = progress, steps, seed
         self._windows, self._speedup = windows, speedup
         self.num_layers = held_out.model.num_layers
@@ -122,7 +119,7 @@ class Search:
         if self._states is not None:
             few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
             maps = calibrate(few, pruned, products=torch.float32)
-        return self._measured(self._held_out, pruned, _Maps(maps, refined=False), window)
+        return self._measured(pruned, _Maps(maps, refined=False), window)
 
     def finish(
         self, pruned: list[int], window: int | None = None, refinable: Callable[[Loss], bool] = lambda loss: True
@@ -133,10 +130,10 @@ class Search:
         seldom gains much beside a window.
         """
         if (known := self._final.get(tuple(pruned))) is not None:
-            return self._measured(self._decides, pruned, known, window)
+            return self._measured(pruned, known, window)
         plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
         self._final[tuple(pruned)] = plain
-        finished = self._measured(self._decides, pruned, plain, window)
+        finished = self._measured(pruned, plain, window)
         if self._states is None or not refinable(finished.loss):
             return finished
         maps = refine(
@@ -146,7 +143,7 @@ class Search:
         if maps is plain.maps:
             return finished
         refined = _Maps(maps, refined=True)
-        better = self._measured(self._decides, pruned, refined, window)
+        better = self._measured(pruned, refined, window)
         if better.loss.worst_kl >= finished.loss.worst_kl:
             self.measured.remove(better)
             return finished
@@ -157,11 +154,10 @@ class Search:
         """The maps of a finished candidate."""
         return self._final[tuple(candidate.pruned)].maps
 
-    def _measured(self, held_out: HeldOut, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
+    def _measured(self, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
         """It takes the place of the same set's, measured with other maps of the same kind."""
-        held_out = held_out if window is None else held_out.at(window)
-        loss = held_out.measure(pruned, maps.maps)
-        found = Candidate(pruned, loss, maps.refined, held_out.window, held_out.asked_tokens)
+        held_out = self._held_out if window is None else self._held_out.at(window)
+        found = Candidate(pruned, held_out.measure(pruned, maps.maps), maps.refined, held_out.window)
         same = (found.pruned, found.refined, found.window)
         self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
         self.measured.append(found)

@@ -138,7 +138,8 @@ def _add_convert(commands: Any) -> None:
         "--max-kl",
         metavar="X",
         type=NATS,
-        help="what --prune auto may cost: KL in nats of the first token and of answers in the prompt (default 0.05)",
+        help="what --prune auto may cost: KL in nats of the first token, of those after it and of answers in the"
+        " prompt, each (default 0.05)",
     )
     pruning.add_argument("--max-ppl-ratio", metavar="X", type=RATIO, help="the same: perplexity over the whole model's")
     pruning.add_argument(

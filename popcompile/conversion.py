@@ -101,8 +101,8 @@ def convert(
         prune: how many layers, a count or a fraction of them, or "auto", the default: as many as the budget allows.
         layers: which ones, "20-29,17"; in place of `prune`.
         max_kl, max_ppl_ratio: the budget of "auto", measured on held-out text: KL in nats against the whole model, of
-            the first token and of answers that stand in the prompt (default 0.05), and perplexity over the whole
-            model's.
+            the first token, of those after it and of answers that stand in the prompt, each (default 0.05), and
+            perplexity over the whole model's.
         prompt_tokens: the length of the prompts that layers and window are chosen for, 1,024 by default.
         window: how many tokens at a prompt's end run through the whole model, so that shorter prompts are encoded in
             full. 64 by default, or a quarter of a shorter context; "auto" takes a half or a quarter of that where

@@ -40,8 +40,9 @@ class HeldOut:
     """Rows of tokens [N, T], and the whole model's hidden states before each layer from `first` on and at the end.
 
     Layers before `first` are never pruned. prompt: tokens of a row that are its prompt; the others continue it.
-    window: tokens at a prompt's end that take the whole model, fewer than it has. retrieval: texts of the same sizes
-    whose answers stand in the prompt. folder: where files of hidden states may be, by default that of temporary files.
+    window: tokens at a prompt's end that take the whole model, fewer than it has. retrieval: texts whose answers stand
+    in the prompt, their first `asked_tokens`, by default as many as a row's. folder: where files of hidden states may
+    be, by default that of temporary files.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class HeldOut:
         seed: int,
         window: int = 1,
         retrieval: RetrievalText | None = None,
+        asked_tokens: int | None = None,
         folder: Path | None = None,
     ) -> None:
         self._states, self._prompt, self._seed = HiddenStates(model, rows, first, folder), prompt, seed
-        self._folder, self._asked = folder, None
+        self._asked = None
         if retrieval is not None:
-            self._asked = _Asked(HiddenStates(model, retrieval.rows, first, folder), retrieval.answers, prompt)
+            states = HiddenStates(model, retrieval.rows, first, folder)
+            self._asked = _Asked(states, retrieval.answers, asked_tokens or prompt)
         self._place(window)
 
     def at(self, window: int) -> HeldOut:
@@ -66,19 +69,6 @@ class HeldOut:
         other = copy.copy(self)
         other._place(window)
         return other
-
-    def asking(self, retrieval: RetrievalText, prompt: int) -> HeldOut:
-        """The same text, with other texts whose answers stand in them, whose first `prompt` tokens are the prompt."""
-        other = copy.copy(self)
-        states = HiddenStates(self.model, retrieval.rows, self.first, self._folder)
-        other._asked = _Asked(states, retrieval.answers, prompt)
-        other._place(self.window)
-        return other
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """Tokens of the prompts in which answers stand."""
-        return self._asked.prompt if self._asked else None
 
     def _place(self, window: int) -> None:
         assert 0 < window < self._prompt

@@ -24,12 +24,11 @@ _OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retriev
 class Point:
     """A measured set of pruned layers. speedup: prefill FLOPs of the whole model with one row of logits, by those of
     this prefill. refined: with maps refined by gradients, and not only in closed form. window: tokens at a prompt's end
-    that take the whole model. asked_tokens: of the prompts in which answers stand, None where they were not measured.
+    that take the whole model.
     """
 
     pruned: list[int]
     window: int
-    asked_tokens: int | None
     speedup: float
     loss: Loss
     refined: bool
@@ -64,12 +63,14 @@ class LayerChoice:
 @dataclass(frozen=True)
 class Quality:
     """The package's loss on text that calibration did not see; own_projection: that of the same layers with their own
-    K/V projections, None where the package has those. Lengths are in tokens.
+    K/V projections, None where the package has those. Lengths are in tokens; asked_tokens: of the prompts in which
+    answers stand, None where there are none.
     """
 
     text: str
     texts: int
     prompt_tokens: int
+    asked_tokens: int | None
     window: int
     continuation_tokens: int
     loss: Loss
@@ -137,7 +138,6 @@ def _choice(entry: dict[str, Any], num_layers: int, window: int) -> LayerChoice:
             Point(
                 pruned=point["pruned"],
                 window=_whole(point.get("window", window)),
-                asked_tokens=None if (asked := point.get("asked_tokens")) is None else _whole(asked),
                 speedup=_number(point["speedup"]),
                 loss=_loss(point["loss"]),
                 refined=bool(point.get("refined", False)),
@@ -161,6 +161,7 @@ def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
         text=str(entry["text"]),
         texts=_whole(entry["texts"]),
         prompt_tokens=_whole(entry["prompt_tokens"]),
+        asked_tokens=None if (asked := entry.get("asked_tokens")) is None else _whole(asked),
         window=_whole(entry.get("window", 1)),  # reports of format version 2 have none
         continuation_tokens=_whole(entry["continuation_tokens"]),
         loss=_loss(entry["loss"]),

@@ -34,7 +34,7 @@ from popcompile.progress import Progress
 from popcompile.refinement import STEPS
 from popcompile.selection import Request
 
-#: the loss that `convert` allows where the user says nothing: KL of the first token and of answers, in nats
+#: the loss that `convert` allows where the user says nothing: KL in nats
 MAX_KL = 0.05
 #: tokens of the prompts that the choice is made for, as far as the context goes
 PROMPT_TOKENS = 1024
@@ -99,7 +99,7 @@ def make_plan(
     read = held_in_memory(read, name)
     text = calibration_text(
         options.origin, program, read, tokenizer, texts=options.texts, window=window,
-        prompt_tokens=options.prompt_tokens if request.how == "auto" else 0, seed=options.seed,
+        prompt_tokens=options.prompt_tokens if request.how != "layers" else 0, seed=options.seed,
         progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     layers = program.num_layers
@@ -109,8 +109,17 @@ def make_plan(
     states = None
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = HeldOut(model, text.held_out, first, text.prompt, options.seed, window, text.retrieval_held_out, folder)
-    decides = held_out.asking(text.retrieval_long, text.long_prompt) if text.retrieval_long else None
+    held_out = HeldOut(
+        model,
+        text.held_out,
+        first,
+        text.prompt,
+        options.seed,
+        window,
+        text.retrieval_held_out,
+        text.asked_tokens,
+        folder,
+    )
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
         states,
@@ -120,7 +129,6 @@ def make_plan(
         seed=options.seed,
         windows=smaller,
         speedup=speedup,
-        decides=decides,
     )
     if request.how == "auto":
         chosen = search.within(options.budget)
@@ -130,14 +138,16 @@ def make_plan(
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
     unseen = HeldOut(
-        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen, folder
-    )
+        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen,
+        text.asked_tokens, folder,
+    )  # fmt: skip
     sections = {
         "choice": _choice(search, speedup, chosen, request, options),
         "quality": {
             "text": text.source,
             "texts": len(text.unseen),
             "prompt_tokens": text.prompt,
+            "asked_tokens": text.asked_tokens,
             "window": chosen.window,
             "continuation_tokens": text.unseen.shape[1] - text.prompt,
             "loss": asdict(unseen.measure(chosen.pruned, calibration)),
@@ -152,7 +162,6 @@ def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Reques
         {
             "pruned": candidate.pruned,
             "window": candidate.window,
-            "asked_tokens": candidate.asked_tokens,
             "speedup": round(speedup(candidate.pruned, candidate.window), 4),
             "loss": asdict(candidate.loss),
             "refined": candidate.refined,

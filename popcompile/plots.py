@@ -147,8 +147,8 @@ def _exponent(value: float) -> int:
 def frontier_svg(choice: LayerChoice) -> str:
     """What every measured set of pruned layers costs, over the number of its layers, as an <svg> element.
 
-    Above, KL of the first token or of answers that stand in the prompt, whichever is more, with its standard error;
-    below, perplexity over the whole model's.
+    Above, KL of the first token, of those after it or of answers that stand in the prompt, whichever is most, with its
+    standard error where it is known; below, perplexity over the whole model's.
     """
     return _element(_picture(5.5, lambda figure: _fill_frontier(figure, choice)))
 
@@ -179,7 +179,7 @@ def _fill_frontier(figure: Figure, choice: LayerChoice) -> None:
 
 def _scale_kl(axes: Axes, choice: LayerChoice) -> None:
     """Logarithmic where the values are far apart."""
-    axes.set_ylabel("KL (nats), first token or answers")
+    axes.set_ylabel("KL (nats), the worst of three")
     values = [p.loss.worst_kl for p in choice.frontier if 0 < p.loss.worst_kl < math.inf]
     if values and max(values) > 10 * min(values):
         axes.set_yscale("log")

@@ -34,15 +34,17 @@ class Loss:
 
     @property
     def worst_kl(self) -> float:
-        """Of the first token, or of answers found in the prompt: what the choice of layers goes by."""
-        return max(self.first_token_kl, self.retrieval_kl or 0.0)
+        """Of the first token, of those after it, or of answers found in the prompt: what the choice goes by."""
+        return max(self.first_token_kl, self.kl, self.retrieval_kl or 0.0)
 
     @property
     def worst_kl_error(self) -> float:
         """The standard error of worst_kl; NaN where it is not known."""
         if self.worst_kl == self.first_token_kl:
             return self.first_token_kl_error
-        return math.nan if self.retrieval_kl_error is None else self.retrieval_kl_error
+        if self.worst_kl == self.retrieval_kl and self.retrieval_kl_error is not None:
+            return self.retrieval_kl_error
+        return math.nan
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def retrieval_words(loss: Loss) -> str:
 def text_words(quality: Quality) -> str:
     """What quality was measured on."""
     lengths = f"{quality.prompt_tokens} tokens and {quality.continuation_tokens} after them"
-    return f"{quality.texts} texts, {quality.text}: prompts of {lengths}"
+    asked = "" if quality.asked_tokens is None else f"; answers in prompts of {quality.asked_tokens} tokens"
+    return f"{quality.texts} texts, {quality.text}: prompts of {lengths}{asked}"
 
 
 def frontier_table(choice: LayerChoice) -> Table:
@@ -84,7 +85,6 @@ def frontier_table(choice: LayerChoice) -> Table:
     points = choice.best()
     points += [p for p in choice.frontier if p.chosen and p not in points]
     points.sort(key=lambda p: (len(p.pruned), p.loss.worst_kl))
-    usual = min((p.asked_tokens for p in points if p.asked_tokens is not None), default=None)
     rows = [
         [
             str(len(p.pruned)),
@@ -92,10 +92,9 @@ def frontier_table(choice: LayerChoice) -> Table:
             str(p.window),
             f"{p.speedup:.2f}x",
             *loss_cells(p.loss),
-            ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen), (asked, asked)) if true),
+            ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen)) if true),
         ]
         for p in points
-        for asked in [f"answers in {p.asked_tokens} tokens" if p.asked_tokens not in (None, usual) else ""]
     ]
     marked = {i for i, p in enumerate(points) if p.chosen}
     saved = f"FLOPs saved, {choice.prompt_tokens} tokens"

@@ -143,7 +143,7 @@ def test_loss_of_answers_is_brute_force(window: int) -> None:
     assert loss.retrieval_kl_error == pytest.approx(squares**0.5 / len(kl), rel=1e-3)
 
 
-def test_other_prompts_are_asked_on_the_same_text() -> None:
+def test_answers_in_prompts_of_another_length() -> None:
     """Longer ones than the text's; everything else is measured as it was."""
     rows = torch.randint(64, (4, 26), generator=torch.Generator().manual_seed(5))
     longer = torch.randint(64, (3, 31), generator=torch.Generator().manual_seed(6))
@@ -151,17 +151,17 @@ def test_other_prompts_are_asked_on_the_same_text() -> None:
     answers[:, 26:29] = True
     calibration = random_maps(traced().model, [2], [1], seed=2)
     held = HeldOut(traced().layers, rows, 1, 20, 0, 4)
-    asked = held.asking(RetrievalText(longer, answers), 24)
+    asked = HeldOut(traced().layers, rows, 1, 20, 0, 4, RetrievalText(longer, answers), 24)
     alone = HeldOut(traced().layers, longer, 1, 24, 0, 4, RetrievalText(longer, answers))
-    assert (held.asked_tokens, asked.asked_tokens) == (None, 24)
     one, other = (h.measure([1, 2], calibration) for h in (asked, alone))
     assert held.measure([1, 2], calibration).retrieval_found is None
     assert one.first_token_kl == held.measure([1, 2], calibration).first_token_kl
     assert (one.retrieval_found, one.retrieval_kl) == (other.retrieval_found, other.retrieval_kl)
-    assert asked.at(2).asked_tokens == 24
+    assert asked.at(4).measure([1, 2], calibration) == one != asked.at(2).measure([1, 2], calibration)
 
 
 def test_the_worse_loss_decides() -> None:
     loss = Loss(0.02, 0.0, 1.0, 0.01, 1.0, 1.0)
     assert loss.worst_kl == 0.02
     assert Loss(0.02, 0.0, 1.0, 0.01, 1.0, 1.0, 0.9, 0.3, 0.8).worst_kl == 0.3
+    assert Loss(0.02, 0.0, 1.0, 0.4, 1.0, 1.0, 0.9, 0.3, 0.8).worst_kl == 0.4
