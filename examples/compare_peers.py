@@ -26,11 +26,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from popcompile.bench import bench
-from popcompile.bench_report import bench_text
+from popcompile.bench.measure import bench
 from popcompile.errors import PopcompileError
-from popcompile.package import read_manifest
+from popcompile.package.manifest import read_manifest
 from popcompile.progress import BENCH_STEPS, progress_bar
+from popcompile.report.bench import bench_text
 
 #: the newest that popcompile itself takes; of this machine's index, with CUDA or without
 _TORCH = f"torch=={version('torch').partition('+')[0]}"

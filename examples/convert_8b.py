@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from transformers import LlamaConfig
 
-from popcompile.package import REPORT, read_manifest
+from popcompile.package.manifest import REPORT, read_manifest
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,

@@ -2,7 +2,7 @@
 
 Each set is calibrated in closed form and measured as `popcompile convert` does it, on text sampled from the model
 itself and, with a window, on lists whose answers stand in the prompt. Nothing is exported. Prints the tables of
-popcompile/calibration.md that are about sets.
+popcompile/pruning/README.md that are about sets.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from popcompile.analysis import source_tokenizer
-from popcompile.calibration import Calibration, calibrate
-from popcompile.calibration_text import SELF, TEXTS, WINDOW, calibration_text
-from popcompile.checkpoint import Checkpoint
-from popcompile.execution import held_in_memory, materialise
-from popcompile.held_out import HeldOut
-from popcompile.hidden_states import HiddenStates
-from popcompile.layerwise import LayerwiseModel
+from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.source import open_source
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, canonicalization
-from popcompile.report_words import LOSS_HEADERS, loss_cells
-from popcompile.selection import format_layers, parse_request
-from popcompile.source import open_source
-from popcompile.tracing import trace
+from popcompile.pruning.analyze import source_tokenizer
+from popcompile.pruning.execution import held_in_memory, materialise
+from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.layerwise import LayerwiseModel
+from popcompile.pruning.regression import Calibration, calibrate
+from popcompile.pruning.request import format_layers, parse_request
+from popcompile.pruning.text import SELF, TEXTS, WINDOW, calibration_text
+from popcompile.report.words import LOSS_HEADERS, loss_cells
 
 
 @torch.no_grad()

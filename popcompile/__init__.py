@@ -16,11 +16,15 @@ from popcompile.errors import PopcompileError
 if TYPE_CHECKING:
     __version__: str
     from popcompile.conversion import convert
-    from popcompile.generation import PopForCausalLM, load
+    from popcompile.runtime.generation import PopForCausalLM, load
 
 __all__ = ["PopForCausalLM", "PopcompileError", "__version__", "convert", "load"]
 
-_LAZY = {"convert": "popcompile.conversion", "load": "popcompile.generation", "PopForCausalLM": "popcompile.generation"}
+_LAZY = {
+    "convert": "popcompile.conversion",
+    "load": "popcompile.runtime.generation",
+    "PopForCausalLM": "popcompile.runtime.generation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,22 +13,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from popcompile.adapter import Adapter
-from popcompile.analysis import source_tokenizer
 from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED
-from popcompile.calibration_text import FEWEST, SELF, TEXTS, WINDOW, WINDOWS
-from popcompile.checkpoint import Checkpoint
-from popcompile.choice import Budget
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import genai_config
 from popcompile.export.io_names import input_names, output_names
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
-from popcompile.graph_check import read_graphs
-from popcompile.integrity import CODE_FIELDS
-from popcompile.layer_table import full_prefill_one_logit, layer_table
-from popcompile.package import (
+from popcompile.frontend.adapter import Adapter
+from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.positions import context_length
+from popcompile.frontend.source import Source, open_source
+from popcompile.frontend.tensor_names import settle_ties
+from popcompile.frontend.tracing import trace
+from popcompile.package.graph_check import read_graphs
+from popcompile.package.integrity import CODE_FIELDS
+from popcompile.package.manifest import (
     FORMAT_VERSION,
     LAYOUTS,
     MANIFEST,
@@ -38,6 +38,7 @@ from popcompile.package import (
     Manifest,
     describe_files,
 )
+from popcompile.package.staging import require_apart, require_disk_space, require_writable, staged
 from popcompile.passes import (
     ContractError,
     Pass,
@@ -52,17 +53,16 @@ from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
 from popcompile.paths import require_utf8
-from popcompile.plan import MAX_KL, PROMPT_TOKENS, Options, Plan, make_plan, needs_weights
-from popcompile.positions import context_length
 from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.progress import Progress
-from popcompile.refinement import STEPS
-from popcompile.selection import parse_request, require_request
-from popcompile.source import Source, open_source
-from popcompile.staging import require_apart, require_disk_space, require_writable, staged
-from popcompile.tensor_names import settle_ties
-from popcompile.texts import read_texts
-from popcompile.tracing import trace
+from popcompile.pruning.analyze import source_tokenizer
+from popcompile.pruning.costs import full_prefill_one_logit, layer_table
+from popcompile.pruning.plan import MAX_KL, PROMPT_TOKENS, Options, Plan, make_plan, needs_weights
+from popcompile.pruning.refinement import STEPS
+from popcompile.pruning.request import parse_request, require_request
+from popcompile.pruning.search import Budget
+from popcompile.pruning.text import FEWEST, SELF, TEXTS, WINDOW, WINDOWS
+from popcompile.text.documents import read_texts
 
 KV_PROJECTIONS = ("calibrated", "layer")
 

@@ -20,11 +20,13 @@ from onnx import GraphProto
 from popcompile.errors import PopcompileError
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import Placement, point_to_file
-from popcompile.graph_check import read_graphs
-from popcompile.integrity import check_small_files, open_weights
+from popcompile.frontend.tracing import trace
 from popcompile.loading import reading
-from popcompile.package import LAYOUTS, MANIFEST, describe_files, read_manifest
-from popcompile.package_configs import read_config
+from popcompile.package.configs import read_config
+from popcompile.package.graph_check import read_graphs
+from popcompile.package.integrity import check_small_files, open_weights
+from popcompile.package.manifest import LAYOUTS, MANIFEST, describe_files, read_manifest
+from popcompile.package.staging import link_or_copy
 from popcompile.passes import Pass, PassManager, Program, canonicalization, pruning
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import clone_module, find
@@ -32,8 +34,6 @@ from popcompile.passes.pack_qkv import packed_name
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
 from popcompile.precision import precision
-from popcompile.staging import link_or_copy
-from popcompile.tracing import trace
 
 
 class Variants:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from popcompile.cli import main
 from popcompile.errors import PopcompileError
-from popcompile.source import open_source
+from popcompile.frontend.source import open_source
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -12,11 +12,11 @@ from conftest import materialise, tiny_model
 from reference import KVMaps, Map
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from popcompile.calibration import AffineMap, Calibration
-from popcompile.layerwise import LayerwiseModel
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, canonicalization, pruning
 from popcompile.passes.graph import clone_module
-from popcompile.tracing import trace
+from popcompile.pruning.layerwise import LayerwiseModel
+from popcompile.pruning.regression import AffineMap, Calibration
 
 
 def copy_of(program: Program) -> Program:

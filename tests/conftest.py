@@ -31,10 +31,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from popcompile import execution
 from popcompile.conversion import convert
+from popcompile.frontend.samples import sample_checkpoint, sample_model
 from popcompile.passes import Program
-from popcompile.samples import sample_checkpoint, sample_model
+from popcompile.pruning import execution
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,8 +12,8 @@ import torch
 from onnx.external_data_helper import uses_external_data
 
 from popcompile import load
-from popcompile.package import read_manifest
-from popcompile.runtime import Runtime, SharedWeights
+from popcompile.package.manifest import read_manifest
+from popcompile.runtime.session import Runtime, SharedWeights
 
 
 def place(package: Path) -> None:

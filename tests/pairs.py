@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from popcompile.generation import PopCache, load
+from popcompile.runtime.generation import PopCache, load
 
 #: fp32 kernels of two libraries over 18 to 30 layers; logits and cache entries are of the order of 10
 TOLERANCE = 1e-3

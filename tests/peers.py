@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from popcompile.package import LAYOUTS, read_manifest
+from popcompile.package.manifest import LAYOUTS, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 

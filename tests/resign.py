@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from popcompile.integrity import describe_files
-from popcompile.package import _CHECKSUM, MANIFEST, _checksum
+from popcompile.package.integrity import describe_files
+from popcompile.package.manifest import _CHECKSUM, MANIFEST, _checksum
 
 
 def sign(package: Path, **changes: Any) -> None:

@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import write_weights
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, lowering, transformations
 from popcompile.passes.graph import clone_module
 from popcompile.passes.printing import print_graph
-from popcompile.tracing import trace
 
 GRAPHS = Path(__file__).parent / "graphs"
 PASSES = ["Traced", *(p.name for p in [*transformations([]), *lowering()][:-1]), "LastCleanup"]

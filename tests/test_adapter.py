@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import popcompile
 from popcompile.conversion import convert
-from popcompile.inspection import inspect_text
+from popcompile.report.inspection import inspect_text
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 PROMPT = torch.tensor([[3, 4, 5, 3, 4, 5, 6, 7]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ from bad_input import TENSORS, UP, Cli, assert_one_line, change_tensor, fill, sn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PhiConfig
 
-from popcompile.analysis import analyze
 from popcompile.errors import PopcompileError
-from popcompile.plots import write_prefill_plot
+from popcompile.pruning.analyze import analyze
+from popcompile.report.plots import write_prefill_plot
 from popcompile.terminal import printable
 
 FEW = ("--texts", 1, "--tokens", 4)
@@ -162,7 +161,6 @@ def test_parallel_blocks_have_no_gates_of_their_own(cli: Cli, tmp_path: Path) ->
     assert (status, err) == (0, "") and "prefill/decode" in out
 
 
-@pytest.mark.skipif(importlib.util.find_spec("popcompile.texts") is None, reason="popcompile/texts.py is not there yet")
 def test_texts_from_a_file(cli: Cli, model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat " * 30)

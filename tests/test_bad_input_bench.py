@@ -13,10 +13,10 @@ import pytest
 from bad_input import Cli, popcompile, save_model, snapshot
 from peers import genai_folder, save_mean_decoder
 
-from popcompile.bench import bench
+from popcompile.bench.measure import bench
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.package import LAYOUTS
+from popcompile.package.manifest import LAYOUTS
 
 WEIGHTS = LAYOUTS["split"].weights
 

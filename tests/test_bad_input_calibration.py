@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_evaluation import save_words
 
 from popcompile.cli import main
-from popcompile.package import REPORT
+from popcompile.package.manifest import REPORT
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from bad_input import Cli, popcompile, save_model, snapshot
 
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.evaluation import evaluate
+from popcompile.evaluation.compare import evaluate
 
 WORDS = "the cat sat w1 w2 w3 w4 w5 " * 20
 SMALL = ["--prompts", "1", "--prompt-tokens", "20", "--continuation-tokens", "4", "--greedy-prompts", "0"]

@@ -17,7 +17,7 @@ from resign import sign
 
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.package import LAYOUTS, MANIFEST, REPORT, check_files, read_manifest
+from popcompile.package.manifest import LAYOUTS, MANIFEST, REPORT, check_files, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 

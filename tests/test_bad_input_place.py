@@ -21,7 +21,7 @@ from bad_input import Cli, assert_one_line, names, snapshot
 
 from popcompile.cli import main
 from popcompile.conversion import convert
-from popcompile.package import LAYOUTS, MANIFEST, check_files, read_manifest
+from popcompile.package.manifest import LAYOUTS, MANIFEST, check_files, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 

@@ -17,16 +17,16 @@ import pytest
 from bad_input import Cli, popcompile, save_model, snapshot
 from peers import VOCABULARY, genai_folder, mean_decoder_tokens, save_mean_decoder
 
-from popcompile.bench import MEASURES, bench
-from popcompile.bench_report import bench_text
-from popcompile.bench_runners import GenaiRunner, OnnxRunner, PackageRunner, Runner
-from popcompile.bench_subjects import find_peers
+from popcompile.bench.measure import MEASURES, bench
+from popcompile.bench.memory import AnonymousPeak, anonymous_bytes
+from popcompile.bench.onnx_decoder import read_decoder
+from popcompile.bench.runners import GenaiRunner, OnnxRunner, PackageRunner, Runner
+from popcompile.bench.subjects import find_peers
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.generation import load
-from popcompile.onnx_decoder import read_decoder
-from popcompile.plots import write_prefill_plot
-from popcompile.resident import AnonymousPeak, anonymous_bytes
+from popcompile.report.bench import bench_text
+from popcompile.report.plots import write_prefill_plot
+from popcompile.runtime.generation import load
 from popcompile.variants import Variants
 
 GENAI = importlib.util.find_spec("onnxruntime_genai") is not None
@@ -192,12 +192,12 @@ def test_a_process_that_dies(tiny_package: Path) -> None:
     def kill(step: str, done: int, total: int) -> None:
         if step == "measure":
             for child in psutil.Process().children():
-                if "popcompile.bench_worker" in child.cmdline():
+                if "popcompile.bench.worker" in child.cmdline():
                     child.kill()
 
     with pytest.raises(PopcompileError, match=r"^pop: its process was killed, most likely for want of memory; give"):
         bench(tiny_package, lengths=[8], decode_tokens=2, repeats=1, progress=kill)
-    assert not [child for child in psutil.Process().children() if "popcompile.bench_worker" in child.cmdline()]
+    assert not [child for child in psutil.Process().children() if "popcompile.bench.worker" in child.cmdline()]
 
 
 # --- runners ---------------------------------------------------------------------------------------------------

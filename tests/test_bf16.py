@@ -17,8 +17,8 @@ from reference import pop_prefill
 from transformers import PreTrainedModel
 
 import popcompile
-from popcompile.package import read_manifest
-from popcompile.runtime import KVCache, SharedWeights
+from popcompile.package.manifest import read_manifest
+from popcompile.runtime.session import KVCache, SharedWeights
 
 PRUNED = [1]
 IDS = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(0))

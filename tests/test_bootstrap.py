@@ -9,7 +9,7 @@ import statistics
 import numpy as np
 import pytest
 
-from popcompile.bootstrap import estimate
+from popcompile.evaluation.bootstrap import estimate
 
 
 def mean(x: np.ndarray) -> np.ndarray:

@@ -21,11 +21,11 @@ from steps import GRAPHS, Step, assert_close, numbered, rows, run_onnx
 from torch import Tensor, fx
 from transformers import Olmo2Config, Phi3Config, PreTrainedModel
 
-from popcompile.calibration import AffineMap, Calibration, own_projection
 from popcompile.passes import ContractError, PassManager, Program, Quantization, lowering, pruning
 from popcompile.passes.graph import find, runs
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.printing import print_graph
+from popcompile.pruning.regression import AffineMap, Calibration, own_projection
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -19,11 +19,11 @@ from reference import Map
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popcompile import hidden_states
-from popcompile.calibration import AffineMap, Calibration, calibrate, own_projection
 from popcompile.errors import PopcompileError
-from popcompile.hidden_states import HiddenStates
-from popcompile.layerwise import Keys, LayerwiseModel
+from popcompile.pruning import hidden_states
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.layerwise import Keys, LayerwiseModel
+from popcompile.pruning.regression import AffineMap, Calibration, calibrate, own_projection
 
 LAYERS = 6
 CONFIGS = {
@@ -322,9 +322,9 @@ import torch
 torch.set_num_threads(1)
 from calibrated import Traced
 from conftest import tiny_llama
-from popcompile.calibration import calibrate
-from popcompile.hidden_states import HiddenStates
-from popcompile.refinement import refine
+from popcompile.pruning.regression import calibrate
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.refinement import refine
 
 def fit(count):
     rows = torch.randint(64, (count, 32), generator=torch.Generator().manual_seed(0))

@@ -13,11 +13,11 @@ from conftest import tiny_llama
 from test_evaluation import save_tiny, save_words
 
 import popcompile
-from popcompile.choice import Budget, Candidate, Search, first_candidate
-from popcompile.package import REPORT, read_manifest
+from popcompile.package.manifest import REPORT, read_manifest
+from popcompile.package.report import REFERENCE_TOKENS, Loss
 from popcompile.passes.flops import REFERENCE_SIZES
-from popcompile.report import REFERENCE_TOKENS, Loss
-from popcompile.verify import verify
+from popcompile.pruning.search import Budget, Candidate, Search, first_candidate
+from popcompile.runtime.verify import verify
 
 LAYERS = 6
 

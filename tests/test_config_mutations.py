@@ -19,11 +19,11 @@ from bad_input import save_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from popcompile.adapter import Adapter
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import genai_config
-from popcompile.source import open_source
-from popcompile.tracing import trace
+from popcompile.frontend.adapter import Adapter
+from popcompile.frontend.source import open_source
+from popcompile.frontend.tracing import trace
 
 NESTED: Any = {"x": [{"x": [None, True, {"x": "x"}]}]}
 VALUES: tuple[Any, ...] = (

@@ -13,8 +13,8 @@ from reference import pop_prefill
 from transformers import AutoModelForCausalLM
 
 import popcompile
-from popcompile.package import read_manifest
-from popcompile.verify import verify
+from popcompile.package.manifest import read_manifest
+from popcompile.runtime.verify import verify
 
 REMOTE_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

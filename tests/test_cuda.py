@@ -16,7 +16,7 @@ import pytest
 from conftest import tiny_gemma3, tiny_llama, tiny_model, tiny_moe
 
 from popcompile import convert
-from popcompile.package import read_manifest
+from popcompile.package.manifest import read_manifest
 
 #: as on a Mac, whose onnxruntime has no CUDA provider to run; an ONNX Runtime for another CUDA fails
 pytestmark = pytest.mark.skipif(fake_gpu.why_not() is not None, reason=str(fake_gpu.why_not()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bad_input import refusal_to_open
 
-from popcompile.source import open_source
+from popcompile.frontend.source import open_source
 
 REFUSED = {
     "t5": "T5ForX (model type t5) is an encoder-decoder",

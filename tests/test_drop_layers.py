@@ -20,12 +20,12 @@ from conftest import (
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from popcompile.frontend.tracing import trace
 from popcompile.passes import ContractError, PassManager, Program, canonicalization, ops
 from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.graph import find, outputs_of
 from popcompile.passes.printing import print_graph
 from popcompile.passes.split_stages import SplitStages
-from popcompile.tracing import trace
 
 #: sums in another order: no more than single precision's rounding
 TOLERANCE = 1e-4

@@ -25,20 +25,20 @@ from test_drop_layers import without_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-import popcompile.evaluation
-from popcompile.bootstrap import estimate
+import popcompile.evaluation.compare
 from popcompile.cli import main
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
-from popcompile.evaluation import evaluate
-from popcompile.evaluation_report import evaluation_text, save_in_report
-from popcompile.inspection import inspect_text
-from popcompile.package import LAYOUTS, MANIFEST, REPORT, describe_files, read_manifest
-from popcompile.retrieval_questions import questions
-from popcompile.runtime import Runtime
-from popcompile.texts import default_texts, read_texts, windows
+from popcompile.evaluation.bootstrap import estimate
+from popcompile.evaluation.compare import evaluate
+from popcompile.evaluation.questions import questions
+from popcompile.package.manifest import LAYOUTS, MANIFEST, REPORT, describe_files, read_manifest
+from popcompile.report.evaluation import evaluation_text, save_in_report
+from popcompile.report.inspection import inspect_text
+from popcompile.runtime.session import Runtime
+from popcompile.runtime.verify import verify
+from popcompile.text.documents import default_texts, read_texts, windows
 from popcompile.variants import Variants
-from popcompile.verify import verify
 
 WEIGHTS = LAYOUTS["split"].weights
 
@@ -330,7 +330,7 @@ def test_another_package_as_the_reference(files: list[Path], tmp_path: Path, mon
     assert f"against {packages['fp32']}'s full model" in text and "this package, nothing pruned" in text
     itself = evaluate(packages["fp32"], files[:1], reference=packages["fp32"], **SIZES)
     assert next(iter(itself["texts"].values())) == alone["fp32"]
-    monkeypatch.setattr(popcompile.evaluation, "Runtime", partial(Runtime, low_memory=True))
+    monkeypatch.setattr(popcompile.evaluation.compare, "Runtime", partial(Runtime, low_memory=True))
     (mapped,) = evaluate(packages["int4"], files[:1], reference=packages["fp32"], **SIZES)["baselines"]["full"].values()
     assert mapped["first_token_kl_mean"] != rounded["first_token_kl_mean"]  # packed kernels round activations too
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from popcompile import execution
-from popcompile.execution import fast_products
+from popcompile.pruning import execution
+from popcompile.pruning.execution import fast_products
 
 
 @pytest.fixture

@@ -24,14 +24,14 @@ from transformers import AutoConfig, MixtralConfig, PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import popcompile
-from popcompile.checkpoint import Checkpoint
 from popcompile.export.providers import PROVIDERS
+from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.source import open_source
+from popcompile.frontend.tracing import trace
 from popcompile.passes import ExpertKernels, PassManager, Quantization, lowering, ops, transformations
 from popcompile.passes.flops import flops_by_layer
 from popcompile.passes.graph import call_nodes, find
 from popcompile.passes.onnx_ops import onnx_op_type
-from popcompile.source import open_source
-from popcompile.tracing import trace
 
 aten = torch.ops.aten
 EXPERTS, CHOSEN, HIDDEN, INNER = 4, 2, 32, 48  # of tiny_moe

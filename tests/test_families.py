@@ -17,7 +17,7 @@ from families import FAMILIES, family_config, pop_by_hooks
 from transformers import DynamicCache, PreTrainedModel
 
 import popcompile
-from popcompile.runtime import Runtime
+from popcompile.runtime.session import Runtime
 
 #: of four layers
 PRUNED = {"scattered": [1, 3], "the last half": [2, 3], "the last": [3], "none": []}

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from popcompile import load
-from popcompile.generation import PopForCausalLM
+from popcompile.runtime.generation import PopForCausalLM
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, TextIteratorStreamer
 
 from popcompile.errors import PopcompileError
-from popcompile.generation import PopForCausalLM
-from popcompile.runtime import Runtime
+from popcompile.runtime.generation import PopForCausalLM
+from popcompile.runtime.session import Runtime
 
 TEXTS = [
     "The capital of France is",

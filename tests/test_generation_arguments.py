@@ -32,8 +32,8 @@ from transformers import (
 from transformers.generation import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from popcompile.generation import load
-from popcompile.generation_arguments import ARGUMENTS, FIELDS
+from popcompile.runtime.generation import load
+from popcompile.runtime.generation_arguments import ARGUMENTS, FIELDS
 
 #: two prompts, the second padded on the left
 IDS = torch.tensor([[5, 9, 12, 11, 7, 3], [0, 0, 4, 8, 6, 10]])

@@ -15,9 +15,9 @@ import transformers
 from bad_input import refusal
 from transformers import Cache
 
-from popcompile.generation import PopForCausalLM, load
-from popcompile.generation_cache import PopCache
-from popcompile.runtime import Runtime
+from popcompile.runtime.generation import PopForCausalLM, load
+from popcompile.runtime.generation_cache import PopCache
+from popcompile.runtime.session import Runtime
 
 IDS = torch.tensor([[5, 9, 2, 11, 7]])
 MORE = torch.tensor([[3, 4]])

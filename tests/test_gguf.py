@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import popcompile
-from popcompile.gguf_architectures import ARCHITECTURES, NEUTRAL
-from popcompile.gguf_config import llama3_scaling
-from popcompile.source import Source, open_source
+from popcompile.frontend.gguf_architectures import ARCHITECTURES, NEUTRAL
+from popcompile.frontend.gguf_config import llama3_scaling
+from popcompile.frontend.source import Source, open_source
 
 PLAIN = {"attention_bias": False, "mlp_bias": False}
 

@@ -22,8 +22,8 @@ from gguf_files import WORDS, model_of, save_gguf, tensors_of
 from transformers import AutoTokenizer, PreTrainedModel
 
 from popcompile.errors import PopcompileError
-from popcompile.gguf_source import GgufSource
-from popcompile.source import Source, open_source
+from popcompile.frontend.gguf import GgufSource
+from popcompile.frontend.source import Source, open_source
 
 PLAIN = {"attention_bias": False, "mlp_bias": False}
 

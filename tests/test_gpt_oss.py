@@ -16,7 +16,7 @@ from transformers import GptOssConfig, PreTrainedModel
 from popcompile.export.providers import PROVIDERS
 from popcompile.passes import ExpertKernels, PassManager, Quantization, lowering, ops
 from popcompile.passes.onnx_ops import onnx_op_type
-from popcompile.self_sampling import _attend_to_all
+from popcompile.pruning.sampling import _attend_to_all
 
 PRUNED = [1]
 

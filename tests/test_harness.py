@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popcompile.cli import main
 from popcompile.errors import PopcompileError
-from popcompile.generation import PopForCausalLM
-from popcompile.harness import _fit, _harness_model, tasks_text
-from popcompile.runtime import Runtime
+from popcompile.evaluation.harness import _fit, _harness_model, tasks_text
+from popcompile.runtime.generation import PopForCausalLM
+from popcompile.runtime.session import Runtime
 
 try:
     importlib.import_module("lm_eval")

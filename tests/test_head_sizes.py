@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig, Qwen3Config
 
 import popcompile
 from popcompile.errors import PopcompileError
-from popcompile.runtime import Runtime
+from popcompile.runtime.session import Runtime
 
 IDS = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(0))
 

@@ -14,18 +14,18 @@ from conftest import tiny_gemma3, tiny_llama, transformers_forward
 from reference import pop_prefill
 from torch import Tensor
 
-from popcompile import held_out
-from popcompile.analysis import sample_texts, source_tokenizer
-from popcompile.calibration import Calibration, calibrate
-from popcompile.checkpoint import Checkpoint
-from popcompile.execution import materialise
-from popcompile.held_out import HeldOut
-from popcompile.hidden_states import HiddenStates
-from popcompile.layerwise import LayerwiseModel
+from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.source import open_source
+from popcompile.frontend.tracing import trace
+from popcompile.package.report import Loss
 from popcompile.passes import PassManager, canonicalization
-from popcompile.report import Loss
-from popcompile.source import open_source
-from popcompile.tracing import trace
+from popcompile.pruning import held_out
+from popcompile.pruning.analyze import sample_texts, source_tokenizer
+from popcompile.pruning.execution import materialise
+from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.layerwise import LayerwiseModel
+from popcompile.pruning.regression import Calibration, calibrate
 
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=4),

@@ -20,11 +20,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from popcompile.adapter import Adapter
-from popcompile.analysis import source_tokenizer
 from popcompile.conversion import convert
+from popcompile.frontend.adapter import Adapter
+from popcompile.frontend.source import open_source
 from popcompile.loading import CONFIG_BYTES
-from popcompile.source import open_source
+from popcompile.pruning.analyze import source_tokenizer
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 FILES = (

@@ -21,12 +21,12 @@ import pytest
 from bad_input import Cli, save_model, snapshot
 
 from popcompile.conversion import convert
-from popcompile.evaluation import PromptScores, summarise
-from popcompile.evaluation_report import save_in_report
-from popcompile.html_report import TEMPLATE, html_report
-from popcompile.measurements import LayerChoice, Point, read_measurements
-from popcompile.package import MANIFEST, REPORT, check_files, read_manifest
-from popcompile.plots import flops_svg, frontier_svg
+from popcompile.evaluation.compare import PromptScores, summarise
+from popcompile.package.manifest import MANIFEST, REPORT, check_files, read_manifest
+from popcompile.package.measurements import LayerChoice, Point, read_measurements
+from popcompile.report.evaluation import save_in_report
+from popcompile.report.page import TEMPLATE, html_report
+from popcompile.report.plots import flops_svg, frontier_svg
 
 NAME = "a<b>&\"c'"
 
@@ -235,7 +235,7 @@ def test_nothing_pruned(package: Path) -> None:
 
 
 def test_template_is_installed() -> None:
-    assert resources.files("popcompile").joinpath(TEMPLATE).is_file()
+    assert resources.files("popcompile.report").joinpath(TEMPLATE).is_file()
 
 
 def test_plots_are_elements_and_the_same_every_time(full: Path) -> None:

@@ -16,15 +16,15 @@ from hub_server import Hub, running_hub
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from popcompile.package import read_manifest
+from popcompile.package.manifest import read_manifest
 
 OPTIONS = ("--layers", "1", "--kv-projection", "layer")
 
 OPEN = """
 import json, sys
-from popcompile.adapter import Adapter
+from popcompile.frontend.adapter import Adapter
 from popcompile.errors import PopcompileError
-from popcompile.source import open_source
+from popcompile.frontend.source import open_source
 for model, gguf_file in json.loads(sys.argv[1]):
     try:
         if gguf_file == "adapter":
@@ -152,7 +152,7 @@ def test_refusals_and_revisions(hub: Hub, sharded: Path, lora: Path, tmp_path: P
 
 
 def test_a_folder_with_an_at_is_a_folder(sharded: Path, tmp_path: Path) -> None:
-    from popcompile.source import open_source
+    from popcompile.frontend.source import open_source
 
     (tmp_path / "org").mkdir()
     (tmp_path / "org/name@v1").symlink_to(sharded)

@@ -19,13 +19,13 @@ from test_virtual_gates import CONFIGS, LAYERS, canonical
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from popcompile.analysis import importance_rows
 from popcompile.cli import main
-from popcompile.importance import importance, prefix_lengths, random_stream
+from popcompile.package.report import Importance
 from popcompile.passes.printing import print_graph
-from popcompile.plots import importance_svg
-from popcompile.report import Importance
-from popcompile.self_sampling import random_starts
+from popcompile.pruning.analyze import importance_rows
+from popcompile.pruning.importance import importance, prefix_lengths, random_stream
+from popcompile.pruning.sampling import random_starts
+from popcompile.report.plots import importance_svg
 
 TEXTS, LENGTH, PREFIXES = 5, 12, 3
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import popcompile
 from popcompile.errors import PopcompileError
-from popcompile.evaluation import evaluate
-from popcompile.generation import PopForCausalLM
-from popcompile.package import read_manifest
-from popcompile.verify import verify
+from popcompile.evaluation.compare import evaluate
+from popcompile.package.manifest import read_manifest
+from popcompile.runtime.generation import PopForCausalLM
+from popcompile.runtime.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from families import pop_by_hooks
 from transformers import DynamicCache, Phi3Config, PreTrainedConfig
 
 import popcompile
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, canonicalization, ops
 from popcompile.passes.graph import find, shape_of
-from popcompile.runtime import Runtime
-from popcompile.tracing import trace
+from popcompile.runtime.session import Runtime
 
 #: tokens of pretraining
 ORIGINAL = 16

@@ -17,10 +17,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from popcompile.masks import Mask, Rule, causal_mask
+from popcompile.frontend.masks import Mask, Rule, causal_mask
+from popcompile.frontend.tracing import trace
 from popcompile.passes import ops
 from popcompile.passes.graph import find
-from popcompile.tracing import trace
 
 
 @pytest.mark.parametrize("window", [1, 2, 8, 255, 256, 4096, 100_000])

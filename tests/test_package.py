@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 
 from popcompile.errors import PopcompileError
 from popcompile.export.io_names import input_names, output_names
-from popcompile.graph_check import read_graphs
-from popcompile.integrity import check_files, describe_files
-from popcompile.package import FORMAT_VERSION, LAYOUTS, MANIFEST, Manifest, _checksum, read_manifest
+from popcompile.package.graph_check import read_graphs
+from popcompile.package.integrity import check_files, describe_files
+from popcompile.package.manifest import FORMAT_VERSION, LAYOUTS, MANIFEST, Manifest, _checksum, read_manifest
 
 WEIGHTS = LAYOUTS["split"].weights
 

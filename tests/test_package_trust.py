@@ -17,10 +17,10 @@ from bad_input import Cli, names, refusal, snapshot
 from resign import sign
 
 import popcompile
-from popcompile.integrity import check_files
-from popcompile.package import MANIFEST, read_manifest
-from popcompile.package_configs import load_tokenizer
-from popcompile.staging import require_apart, staged
+from popcompile.package.configs import load_tokenizer
+from popcompile.package.integrity import check_files
+from popcompile.package.manifest import MANIFEST, read_manifest
+from popcompile.package.staging import require_apart, staged
 
 #: every command that takes a package
 COMMANDS = {

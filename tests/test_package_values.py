@@ -15,11 +15,11 @@ from bad_input import Cli, popcompile, refusal
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from resign import sign
 
-from popcompile.graph_check import read_graphs
-from popcompile.manifest_values import _DTYPES
-from popcompile.package import read_manifest
+from popcompile.package.graph_check import read_graphs
+from popcompile.package.manifest import read_manifest
+from popcompile.package.manifest_values import _DTYPES
 from popcompile.precision import PRECISIONS
-from popcompile.runtime import Runtime
+from popcompile.runtime.session import Runtime
 
 # --- manifests -------------------------------------------------------------------------------------------------
 

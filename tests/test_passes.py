@@ -19,13 +19,13 @@ import transformers
 from conftest import tiny_llama
 from steps import GRAPHS, PASSES, Step, before, compile_in_steps, llama_steps, numbered
 
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, lowering, transformations
 from popcompile.passes.cleanup import Cleanup
 from popcompile.passes.graph import find
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.printing import print_graph
 from popcompile.passes.prune_prefill import PrunePrefill
-from popcompile.tracing import trace
 
 
 @cache

@@ -29,9 +29,9 @@ from reference import pop_prefill
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, transformations
 from popcompile.passes.graph import clone_module
-from popcompile.tracing import trace
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 CONFIGS = {

@@ -23,14 +23,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 import popcompile
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
-from popcompile.package import read_manifest
+from popcompile.package.manifest import read_manifest
 from popcompile.passes import PassManager
 from popcompile.passes.printing import print_graph
 from popcompile.passes.quantize_dynamic import QuantizeDynamic, feature_scales, int8_weight
 from popcompile.passes.quantize_linear import Quantization, QuantizeLinear, quantized_weight, weight_scales
-from popcompile.runtime import Runtime
+from popcompile.runtime.session import Runtime
+from popcompile.runtime.verify import verify
 from popcompile.variants import Variants
-from popcompile.verify import verify
 
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=3),

@@ -13,11 +13,11 @@ import torch
 from reference import pop_prefill
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from popcompile.evaluation import evaluate
-from popcompile.package import REPORT
-from popcompile.runtime import Runtime
+from popcompile.evaluation.compare import evaluate
+from popcompile.package.manifest import REPORT
+from popcompile.runtime.session import Runtime
+from popcompile.runtime.verify import verify
 from popcompile.variants import Variants
-from popcompile.verify import verify
 
 #: DESIGN and the issue that asked for this: fp32 rounding through 30 layers stays below
 TOLERANCE = 1e-3

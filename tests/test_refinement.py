@@ -15,10 +15,10 @@ from calibrated import Traced
 from conftest import tiny_gemma3, tiny_llama
 from torch import Tensor
 
-from popcompile.calibration import Calibration, calibrate
-from popcompile.held_out import HeldOut
-from popcompile.hidden_states import HiddenStates
-from popcompile.refinement import refine
+from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.refinement import refine
+from popcompile.pruning.regression import Calibration, calibrate
 
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=4),

@@ -12,11 +12,11 @@ from conftest import tiny_llama, transformers_forward
 from reference import pop_prefill
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from popcompile.held_out import HeldOut
-from popcompile.report import Loss
-from popcompile.retrieval_questions import DEPTHS, KINDS, questions
-from popcompile.retrieval_text import RetrievalText, retrieval_text
-from popcompile.texts import default_texts
+from popcompile.evaluation.questions import DEPTHS, KINDS, questions
+from popcompile.package.report import Loss
+from popcompile.pruning.held_out import HeldOut
+from popcompile.text.documents import default_texts
+from popcompile.text.lists import RetrievalText, retrieval_text
 
 TOKENS, LISTED = 320, 192
 

@@ -14,10 +14,10 @@ import torch
 from pairs import TOLERANCE, Pair, assert_same_cache, tolerance
 from reference import full_cache, pop_prefill
 
-import popcompile.runtime
+import popcompile.runtime.session
 from popcompile.errors import PopcompileError
-from popcompile.generation import load
-from popcompile.runtime import Runtime
+from popcompile.runtime.generation import load
+from popcompile.runtime.session import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_long_full_prefill_in_pieces(smollm2: Pair, monkeypatch: pytest.MonkeyPa
     ids, mask = smollm2.tokens(100).view(2, 50), torch.ones(2, 50, dtype=torch.int64)
     mask[0, :13] = 0
     whole = smollm2.model(ids, mask, logits_to_keep=1)
-    monkeypatch.setattr(popcompile.runtime, "_LOGITS_BYTES", 20 * 49152 * 4)
+    monkeypatch.setattr(popcompile.runtime.session, "_LOGITS_BYTES", 20 * 49152 * 4)
     pieces = smollm2.model(ids, mask, logits_to_keep=1)
     assert (whole.logits - pieces.logits).abs().max() < TOLERANCE
     assert pieces.past_key_values.kv.lengths == [37, 50]
@@ -214,20 +214,20 @@ def test_providers(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         load(smollm2.package, provider="tpu")
     with pytest.raises(PopcompileError, match="prefill fast: unknown"):
         load(smollm2.package, prefill="fast")
-    monkeypatch.setattr(popcompile.runtime.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(popcompile.runtime.session.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(PopcompileError, match="has no CUDAExecutionProvider"):
         load(smollm2.package, provider="cuda")
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(popcompile.gpu.has_gpu(), reason="says what happens without a GPU")
+@pytest.mark.skipif(popcompile.runtime.gpu.has_gpu(), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """One line, and nothing of ONNX Runtime's own on stdout or stderr."""
-    if "CUDAExecutionProvider" not in popcompile.runtime.ort.get_available_providers():
+    if "CUDAExecutionProvider" not in popcompile.runtime.session.ort.get_available_providers():
         pytest.skip("this onnxruntime is built without CUDA")
     with pytest.raises(PopcompileError, match="no NVIDIA GPU"):
         load(smollm2.package, provider="cuda")
-    monkeypatch.setattr(popcompile.runtime, "has_gpu", lambda: True)  # as with a GPU, but no CUDA libraries
+    monkeypatch.setattr(popcompile.runtime.session, "has_gpu", lambda: True)  # as with a GPU, but no CUDA libraries
     with pytest.raises(PopcompileError, match="cannot use it"):
         load(smollm2.package, provider="cuda")
     assert capfd.readouterr() == ("", "")

@@ -13,8 +13,8 @@ from bad_input import refusal_to_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popcompile.errors import PopcompileError
-from popcompile.samples import SAMPLES, sample_checkpoint, sample_model
-from popcompile.source import open_source
+from popcompile.frontend.samples import SAMPLES, sample_checkpoint, sample_model
+from popcompile.frontend.source import open_source
 
 
 def test_sample_gguf_cut_short(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popcompile.errors import PopcompileError
-from popcompile.selection import Request, format_layers, parse_request
+from popcompile.pruning.request import Request, format_layers, parse_request
 
 
 @pytest.mark.parametrize(

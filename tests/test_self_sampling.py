@@ -11,7 +11,7 @@ from conftest import materialise, tiny_gemma3, tiny_llama, transformers_forward
 from torch import Tensor, fx
 
 from popcompile.errors import PopcompileError
-from popcompile.self_sampling import sample
+from popcompile.pruning.sampling import sample
 
 CONFIGS = {
     "llama": tiny_llama(),

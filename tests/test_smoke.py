@@ -17,7 +17,7 @@ from test_source import tiny_gguf  # noqa: F401  # a fixture
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import popcompile
-from popcompile.source import open_source
+from popcompile.frontend.source import open_source
 
 IDS = torch.tensor([[5, 9, 2, 11, 7, 3]])
 #: name: transformers' type, what its config says, options of convert

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from popcompile.errors import PopcompileError
-from popcompile.source import TensorInfo, open_source, random_tensor
+from popcompile.frontend.source import TensorInfo, open_source, random_tensor
 
 TINY = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -222,7 +222,7 @@ def test_headers_and_one_tensor_of_a_huge_checkpoint_cost_no_memory(folder: Path
 HUB_SCRIPT = """
 import json, sys, time
 from popcompile.errors import PopcompileError
-from popcompile.source import open_source
+from popcompile.frontend.source import open_source
 for model in sys.argv[1:]:
     start = time.perf_counter()
     try:

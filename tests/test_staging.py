@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from bad_input import names, refusal
 
-from popcompile import staging
 from popcompile.errors import PopcompileError
-from popcompile.package import MANIFEST
-from popcompile.staging import require_disk_space, require_writable, staged
+from popcompile.package import staging
+from popcompile.package.manifest import MANIFEST
+from popcompile.package.staging import require_disk_space, require_writable, staged
 
 
 def write(folder: Path, text: str) -> None:

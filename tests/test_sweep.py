@@ -24,8 +24,8 @@ from sweep.configs import cases, default_config, model_types
 from sweep.table import recorded
 from sweep.worker import Case, Result, Worker
 
-from popcompile.decoders import require_decoder
 from popcompile.errors import PopcompileError
+from popcompile.frontend.decoders import require_decoder
 
 #: seconds for one case, which takes about 10 on an idle core
 LIMIT = 300

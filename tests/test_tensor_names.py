@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GPT2Config, PreTrainedConfig
 
 import popcompile
-from popcompile.checkpoint import Checkpoint
-from popcompile.source import Source, open_source
-from popcompile.tensor_names import TensorNames, settle_ties
-from popcompile.tracing import trace
+from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.source import Source, open_source
+from popcompile.frontend.tensor_names import TensorNames, settle_ties
+from popcompile.frontend.tracing import trace
 
 EMBEDDING, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj"
 

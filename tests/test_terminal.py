@@ -19,8 +19,8 @@ import pytest
 from bad_input import TIMEOUT, Cli, assert_one_line, names, popcompile
 
 from popcompile.cli import main
-from popcompile.failures import what_to_fix
-from popcompile.package import MANIFEST, read_manifest
+from popcompile.cli.failures import what_to_fix
+from popcompile.package.manifest import MANIFEST, read_manifest
 from popcompile.terminal import printable, without_controls
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
@@ -146,7 +146,7 @@ def test_internal_errors_are_escaped(monkeypatch: pytest.MonkeyPatch, capsys: py
     def fail(*_: object, **__: object) -> None:
         raise LookupError("of \x1b[2J\nours")
 
-    monkeypatch.setattr("popcompile.verify.verify", fail)
+    monkeypatch.setattr("popcompile.runtime.verify.verify", fail)
     assert main(["verify", "x"]) == 1
     assert "internal error: LookupError: of \\x1b[2J ours; a bug" in capsys.readouterr().err
 
@@ -281,7 +281,7 @@ def test_a_chat_whose_terminal_is_closed(tiny_package: Path) -> None:
 def test_handlers_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, called from Python, sets them for its own time, and not over others."""
     seen = []
-    monkeypatch.setattr("popcompile.verify.verify", lambda *_, **__: seen.append(handlers()) or [])
+    monkeypatch.setattr("popcompile.runtime.verify.verify", lambda *_, **__: seen.append(handlers()) or [])
 
     def handlers() -> list[object]:
         return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]

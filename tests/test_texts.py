@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
-from popcompile.texts import default_texts, read_texts, windows
+from popcompile.text.documents import default_texts, read_texts, windows
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from conftest import tiny_llama
 from transformers import AutoConfig, PreTrainedConfig
 
 from popcompile.errors import PopcompileError
+from popcompile.frontend.tracing import trace
 from popcompile.passes import ops
 from popcompile.passes.graph import find, shape_of
-from popcompile.tracing import trace
 
 _TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = _TOKENS | {

@@ -15,7 +15,7 @@ import transformers
 from transformers import GenerationMixin
 
 from popcompile import upstream
-from popcompile.generation import PopForCausalLM
+from popcompile.runtime.generation import PopForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("popcompile", "passes", "export") for path in (ROOT / folder).rglob("*.py"))

@@ -19,12 +19,12 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from transformers import PreTrainedModel
 
-from popcompile.execution import call_reference
+from popcompile.frontend.tracing import trace
 from popcompile.passes import ContractError, InsertVirtualGates, PassManager, Program, canonicalization, ops, pruning
 from popcompile.passes.graph import clone_module, find, inputs_of, outputs_of, shape_of
 from popcompile.passes.layers import layer_output
 from popcompile.passes.printing import print_graph
-from popcompile.tracing import trace
+from popcompile.pruning.execution import call_reference
 
 GRAPHS = Path(__file__).parent / "graphs" / "gates"
 LAYERS = 4

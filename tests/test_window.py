@@ -13,8 +13,8 @@ from steps import Step, assert_close, compile_in_steps, rows, run_onnx
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, transformations
-from popcompile.tracing import trace
 
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=3),

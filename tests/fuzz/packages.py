@@ -11,7 +11,7 @@ from typing import Any
 
 from fuzz.case import AUTO_MAP, Case, Workspace
 from fuzz.hostile import VALUES, damage, damage_bytes, damage_text, dumps, flip, short
-from popcompile.package import MANIFEST, _checksum, describe_files
+from popcompile.package.manifest import MANIFEST, _checksum, describe_files
 
 PACKAGE = "pkg"
 #: how often each command is taken; "load" is popcompile.load and a call

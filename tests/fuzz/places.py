@@ -14,7 +14,7 @@ from fuzz import adapters, checkpoints, ggufs, packages
 from fuzz.case import Case, Workspace
 from fuzz.hostile import damage
 from fuzz.packages import PACKAGE, QUESTIONS, TEXT
-from popcompile.package import MANIFEST
+from popcompile.package.manifest import MANIFEST
 
 
 def make(rng: Random, workspace: Workspace) -> Case:

@@ -36,9 +36,10 @@ KINDS: dict[str, Maker] = {
 }
 #: what commands import when they run
 _USED = [
-    "popcompile.cli", "popcompile.conversion", "popcompile.chat", "popcompile.inspection", "popcompile.verify",
-    "popcompile.html_report", "popcompile.evaluation", "popcompile.evaluation_report", "popcompile.adapter",
-    "popcompile.gguf_source", "popcompile.analysis", "popcompile.plots", "peft", "gguf", "accelerate",
+    "popcompile.cli", "popcompile.conversion", "popcompile.runtime.chat", "popcompile.report.inspection",
+    "popcompile.runtime.verify", "popcompile.report.page", "popcompile.evaluation.compare",
+    "popcompile.report.evaluation", "popcompile.frontend.adapter", "popcompile.frontend.gguf",
+    "popcompile.pruning.analyze", "popcompile.report.plots", "peft", "gguf", "accelerate",
     "transformers.models.llama.modeling_llama", "transformers.integrations.ggml",
     "transformers.modeling_gguf_pytorch_utils",
     "torch.export", "torch._dynamo", "torch.onnx._internal.exporter._core", "bad_input", "fuzz.bases",

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 
 import popcompile
 from popcompile.errors import PopcompileError
+from popcompile.frontend.source import open_source
 from popcompile.loading import one_line, quiet
-from popcompile.source import open_source
 
 from .configs import default_config, tiny_config
 from .worker import Case

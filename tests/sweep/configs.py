@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
-from popcompile.decoders import require_decoder
 from popcompile.errors import PopcompileError
+from popcompile.frontend.decoders import require_decoder
 
 from .worker import Case
 

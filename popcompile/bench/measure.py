@@ -1,0 +1,300 @@
+"""Time to first token, decoding speed and memory of a package, of its own full model, and of what others made of it.
+
+Every subject lives in a process of its own. For each prompt length all of them take turns, one at a time, while the
+others wait; so what else the machine does, and how warm it is, meets all of them alike.
+
+    pop     the package as it is
+    full    the same model with nothing pruned and one row of logits: the fair baseline, compiled for the purpose
+    DIR     what --against names
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from popcompile.arguments import SEED
+from popcompile.bench.process import WorkerProcess
+from popcompile.bench.subjects import Subject, find_peers, package_subject, require_runtime
+from popcompile.errors import PopcompileError
+from popcompile.package.graph_check import check_package
+from popcompile.package.manifest import Manifest, read_manifest
+from popcompile.progress import Progress
+from popcompile.runtime.gpu import gpu_name
+from popcompile.runtime.session import find_provider
+from popcompile.variants import Variants
+
+LENGTHS = (256, 1024, 2048)
+MEASURES = ("prefill", "time_to_first_token", "decode")
+_REST = 0.05  # seconds between turns, in which the last subject's threads stop spinning
+
+
+def bench(
+    folder: str | Path,
+    against: Sequence[str | Path] = (),
+    lengths: Sequence[int] = LENGTHS,
+    batch: int = 1,
+    decode_tokens: int = 32,
+    repeats: int = 5,
+    threads: int | None = None,
+    provider: str = "cpu",
+    runtime: str = "popcompile",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the package in `folder`, its full model, and the packages and decoders of `against`.
+
+    lengths: of the prompts, in tokens; they are random ones, the same for all subjects, `batch` rows of each.
+    decode_tokens: greedy steps after every prompt. repeats: turns that count, after one that warms up. threads: of
+    every subject; None: the machine's cores. runtime: of packages, the full model's among them: popcompile's, or
+    onnxruntime-genai, in which its model builder's folders run as well.
+
+    Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "gpu", "subjects", "ratios", "warnings",
+    "seconds"}.
+    A subject: {"name", "kind", "path", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths": [{"tokens",
+    "first_token" of every row, and of each of MEASURES {"seconds" by turn, "median", "half_spread",
+    "tokens_per_second"}}]}. "prefill" is the call of the graph, "time_to_first_token" also the making of a cache and
+    the picking of the token; "anonymous" and "peak" are the most anonymous and the most resident memory of its process.
+    With the provider cuda "gpu" is the GPU's name, and in "memory" what the process took of its memory.
+    A ratio: the median of "over" by that of "pop", of each measure.
+    Raises PopcompileError for what cannot be measured, and where a process ends.
+    """
+    started, folder = time.perf_counter(), Path(folder)
+    report = progress or (lambda step, done, total: None)
+    _require_numbers(lengths, batch, decode_tokens, repeats)
+    SEED.require("--seed", seed)
+    threads = _threads(threads)
+    require_runtime(runtime)
+    find_provider(provider)
+    manifest = read_manifest(folder)
+    peers = find_peers(folder, [Path(path) for path in against], runtime)
+    check_package(folder, manifest)
+    pop = package_subject("pop", folder, runtime)
+    for subject in (pop, *peers):
+        _require_room(subject, lengths, decode_tokens)
+    settings: dict[str, Any] = {"lengths": list(lengths), "batch": batch, "decode_tokens": decode_tokens}
+    settings |= {"repeats": repeats, "threads": threads, "provider": provider, "runtime": runtime, "seed": seed}
+    with tempfile.TemporaryDirectory(prefix="popcompile-") as temporary, ExitStack() as stack:
+        report("compile", 0, 1)
+        full = package_subject("full", Variants(folder).prune(Path(temporary) / "full", []), runtime)
+        workers = []
+        for index, subject in enumerate((pop, full, *peers)):
+            report("load", index, len(peers) + 2)
+            workers.append(stack.enter_context(_Measured(subject)))
+            with workers[-1].may_fail():
+                workers[-1].load(provider, threads)
+        _take_turns(workers, settings, report)
+    warnings = [worker.failure for worker in workers if worker.failure]
+    workers = [worker for worker in workers if not worker.failure]
+    subjects = [worker.to_json(batch, decode_tokens) for worker in workers]
+    subjects[1]["path"] = None  # it was compiled for the purpose
+    return {
+        "package": str(folder),
+        "pruned": manifest.pruned,
+        "num_layers": manifest.num_layers,
+        "dtype": manifest.dtype,
+        "source": manifest.source["name"],
+        "settings": settings,
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "gpu": gpu_name() if provider == "cuda" else None,
+        "subjects": subjects,
+        "ratios": _ratios(subjects),
+        "warnings": warnings + _other_first_tokens(workers, manifest),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _take_turns(workers: list[_Measured], settings: dict[str, Any], report: Progress) -> None:
+    """Every subject once, then again: the first time to warm up, the others to be timed."""
+    lengths, batch, turns = settings["lengths"], settings["batch"], settings["repeats"] + 1
+    vocabulary = min(worker.subject.vocab_size for worker in workers)
+    total, done = sum(lengths) * turns * len(workers), 0
+    for length in lengths:
+        generator = np.random.default_rng([settings["seed"], length])
+        ids = generator.integers(vocabulary, size=(batch, length)).tolist()
+        for turn in range(turns):
+            for worker in workers:
+                report("measure", done, total)
+                if not worker.failure:
+                    with worker.may_fail():
+                        worker.turn(length, ids, settings["decode_tokens"], warm_up=turn == 0)
+                    time.sleep(_REST)
+                done += length
+    report("measure", done, total)
+
+
+class _Measured(WorkerProcess):
+    """A subject's process, and what was measured there; `failure`: why one is left out that is not required."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.failure = ""
+        self.first_tokens: dict[int, list[int]] = {}  # by prompt length
+        self._turns: dict[int, list[dict[str, float]]] = {}
+        self._memory: dict[str, int | None] = {}
+        self._load_seconds = 0.0
+
+    @contextmanager
+    def may_fail(self) -> Iterator[None]:
+        """What ends a required subject ends the benchmark; another is left out of it."""
+        try:
+            yield
+        except PopcompileError as error:
+            if self.subject.required:
+                raise
+            self.failure = str(error)
+
+    def load(self, provider: str, threads: int) -> None:
+        reply = self.ask({"load": self.subject.to_json(), "provider": provider, "threads": threads})
+        self._load_seconds = reply["seconds"]
+        self._memory = {"anonymous": reply["anonymous"], "peak": None}
+        if provider == "cuda":
+            self._memory["gpu"] = reply["gpu"]
+
+    def turn(self, length: int, ids: list[list[int]], steps: int, *, warm_up: bool) -> None:
+        """One prompt, ids [batch, length], and `steps` tokens after it."""
+        if not warm_up:
+            self._turns.setdefault(length, []).append(self.ask({"turn": ids, "steps": steps}))
+            return
+        reply = self.ask({"warm_up": ids, "steps": steps})
+        self.first_tokens[length] = reply["first_token"]
+        for name in ("anonymous", "peak"):
+            if reply[name] is not None:
+                self._memory[name] = max(reply[name], self._memory[name] or 0)
+        if "gpu" in self._memory:  # which ONNX Runtime keeps
+            self._memory["gpu"] = (self._memory["gpu"] or 0) + reply["gpu"]
+
+    def to_json(self, batch: int, steps: int) -> dict[str, Any]:
+        rows = []
+        for length, turns in self._turns.items():
+            tokens = {"prefill": length * batch, "time_to_first_token": length * batch, "decode": steps * batch}
+            measures = {name: _summary([turn[name] for turn in turns], tokens[name]) for name in MEASURES}
+            rows.append({"tokens": length, "first_token": self.first_tokens[length], **measures})
+        return {
+            "name": self.subject.name,
+            "kind": self.subject.kind,
+            "path": str(self.subject.path),
+            "load_seconds": self._load_seconds,
+            "memory": self._memory,
+            "lengths": rows,
+        }
+
+
+def _summary(seconds: list[float], tokens: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "seconds": seconds,
+        "median": median,
+        "half_spread": (max(seconds) - min(seconds)) / 2,
+        "tokens_per_second": tokens / median,
+    }
+
+
+def _ratios(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    pop, *others = subjects
+    return [
+        {"tokens": ours["tokens"], "over": other["name"]}
+        | {name: theirs[name]["median"] / ours[name]["median"] for name in MEASURES}
+        for other in others
+        for ours, theirs in zip(pop["lengths"], other["lengths"], strict=True)
+    ]
+
+
+def _other_first_tokens(workers: list[_Measured], manifest: Manifest) -> list[str]:
+    """Of each peer that does not answer as the full model does, the first length where it shows."""
+    _, full, *peers = workers
+    found = []
+    for peer in peers:
+        name = peer.subject.name
+        if peer.subject.vocab_size != manifest.vocab_size:
+            found.append(
+                f"{name}: has a vocabulary of {peer.subject.vocab_size} tokens, full of {manifest.vocab_size}:"
+                " another model, whose times say little"
+            )
+            continue
+        for length, expected in full.first_tokens.items():
+            if (got := peer.first_tokens[length]) != expected:
+                found.append(
+                    f"{name}: its first token after {length} tokens is not full's ({got} against {expected}): it has"
+                    " other weights, is quantized, or prunes"
+                )
+                break
+    return found
+
+
+# --- what is asked for, and where ------------------------------------------------------------------------------
+
+
+def _require_numbers(lengths: Sequence[int], batch: int, decode_tokens: int, repeats: int) -> None:
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise PopcompileError(f"--lengths {','.join(map(str, lengths))}: give each length once, and at least one")
+    least = {
+        "lengths": (min(lengths), 1),
+        "batch": (batch, 1),
+        "decode-tokens": (decode_tokens, 1),
+        "repeats": (repeats, 1),
+    }
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise PopcompileError(f"--{name} {value}: too small; give at least {minimum}")
+
+
+def _require_room(subject: Subject, lengths: Sequence[int], decode_tokens: int) -> None:
+    limit, longest = subject.context_length, max(lengths)
+    if limit is not None and longest + decode_tokens > limit:
+        raise PopcompileError(
+            f"--lengths {longest} and --decode-tokens {decode_tokens} are more than the context of {limit} of"
+            f" {subject.path}; lower one of them"
+        )
+
+
+def _threads(threads: int | None) -> int:
+    """The number of threads, by default the cores that this process may use."""
+    here = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+    if threads is None:
+        return max(1, min(here, psutil.cpu_count(logical=False) or here))
+    if not 1 <= threads <= here:
+        raise PopcompileError(f"--threads {threads}: this machine has {here}; give 1 to {here}")
+    return threads
+
+
+def _versions() -> dict[str, str | None]:
+    """Of what takes part; onnxruntime and onnxruntime-genai come in wheels of several names."""
+
+    def installed(*names: str) -> str | None:
+        for name in names:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                pass
+        return None
+
+    import onnxruntime
+
+    return {
+        "popcompile": installed("popcompile"),
+        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime_genai": installed("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu() -> str:
+    """The processor's model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

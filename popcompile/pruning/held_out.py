@@ -1,0 +1,220 @@
+"""Measure what a pruned prefill costs, before it is compiled: on text that was held out of calibration.
+
+A text is a prompt and a continuation. Besides the prompt's end, the window of tokens that take the whole model, and the
+continuation, windows that end earlier in the prompt are taken for a prompt's end too: each attends to the pruned
+prefill of the tokens before it and to itself, as it would were it the last. That gives several first tokens per text.
+
+    context    prompt tokens but those of the window: the pruned prefill's hidden states
+    tail       the window and the continuation, teacher-forced from there on, and the probes: every layer, in full
+
+Of texts whose answers stand in the prompt (text/lists.py) only the answers' tokens count.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from popcompile.evaluation.metrics import Comparison, compare
+from popcompile.package.report import Loss
+from popcompile.pruning.hidden_states import HiddenStates, at_positions
+from popcompile.pruning.layerwise import LayerwiseModel, Tokens
+from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
+from popcompile.pruning.regression import Calibration
+from popcompile.text.lists import RetrievalText
+
+#: rows that are run together, and their tokens, unless it is one row
+_BATCH, _BATCH_TOKENS = 4, 2048
+#: probes per row, at most; the tokens of their windows, unless these are two probes; and of the shortest one's context
+_PROBES, _PROBED_TOKENS, _EARLIEST = 32, 128, 32
+
+
+class HeldOut:
+    """Rows of tokens [N, T], and the whole model's hidden states before each layer from `first` on and at the end.
+
+    Layers before `first` are never pruned. prompt: tokens of a row that are its prompt; the others continue it.
+    window: tokens at a prompt's end that take the whole model, fewer than it has. retrieval: texts whose answers stand
+    in the prompt, their first `asked_tokens`, by default as many as a row's. folder: where files of hidden states may
+    be, by default that of temporary files.
+    """
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        rows: Tensor,
+        first: int,
+        prompt: int,
+        seed: int,
+        window: int = 1,
+        retrieval: RetrievalText | None = None,
+        asked_tokens: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._states, self._prompt, self._seed = HiddenStates(model, rows, first, folder), prompt, seed
+        self._asked = None
+        if retrieval is not None:
+            states = HiddenStates(model, retrieval.rows, first, folder)
+            self._asked = _Asked(states, retrieval.answers, asked_tokens or prompt)
+        self._place(window)
+
+    def at(self, window: int) -> HeldOut:
+        """The same text, with another window."""
+        other = copy.copy(self)
+        other._place(window)
+        return other
+
+    def _place(self, window: int) -> None:
+        assert 0 < window < self._prompt
+        self.window = window
+        self._retrieval = self._asked and _HeldOutRetrieval(self._asked, window)
+        rows, context = self._states.rows, self._prompt - window
+        self._continued = rows.shape[1] - self._prompt
+        random = torch.Generator().manual_seed(self._seed)
+        ends = torch.stack([_probes(context, window, random) for _ in rows])
+        continuation = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
+        probes = (ends[:, :, None] - torch.arange(window).flip(0)).flatten(1)
+        begins = (torch.full_like(continuation, context), (ends - window + 1).repeat_interleave(window, 1))
+        #: in the tail: the boundary token and the continuation, and the probes' last tokens
+        measured = (
+            torch.arange(window - 1, continuation.shape[1]),
+            torch.arange(ends.shape[1]) * window + continuation.shape[1] + window - 1,
+        )
+        self._tails = _Tails(
+            self._states, context, torch.cat((continuation, probes), 1), torch.cat(begins, 1),
+            torch.cat(measured).expand(len(rows), -1),
+        )  # fmt: skip
+
+    @property
+    def model(self) -> LayerwiseModel:
+        return self._states.model
+
+    @property
+    def first(self) -> int:
+        return self._states.first
+
+    def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
+        """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
+        kl, whole, ours, agreement, *_ = self._tails.compare(pruned, calibration)
+        after, later = slice(0, self._continued), slice(min(1, self._continued - 1), self._continued)
+        first = torch.cat((kl[:, :1], kl[:, self._continued :]), 1).mean(1)
+        first_agreement = torch.cat((agreement[:, :1], agreement[:, self._continued :]), 1).mean()
+        loss = Loss(
+            first_token_kl=float(first.mean()),
+            first_token_kl_error=_standard_error(first),
+            first_token_agreement=float(first_agreement),
+            kl=float(kl[:, later].mean()),
+            agreement=float(agreement[:, after].mean()),
+            ppl_ratio=float((ours - whole)[:, after].mean().exp()),
+        )
+        return self._retrieval.add_to(loss, pruned, calibration) if self._retrieval else loss
+
+
+class _Asked(NamedTuple):
+    """Rows of tokens [N, T], which of their tokens are parts of answers [N, T], and the tokens of their prompts."""
+
+    states: HiddenStates
+    answers: Tensor
+    prompt: int
+
+
+class _HeldOutRetrieval:
+    """Texts whose answers stand in them, as HeldOut has rows; what is asked for from `prompt` on is measured."""
+
+    def __init__(self, text: _Asked, window: int) -> None:
+        states, answers, prompt = text
+        rows, context = states.rows, prompt - window
+        positions = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
+        asked = answers[:, context + 1 :] & (positions + 1 >= prompt)
+        count = int(asked.sum(1).min())
+        assert count > 0
+        measured = asked.int().topk(count, 1).indices.sort(1).values
+        self._tails = _Tails(states, context, positions, torch.full_like(positions, context), measured)
+
+    def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration) -> Loss:
+        """The loss of pruning these layers, with what it costs here."""
+        compared = self._tails.compare(pruned, calibration)
+        found = compared.full_correct > 0
+        share = float(compared.full_correct.mean())
+        if not found.any():
+            return replace(loss, retrieval_found=share)
+        return replace(
+            loss,
+            retrieval_found=share,
+            retrieval_kl=float(compared.kl[found].mean()),
+            retrieval_kept=float(compared.correct[found].mean()),
+            retrieval_kl_error=_pooled_error(compared.kl, found),
+        )
+
+
+def _probes(context: int, window: int, random: torch.Generator) -> Tensor:
+    """Positions of tokens of the prompt that a probe's window ends with, in one row."""
+    count = min(_PROBES, max(2, _PROBED_TOKENS // window))
+    last = context + window - 1  # the boundary token
+    earliest = window - 1 + min(_EARLIEST, context // 2)
+    return torch.randperm(last - earliest, generator=random)[:count] + earliest
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+def _pooled_error(values: Tensor, chosen: Tensor) -> float | None:
+    """The standard error of the mean of the chosen values [N, M]: of a ratio of sums, over rows."""
+    sums, counts = (values * chosen).sum(1), chosen.sum(1)
+    rows = int((counts > 0).sum())
+    if rows < 2:
+        return None
+    off = sums - counts * (sums.sum() / counts.sum())
+    return float((off.pow(2).sum() * rows / (rows - 1)).sqrt() / counts.sum())
+
+
+class _Tails:
+    """Tails of rows, and what the whole model makes of them.
+
+    context: tokens of a row from its beginning that tails may attend to. positions: of the tails' tokens [N, Q], and
+    begins, where the block of each begins. measured: indices [N, M] of tail tokens whose predictions are compared.
+    """
+
+    def __init__(self, states: HiddenStates, context: int, positions: Tensor, begins: Tensor, measured: Tensor) -> None:
+        self._states, self._context, self._positions, self._begins = states, context, positions, begins
+        self._measured = measured
+        self._ids = states.rows.gather(1, positions)
+        at = positions.gather(1, measured)
+        self._next = states.rows.gather(1, at + 1)
+        self._final = at_positions(states.before(states.model.num_layers), at)
+
+    def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
+        """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
+        parts = []
+        begin = pruned[0] if pruned else self._states.first
+        for batch in self._batches():
+            prompts, x = self._prompts(batch), self._states.before(begin)[batch]
+            entering = x[:, : self._context], at_positions(x, self._positions[batch])
+            y = last_hidden_state(self._states.model, prompts, entering, begin, pruned, calibration)
+            parts.append(self._compare(batch, prompts.tail, at_positions(y, self._measured[batch])))
+        return Comparison(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _compare(self, batch: slice, tokens: Tokens, y: Tensor) -> Comparison:
+        """Of last hidden states y [B, M, hidden]. A row at a time bounds the logits."""
+        rows = []
+        for final, ours, following in zip(self._final[batch], y, self._next[batch], strict=True):
+            whole, pruned = (self._states.model.logits(h[None], tokens)[0] for h in (final, ours))
+            rows.append(compare(whole, pruned, following))
+        return Comparison(*map(torch.stack, zip(*rows, strict=True)))
+
+    def _batches(self) -> Iterator[slice]:
+        count, tokens = self._states.rows.shape
+        step = max(1, min(_BATCH, _BATCH_TOKENS // tokens))
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
+
+    def _prompts(self, batch: slice) -> Prompts:
+        context = self._states.rows[batch, : self._context]
+        return Prompts.of(self._states.model, context, self._ids[batch], self._positions[batch], self._begins[batch])

@@ -1,0 +1,204 @@
+"""Decide which layers prefill skips and calibrate what takes their place: between tracing and pruning.
+
+    text -> sets of layers, each calibrated and measured on held-out text -> choice -> refinement
+    -> quality on text that has decided nothing
+
+Without calibration, and with the layers or their number given, nothing has to be run: conversion then reads weights
+only to write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from popcompile.passes import Program
+from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
+from popcompile.passes.graph import runs, shape_of
+from popcompile.passes.layers import layer_output, projected_kv
+from popcompile.progress import Progress
+from popcompile.pruning.costs import full_prefill_one_logit
+from popcompile.pruning.execution import Reader, held_in_memory, materialise, require_memory
+from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.layerwise import LayerwiseModel
+from popcompile.pruning.refinement import STEPS
+from popcompile.pruning.regression import Calibration
+from popcompile.pruning.request import Request
+from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
+from popcompile.pruning.text import SELF, TEXTS, calibration_text
+
+#: the loss that `convert` allows where the user says nothing: KL in nats
+MAX_KL = 0.05
+#: tokens of the prompts that the choice is made for, as far as the context goes
+PROMPT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file.
+
+    texts: pieces of it. steps: of refinement. windows: tokens at a prompt's end that take the whole model, the most
+    first; smaller ones only `auto` takes. prompt_tokens: of the prompts that the choice is made for.
+    """
+
+    windows: Sequence[int]
+    prompt_tokens: int = PROMPT_TOKENS
+    calibrated: bool = True
+    origin: str = SELF
+    texts: int = TEXTS
+    steps: int = STEPS
+    budget: Budget = field(default_factory=lambda: Budget(max_kl=MAX_KL))
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pruned layers, the window of tokens that take them all the same, what takes their place, and the report's
+    sections about it.
+    """
+
+    pruned: list[int]
+    window: int
+    calibration: Calibration = field(default_factory=Calibration)
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+def needs_weights(num_layers: int, request: Request, options: Options) -> bool:
+    """Whether the model has to be run to plan. To skip the last layer alone costs nothing."""
+    if request.how == "auto":
+        return num_layers > 1
+    return options.calibrated and not set(request.layers) <= {num_layers - 1}
+
+
+@torch.no_grad()
+def make_plan(
+    program: Program,
+    read: Reader,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: Request,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+) -> Plan:
+    """program: canonical; it is left as it is. folder: where files of the size of the hidden states may be.
+
+    Raises PopcompileError, ContractError.
+    """
+    if not needs_weights(program.num_layers, request, options):
+        return Plan(request.layers, options.windows[0])
+    require_memory(program, name)
+    window, *smaller = options.windows
+    read = held_in_memory(read, name)
+    text = calibration_text(
+        options.origin, program, read, tokenizer, texts=options.texts, window=window,
+        prompt_tokens=options.prompt_tokens if request.how != "layers" else 0, seed=options.seed,
+        progress=lambda *n: progress("sample", *n),
+    )  # fmt: skip
+    layers = program.num_layers
+    most = largest_count(layers) if request.how == "auto" else len(request.layers)
+    first = min(request.layers) if request.how == "layers" else first_candidate(layers, most)
+    model = LayerwiseModel(materialise(program.graphs["model"], program, read))
+    states = None
+    if options.calibrated:
+        states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
+    held_out = HeldOut(
+        model,
+        text.held_out,
+        first,
+        text.prompt,
+        options.seed,
+        window,
+        text.retrieval_held_out,
+        text.asked_tokens,
+        folder,
+    )
+    speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
+    search = Search(
+        states,
+        held_out,
+        progress,
+        steps=options.steps,
+        seed=options.seed,
+        windows=smaller,
+        speedup=speedup,
+    )
+    if request.how == "auto":
+        chosen = search.within(options.budget)
+    elif request.how == "layers":
+        chosen = search.finish(request.layers)
+    else:
+        chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
+    calibration = search.final(chosen)
+    unseen = HeldOut(
+        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen,
+        text.asked_tokens, folder,
+    )  # fmt: skip
+    sections = {
+        "choice": _choice(search, speedup, chosen, request, options),
+        "quality": {
+            "text": text.source,
+            "texts": len(text.unseen),
+            "prompt_tokens": text.prompt,
+            "asked_tokens": text.asked_tokens,
+            "window": chosen.window,
+            "continuation_tokens": text.unseen.shape[1] - text.prompt,
+            "loss": asdict(unseen.measure(chosen.pruned, calibration)),
+            "own_projection": asdict(unseen.measure(chosen.pruned, Calibration())),
+        },
+    }
+    return Plan(chosen.pruned, chosen.window, calibration, sections)
+
+
+def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
+    frontier = [
+        {
+            "pruned": candidate.pruned,
+            "window": candidate.window,
+            "speedup": round(speedup(candidate.pruned, candidate.window), 4),
+            "loss": asdict(candidate.loss),
+            "refined": candidate.refined,
+            "chosen": candidate is chosen,
+        }
+        for candidate in sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.worst_kl))
+    ]
+    return {
+        "how": request.how,
+        "budget": asdict(options.budget) if request.how == "auto" else None,
+        "met": request.how != "auto" or len(chosen.pruned) > 1,
+        "prompt_tokens": options.prompt_tokens,
+        "frontier": frontier,
+    }
+
+
+def predicted_speedup(program: Program, bypass: bool, tokens: int) -> Speedup:
+    """FLOPs of the whole model's prefill with one row of logits over those of a pruned one, for prompts of so many
+    tokens: a function of the pruned layers, and of how many tokens at the prompt's end take every layer.
+
+    bypass: whether a bypass follows every run of pruned layers.
+    """
+    graph = program.graphs["model"]
+    prefill = REFERENCE_SIZES["prefill"] | {"sequence": tokens, "total": tokens}
+    hidden = int(shape_of(layer_output(graph, 0))[2])
+    whole = flops_by_layer(graph, "prefill", prefill)
+    step = flops_by_layer(graph, "decode", REFERENCE_SIZES["decode"] | {"past": tokens - 1, "total": tokens})
+    total = full_prefill_one_logit(graph, prefill)
+
+    @cache
+    def saved(layer: int, window: int) -> int:
+        key, value = projected_kv(graph, layer)
+        width = int(shape_of(key)[2]) + int(shape_of(value)[2])
+        return whole[layer] - min(window, tokens) * step[layer] - 2 * tokens * hidden * width
+
+    def speedup(pruned: list[int], window: int) -> float:
+        bypasses = sum(last + 1 < program.num_layers for _, last in runs(pruned)) if bypass else 0
+        return total / (total - sum(saved(layer, window) for layer in pruned) + bypasses * 2 * tokens * hidden**2)
+
+    return speedup

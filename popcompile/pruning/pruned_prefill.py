@@ -1,0 +1,92 @@
+"""Run what follows a pruned prefill before it is compiled: in PyTorch, on the layers of the canonical graph.
+
+    context    a prompt's tokens but those of the window at its end: the pruned prefill's hidden states
+    tail       tokens that follow the context or its beginning: every layer, in full
+
+A tail may hold many blocks, each the end of a prompt and what follows it: a block attends to the pruned prefill of the
+tokens before it and to itself, as it would were it alone. That gives many first tokens per text. Everything is
+differentiable in the calibrated maps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from popcompile.passes.graph import runs
+from popcompile.pruning.layerwise import Keys, LayerwiseModel, Tokens
+from popcompile.pruning.regression import Calibration
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Context and tail tokens, both one after the other, and which of these each may attend to.
+
+    visible: [B, C + Q, C + Q] for C context and Q tail tokens.
+    """
+
+    context: Tokens
+    tail: Tokens
+    together: Tokens
+    visible: Tensor
+
+    @classmethod
+    def of(cls, model: LayerwiseModel, context: Tensor, tail: Tensor, positions: Tensor, begins: Tensor) -> Prompts:
+        """context: ids [B, C], from position 0 on. tail: ids [B, Q] at positions [B, Q].
+
+        begins: [B, Q], where the block of a tail's token begins, which no two blocks of a row share.
+        """
+        count, size = context.shape[1], context.shape[1] + tail.shape[1]
+        from_zero = torch.arange(count).expand(len(context), -1)
+        visible = torch.zeros(len(tail), size, size, dtype=torch.bool)
+        visible[:, :count, :count] = torch.ones(count, count, dtype=torch.bool).tril()
+        visible[:, count:, :count] = torch.arange(count) < begins[:, :, None]
+        visible[:, count:, count:] = (begins[:, :, None] == begins[:, None]) & (
+            positions[:, :, None] >= positions[:, None]
+        )
+        return cls(
+            context=model.tokens(context, from_zero),
+            tail=model.tokens(tail, positions),
+            together=model.tokens(torch.cat((context, tail), 1), torch.cat((from_zero, positions), 1)),
+            visible=visible,
+        )
+
+
+def last_hidden_state(
+    model: LayerwiseModel,
+    prompts: Prompts,
+    entering: tuple[Tensor, Tensor],
+    first: int,
+    pruned: list[int],
+    calibration: Calibration,
+) -> Tensor:
+    """The tail's hidden state after the last layer [B, Q, hidden], its context's prefill being pruned.
+
+    entering: hidden states of context and tail [B, C and Q, hidden] before layer `first`, none before it being pruned.
+    calibration: maps in place of pruned layers; where it has none, the layer's own projections.
+    """
+    x, y = entering
+    count, ends, begin = x.shape[1], dict(runs(pruned)), -1
+    for layer in range(first, model.num_layers):
+        if layer not in pruned:
+            both = model.layer(layer, torch.cat((x, y), 1), prompts.together, prompts.visible)
+            x, y = both[:, :count], both[:, count:]
+            continue
+        begin = layer if layer in ends else begin
+        key, value = _projected(model, layer, x, prompts.context, calibration)
+        keys = Keys(*model.cache_entries(layer, key, value, prompts.context), prompts.context.positions)
+        y = model.layer(layer, y, prompts.tail, prompts.visible[:, count:], keys)
+        if layer == ends[begin] and begin in calibration.bypasses:
+            x = x + calibration.bypasses[begin](x)
+    return y
+
+
+def _projected(
+    model: LayerwiseModel, layer: int, x: Tensor, tokens: Tokens, calibration: Calibration
+) -> tuple[Tensor, Tensor]:
+    if layer not in calibration.projections:
+        return model.project(layer, x, tokens)
+    key, value = calibration.projections[layer](x).chunk(2, -1)
+    return key, value

@@ -1,0 +1,89 @@
+"""Refine calibrated maps by gradients: from the least error in k and v to the least error in the answer.
+
+The regression weighs every direction of k and v alike, whatever attention and the rest of the model make of it. A few
+steps of Adam on what counts, KL(whole model || pruned prefill) of first tokens, start from its solution. Each step
+takes some rows of the calibration text, and of each row some places as boundary tokens, whatever the window is: steps
+through the window cost more and gain the same (README.md). The model's weights stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy
+
+from popcompile.pruning.execution import fast_products
+from popcompile.pruning.hidden_states import HiddenStates, at_positions
+from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
+from popcompile.pruning.regression import Calibration
+
+#: steps by default, and rows and boundary tokens of each row that a step takes
+STEPS, _ROWS, _BOUNDARY_TOKENS = 64, 8, 32
+#: position of the earliest boundary token
+_EARLIEST = 8
+#: Adam's step, relative to the root mean square of a map's weight
+_RATE = 6e-3
+
+
+def refine(
+    states: HiddenStates,
+    pruned: list[int],
+    calibration: Calibration,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Calibration:
+    """Maps in place of these layers that lose less, starting from `calibration`; it is left as it is.
+
+    Layers for which it has no map keep their own projections. seed: of the rows and boundary tokens of each step.
+    """
+    if steps == 0 or not calibration.projections:
+        return calibration
+    refined = calibration.each(lambda t: t.clone().requires_grad_())
+    maps = [*refined.projections.values(), *refined.bypasses.values()]
+    rates = [_RATE * float(m.weight.detach().pow(2).mean().sqrt()) for m in maps]
+    groups = [{"params": [m.weight, m.bias, m.sink], "lr": rate} for m, rate in zip(maps, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    random = Generator().manual_seed(seed)
+    rows = _shuffled(len(states.rows), random)
+    with torch.enable_grad(), fast_products():
+        for step in range(steps):
+            optimizer.zero_grad()
+            _loss(states, pruned, refined, next(rows), random).backward()
+            optimizer.step()
+            schedule.step()
+            if progress:
+                progress(step + 1, steps)
+    return refined.each(Tensor.detach)
+
+
+def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, rows: Tensor, random: Generator) -> Tensor:
+    """Mean first-token KL of some boundary tokens of these rows, but for a constant: the whole model's entropy."""
+    model, first = states.model, pruned[0]
+    ids = states.rows[rows]
+    positions = torch.stack([_boundary_tokens(ids.shape[1], random) for _ in ids])
+    x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
+    prompts = Prompts.of(model, ids, ids.gather(1, positions), positions, begins=positions)
+    y = last_hidden_state(model, prompts, (x, at_positions(x, positions)), first, pruned, calibration)
+    with torch.no_grad():
+        likely = model.logits(at_positions(final, positions), prompts.tail).flatten(0, 1).softmax(-1)
+    return cross_entropy(model.logits(y, prompts.tail).flatten(0, 1), likely)
+
+
+def _boundary_tokens(length: int, random: Generator) -> Tensor:
+    """Positions of the boundary tokens that a step takes of one row."""
+    earliest = min(_EARLIEST, length // 2)
+    return torch.randperm(length - earliest, generator=random)[:_BOUNDARY_TOKENS] + earliest
+
+
+def _shuffled(count: int, random: Generator) -> Iterator[Tensor]:
+    """Indices of a step's rows: all rows in a new order, again and again."""
+    while True:
+        yield from torch.randperm(count, generator=random).split(_ROWS)

@@ -1,0 +1,282 @@
+"""Choose the layers that prefill skips by what skipping them costs on held-out text.
+
+A set grows from the last layer towards the first ones by a layer at a time: each layer is tried on top of the set so
+far, calibrated in closed form and measured, and it stays in prefill for now if skipping it costs more than a share of
+the budget. Of several such layers in a row the cheapest is skipped all the same, if the budget allows. So a few layers
+that do what the deep ones below them do not, such as copying from far back, are kept, and shallower ones are skipped in
+their place: with the calibrated bypass a kept layer in the middle reads nearly what it did. Layers that were kept are
+tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
+sets, where they are over the budget without it.
+
+The longer a prompt, the more of its answers are lost, so the answers that decide stand in prompts of the length that
+the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on what
+was chosen, where it gains enough for such prompts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from popcompile.package.report import Loss
+from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.refinement import refine
+from popcompile.pruning.regression import Calibration, calibrate
+
+#: the share of layers that `auto` prunes at most
+MOST = 0.6
+#: how many of the deep layers `auto` may keep in that
+_KEPT = 4
+#: the share of the budget that skipping a layer may take; and of how many in a row that take more one is skipped
+_STEP, _PATIENCE = 0.25, 4
+#: rows of text to calibrate on while a set grows
+_FEW_ROWS = 40
+#: what refinement leaves of a loss at best, of first tokens and of answers: it is tried on sets that would keep to the
+#: budget then
+_REFINED, _REFINED_ANSWERS = 0.7, 0.9
+#: how many times sooner the prefill has to be for a smaller window to be taken: it costs quality within the budget
+_WORTH = 1.05
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The loss that is allowed: KL in nats, of a first token, of those after it and of answers that stand in the prompt
+    each, and perplexity over the whole model's. None: any.
+    """
+
+    max_kl: float | None = None
+    max_ppl_ratio: float | None = None
+
+    def spent(self, loss: Loss) -> float:
+        """The share of the budget that a loss takes; above 1 it is overspent."""
+        shares = [0.0]
+        if self.max_kl is not None:
+            shares.append(_share(loss.worst_kl, self.max_kl))
+        if self.max_ppl_ratio is not None:
+            shares.append(_share(loss.ppl_ratio - 1, self.max_ppl_ratio - 1))
+        return max(shares)
+
+
+#: what rounding alone does to a loss
+_ROUNDING = 1e-5
+
+
+def _share(loss: float, allowed: float) -> float:
+    if loss <= _ROUNDING:
+        return 0.0
+    return loss / allowed if allowed > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A measured set of pruned layers. refined: its maps are, by gradients.
+
+    window: tokens at a prompt's end that take the whole model.
+    """
+
+    pruned: list[int]
+    loss: Loss
+    refined: bool = False
+    window: int = 1
+
+
+#: how many times sooner than the whole model's a prefill is that skips these layers, with this window
+Speedup = Callable[[list[int], int], float]
+
+
+class Search:
+    """Measures sets of layers; `measured` has all of them, in order."""
+
+    def __init__(
+        self,
+        states: HiddenStates | None,
+        held_out: HeldOut,
+        progress: Callable[[str, int, int], Any],
+        *,
+        steps: int = 0,
+        seed: int = 0,
+        windows: Sequence[int] = (),
+        speedup: Speedup | None = None,
+    ) -> None:
+        """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement. windows: smaller
+        ones than held_out's that `within` may choose, by what `speedup` predicts.
+        """
+        self._states, self._held_out = states, held_out
+        self._progress, self._steps, self._seed = progress, steps, seed
+        self._windows, self._speedup = windows, speedup
+        self.num_layers = held_out.model.num_layers
+        self.measured: list[Candidate] = []
+        self._final: dict[tuple[int, ...], _Maps] = {}
+
+    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
+        """The set with maps in closed form, of a part of the text. window: by default held_out's."""
+        maps = Calibration()
+        if self._states is not None:
+            few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
+            maps = calibrate(few, pruned, products=torch.float32)
+        return self._measured(pruned, _Maps(maps, refined=False), window)
+
+    def finish(
+        self, pruned: list[int], window: int | None = None, refinable: Callable[[Loss], bool] = lambda loss: True
+    ) -> Candidate:
+        """The set with its final maps: of all the text, and refined, if that helps.
+
+        refinable: whether a loss in closed form is one that refinement is worth its time for: it takes a while, and
+        seldom gains much beside a window.
+        """
+        if (known := self._final.get(tuple(pruned))) is not None:
+            return self._measured(pruned, known, window)
+        plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
+        self._final[tuple(pruned)] = plain
+        finished = self._measured(pruned, plain, window)
+        if self._states is None or not refinable(finished.loss):
+            return finished
+        maps = refine(
+            self._states, pruned, plain.maps, steps=self._steps, seed=self._seed,
+            progress=lambda *n: self._progress("refine", *n),
+        )  # fmt: skip
+        if maps is plain.maps:
+            return finished
+        refined = _Maps(maps, refined=True)
+        better = self._measured(pruned, refined, window)
+        if better.loss.worst_kl >= finished.loss.worst_kl:
+            self.measured.remove(better)
+            return finished
+        self._final[tuple(pruned)] = refined
+        return better
+
+    def final(self, candidate: Candidate) -> Calibration:
+        """The maps of a finished candidate."""
+        return self._final[tuple(candidate.pruned)].maps
+
+    def _measured(self, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
+        """It takes the place of the same set's, measured with other maps of the same kind."""
+        held_out = self._held_out if window is None else self._held_out.at(window)
+        found = Candidate(pruned, held_out.measure(pruned, maps.maps), maps.refined, held_out.window)
+        same = (found.pruned, found.refined, found.window)
+        self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
+        self.measured.append(found)
+        return found
+
+    def best(self, count: int, scale: Budget) -> Candidate:
+        """`count` layers; finished. scale: the budget whose shares decide which layers are kept."""
+        return self.finish(self._grow(scale, count, lambda loss: 0.0, patience=self.num_layers)[-1].pruned)
+
+    def within(self, budget: Budget) -> Candidate:
+        """The most layers whose loss is within the budget, else the last layer alone; finished."""
+        refines = self._states is not None and self._steps > 0
+
+        def hoped(loss: Loss) -> float:
+            return budget.spent(loss) * (_left_by_refinement(loss) if refines else 1.0)
+
+        def refinable(loss: Loss) -> bool:
+            return budget.spent(loss) > 1 >= hoped(loss)
+
+        most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
+        sets = self._grow(budget, most, hoped, _PATIENCE)
+        left = None
+        for count in range(len(sets) - 1, 0, -1):
+            spent = budget.spent(sets[count].loss)
+            if (hoped(sets[count].loss) if left is None else spent * left) > 1:
+                continue
+            finished = self.finish(sets[count].pruned, refinable=refinable)
+            remains = budget.spent(finished.loss)
+            if remains <= 1:
+                return self._with_smaller_window(finished, sets[: count + 1], budget, refinable)
+            if finished.refined:
+                left = remains / max(spent, _ROUNDING)  # of the others' as well, more or less: not each is refined
+        return self.finish(sets[0].pruned, refinable=refinable)
+
+    def _with_smaller_window(
+        self, finished: Candidate, sets: Sequence[Candidate], budget: Budget, refinable: Callable[[Loss], bool]
+    ) -> Candidate:
+        """The fastest of these sets with a smaller window, finished, that keeps to the budget and is worth it; else
+        `finished`, the last of them.
+        """
+        if self._speedup is None:
+            return finished
+        least = _WORTH * self._speedup(finished.pruned, finished.window)
+        pairs = [(self._speedup(c.pruned, window), c.pruned, window) for c in sets[1:] for window in self._windows]
+        for speedup, pruned, window in sorted(pairs, reverse=True):
+            if speedup < least:
+                break
+            if pruned != finished.pruned and budget.spent(self.measure(pruned, window).loss) > 1:
+                continue
+            smaller = self.finish(pruned, window, refinable)
+            if budget.spent(smaller.loss) <= 1:
+                return smaller
+        return finished
+
+    def _grow(self, budget: Budget, most: int, hoped: Callable[[Loss], float], patience: int) -> list[Candidate]:
+        """Sets of 1 to at most `most` layers, each the one before with one more.
+
+        hoped: the share of the budget that a set with this loss takes at best, at most 1 for each of them.
+        """
+        sets = [self.measure([self.num_layers - 1])]
+        queue = deque(range(self.num_layers - 2, self._held_out.first - 1, -1))
+        count = len(queue)
+        rejected: list[_Tried] = []
+        ahead: list[_Tried] = []
+        while queue and len(sets) < most:
+            self._progress("choose", count - len(queue), count)
+            tried = self._try(queue.popleft(), sets[-1], budget)
+            if tried.cost <= _STEP and hoped(tried.candidate.loss) <= 1:
+                sets.append(tried.candidate)
+                rejected, ahead = rejected + ahead, []
+                continue
+            ahead.append(tried)
+            if len(ahead) == patience:
+                cheapest = min(ahead, key=lambda t: t.cost)
+                if hoped(cheapest.candidate.loss) > 1:
+                    break
+                sets.append(cheapest.candidate)
+                ahead.remove(cheapest)
+                queue.extendleft(t.layer for t in reversed(ahead) if hoped(t.candidate.loss) <= 1)
+                rejected, ahead = rejected + [t for t in ahead if hoped(t.candidate.loss) > 1], []
+        for again in sorted(rejected + ahead, key=lambda t: t.cost):
+            if len(sets) == most:
+                break
+            tried = self._try(again.layer, sets[-1], budget)
+            if hoped(tried.candidate.loss) > 1:
+                break
+            sets.append(tried.candidate)
+        return sets
+
+    def _try(self, layer: int, before: Candidate, budget: Budget) -> _Tried:
+        candidate = self.measure(sorted([layer, *before.pruned]))
+        return _Tried(layer, candidate, budget.spent(candidate.loss) - budget.spent(before.loss))
+
+
+class _Maps(NamedTuple):
+    """What takes the place of pruned layers. refined: by gradients."""
+
+    maps: Calibration
+    refined: bool
+
+
+class _Tried(NamedTuple):
+    """A layer on top of a set. cost: the share of the budget that it adds."""
+
+    layer: int
+    candidate: Candidate
+    cost: float
+
+
+def _left_by_refinement(loss: Loss) -> float:
+    """The share of a loss that refinement leaves at best, by the kind of text that loses more."""
+    return _REFINED_ANSWERS if (loss.retrieval_kl or 0.0) > loss.first_token_kl else _REFINED
+
+
+def largest_count(num_layers: int) -> int:
+    """How many layers `auto` prunes at most."""
+    return max(1, int(num_layers * MOST))
+
+
+def first_candidate(num_layers: int, count: int) -> int:
+    """The first layer that may be pruned where `count` are, at most. Layer 0 is always kept, if it can be."""
+    return max(min(1, num_layers - count), num_layers - count - max(2, min(_KEPT, count // 2)))

@@ -1,0 +1,136 @@
+"""The text that a conversion calibrates on, the part of it that decides, and the part that measures what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from popcompile.errors import PopcompileError
+from popcompile.passes import Program
+from popcompile.pruning.analyze import sample_texts
+from popcompile.pruning.execution import Reader
+from popcompile.pruning.importance import random_stream
+from popcompile.text.documents import read_texts, windows
+from popcompile.text.lists import RetrievalText, retrieval_text
+
+#: "--calibration self": text sampled from the model itself
+SELF = "self"
+#: texts to calibrate on, texts to choose by, as many to measure the result on, and tokens of each
+TEXTS, HELD_OUT, TOKENS = 104, 12, 320
+#: the least that calibration makes sense with
+FEWEST, _SHORTEST = 8, 64
+#: tokens at a prompt's end that take the whole model; and windows that a text holds, at least
+WINDOW, WINDOWS = 64, 4
+#: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
+_RETRIEVAL, _LISTED = 0.2, 32
+#: of such texts that decide or measure: tokens that ask, after the prompt; tokens of all of them; the most and the
+#: fewest texts. Answers differ more from text to text than first tokens do
+_ASKING, _ASKED_TOKENS, _MOST_ASKED, _FEWEST_ASKED = 128, 16_384, 24, 4
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """calibration [N, T], held_out and unseen [M, T]: token ids. source: what they are, for the report.
+
+    Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Of the last
+    two there are texts as well whose answers stand in the prompt, their first `asked_tokens`; in calibration some of
+    the rows are such.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    unseen: Tensor
+    source: str
+    retrieval_held_out: RetrievalText | None = None
+    retrieval_unseen: RetrievalText | None = None
+    asked_tokens: int | None = None
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a held-out text that are its prompt, four fifths; the others are its continuation."""
+        return self.held_out.shape[1] * 4 // 5
+
+
+def calibration_text(
+    origin: str,
+    program: Program,
+    read: Reader,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    texts: int = TEXTS,
+    window: int = 1,
+    prompt_tokens: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> CalibrationText:
+    """origin: "self" or a text file (text/documents.py says of what kinds). program: canonical. window: tokens at a
+    prompt's end that take the whole model; texts are long enough for prompts of several windows. prompt_tokens: of the
+    prompts in which answers stand, where that is more than the others have and the context allows.
+
+    Raises PopcompileError where the file cannot be used or the model's context is too short.
+    """
+    tokens = min(max(TOKENS, WINDOWS * window), program.max_positions)
+    if tokens < _SHORTEST:
+        raise PopcompileError(
+            f"the model's context of {tokens} tokens is too short to calibrate on ({_SHORTEST} are needed); give"
+            " --kv-projection layer"
+        )
+    if origin == SELF:
+        rows = sample_texts(program, read, tokenizer, texts + 2 * HELD_OUT, tokens, seed, progress)
+        divided = _divided(rows, HELD_OUT, "text sampled from the model itself")
+        return _with_retrieval(divided, tokenizer, window, prompt_tokens, program.max_positions, seed)
+    documents = read_texts(Path(origin))
+    if tokenizer is None:
+        raise PopcompileError(f"--calibration {origin}: the model has no tokenizer; give --calibration {SELF}")
+    found = windows(tokenizer, documents, texts + 2 * HELD_OUT, tokens, seed, origin)
+    if len(found) < FEWEST:
+        raise PopcompileError(
+            f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {FEWEST};"
+            f" give more text, or --calibration {SELF}"
+        )
+    divided = _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")
+    return _with_retrieval(divided, tokenizer, window, prompt_tokens, program.max_positions, seed)
+
+
+def _divided(rows: Tensor, held_out: int, source: str) -> CalibrationText:
+    decide, measure, fit = rows.split([held_out, held_out, len(rows) - 2 * held_out])
+    return CalibrationText(fit, decide, measure, source)
+
+
+def _with_retrieval(
+    text: CalibrationText,
+    tokenizer: PreTrainedTokenizerBase | None,
+    window: int,
+    prompt_tokens: int,
+    context: int,
+    seed: int,
+) -> CalibrationText:
+    """The text with self-made ones whose answers stand in them, where the tokenizer allows and they have the room.
+
+    context: tokens that the model has room for.
+    """
+    tokens, listed = text.calibration.shape[1], text.prompt - window
+    if tokenizer is None or window == 1 or listed < _LISTED:
+        return text
+    prompt = max(text.prompt, min(prompt_tokens, context - _ASKING))
+    long = min(prompt + _ASKING, context)
+    count = max(_FEWEST_ASKED, min(_MOST_ASKED, _ASKED_TOKENS // long))
+    few = max(1, round(len(text.calibration) * _RETRIEVAL))
+    fit = retrieval_text(tokenizer, few, tokens, listed, random_stream(seed, "retrieval"))
+    made = retrieval_text(tokenizer, 2 * count, long, prompt - window, random_stream(seed, "asked"))
+    if fit is None or made is None or not made.answers[:, prompt:].any(1).all():
+        return text
+    decide, measure = map(RetrievalText, made.rows.split(count), made.answers.split(count))
+    return replace(
+        text,
+        calibration=torch.cat((text.calibration, fit.rows)),
+        retrieval_held_out=decide,
+        retrieval_unseen=measure,
+        asked_tokens=prompt,
+    )

@@ -1,0 +1,1 @@
+"""A package and what was measured of it, in words, tables, plots and a page."""

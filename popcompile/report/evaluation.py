@@ -1,0 +1,161 @@
+"""An evaluation as a table on the terminal, and kept in the package's report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from popcompile.errors import PopcompileError
+from popcompile.loading import read_json
+from popcompile.package.manifest import MANIFEST, REPORT, Manifest, file_sha256, read_manifest
+from popcompile.package.staging import link_or_copy, require_writable, staged
+from popcompile.pruning.request import format_layers
+
+_METRICS = {
+    "first_token_kl_mean": "first token, KL mean (nats)",
+    "first_token_kl_p95": "first token, KL 95th percentile",
+    "continuation_kl_mean": "tokens after it, KL mean",
+    "top1_agreement": "continuation, same top-1",
+    "full_perplexity": "perplexity, full",
+    "pop_perplexity": "perplexity, pop",
+    "perplexity_ratio": "perplexity, pop / full",
+    "greedy_agreement_tokens": "greedy tokens until they differ",
+}
+_COLUMNS = {
+    "first_token_kl_mean": "KL mean",
+    "first_token_kl_p95": "KL p95",
+    "top1_agreement": "top-1",
+    "pop_perplexity": "ppl",
+    "perplexity_ratio": "ppl / full",
+}
+_VARIANTS = {
+    "none": "nothing pruned",
+    "full": "this package, nothing pruned",
+    "dropped": "dropped in prefill and decode",
+    "layer": "pruned, layers' own projection",
+}
+
+
+def evaluation_text(result: dict[str, Any]) -> str:
+    """The result of `evaluation.evaluate` for a terminal."""
+    settings = result["settings"]
+    prompts = ", ".join(f"{metrics['prompts']} of {name}" for name, metrics in result["texts"].items() if name != "all")
+    head = (
+        f"{result['package']}: prefill skips {format_layers(result['pruned'])}, {result['kv_projection']} projection,"
+        f" against {_reference(result)} full model\n{prompts}: prompts of {settings['prompt_tokens']} tokens and"
+        f" {settings['continuation_tokens']} after them; [95% confidence interval]"
+    )
+    tables = [metric_rows(result)] + ([baseline_rows(result)] if "baselines" in result else [])
+    tables += [retrieval_rows(result)] if result.get("retrieval") else []
+    tables += [code_rows(result)] if result.get("code") else []
+    return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
+
+
+def _reference(result: dict[str, Any]) -> str:
+    return "its" if result.get("reference") is None else f"{result['reference']}'s"
+
+
+def evaluation_words(result: dict[str, Any]) -> str:
+    """The result in one line, of all its texts."""
+    name = list(result["texts"])[-1]
+    metrics = result["texts"][name]
+    answers = "".join(
+        f"; facts in a {kind}: {_cell(shares['pop'])} found, {_cell(shares['reference'])} by the full model"
+        for kind, shares in ((kind, found["answered"]) for kind, found in result.get("retrieval", {}).items())
+    )
+    if "code" in result:
+        shares = result["code"]["pass_at_1"]
+        answers += f"; HumanEval pass@1: {_cell(shares['pop'])}, {_cell(shares['reference'])} of the full model"
+    return (
+        f"first-token KL {_cell(metrics['first_token_kl_mean'])} nats, agreement {_cell(metrics['top1_agreement'])};"
+        f" perplexity {_cell(metrics['perplexity_ratio'])} times full (of {name}; 95% confidence interval){answers}"
+    )
+
+
+def metric_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per metric with a cell per text."""
+    texts, rows = result["texts"], []
+    for key, label in _METRICS.items():
+        if all(key in metrics for metrics in texts.values()):
+            if key == "greedy_agreement_tokens":
+                label += f" (of {result['settings']['greedy_tokens']})"
+            rows.append([label, *(_cell(metrics[key]) for metrics in texts.values())])
+    return ["", *texts], rows
+
+
+def baseline_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per text and variant of the package, itself the last; `result` has baselines."""
+    package = {f"this package, {result['kv_projection']} projection": result["texts"]}
+    variants = {_VARIANTS[name]: texts for name, texts in result["baselines"].items()} | package
+    rows = []
+    for name in result["texts"]:
+        for variant, texts in variants.items():
+            cells = [_number(texts[name][key]["value"]) for key in list(_COLUMNS)[:-1]]
+            rows.append([name, variant, *cells, _cell(texts[name]["perplexity_ratio"])])
+    return ["text", "variant", *_COLUMNS.values()], rows
+
+
+def retrieval_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per kind of prompt and encoder, with the share that it answers; the package is the last."""
+    names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
+    rows = []
+    for kind, found in result["retrieval"].items():
+        for name in (n for n in names if n in found["answered"]):
+            kept = _cell(found["kept"]) if name == "pop" and "kept" in found else ""
+            rows.append([f"{kind} ({found['prompts']})", names[name], _cell(found["answered"][name]), kept])
+    return ["facts in the prompt", "prefill", "answered", "kept of the full model's"], rows
+
+
+def code_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per encoder with the share of HumanEval's problems that it solves; the package is the last."""
+    names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
+    code, rows = result["code"], []
+    for name in (n for n in names if n in code["pass_at_1"]):
+        difference = _cell(code["difference"]) if name == "pop" else ""
+        rows.append([f"HumanEval ({code['problems']})", names[name], _cell(code["pass_at_1"][name]), difference])
+    return ["code that is run", "prefill", "pass@1", "less the full model's"], rows
+
+
+def _cell(metric: dict[str, Any]) -> str:
+    interval = "" if metric["low"] is None else f" [{_number(metric['low'])}, {_number(metric['high'])}]"
+    return _number(metric["value"]) + interval
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 1e4 else f"{value:.1e}"  # a model without its layers has any perplexity
+
+
+def require_saveable(folder: Path) -> None:
+    """Check, before any work, that `save_in_report` can write. Raises PopcompileError."""
+    read_manifest(folder)
+    require_writable(folder.resolve(), force=True, copied=True)
+
+
+def save_in_report(folder: Path, manifest: Manifest, key: str, content: Any) -> None:
+    """Put `content` under `key` of the package's report.json, in place of what was there.
+
+    The report's hash stands in the manifest, so the two change together: a copy of the package, of hard links to its
+    other files, takes the package's place in one step (staging.staged). manifest: the one that `content` was measured
+    with. Raises PopcompileError where the package is another by now or the place cannot be written.
+    """
+    if read_manifest(folder) != manifest:
+        raise PopcompileError(f"{folder}: the package was replaced meanwhile, nothing was saved; evaluate it again")
+    place = folder.resolve()
+    with staged(place, force=True, copied=True) as copy:
+        shutil.copytree(place, copy, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
+        report = read_json(str(folder), copy / REPORT) | {key: content}
+        path = _rewrite(copy / REPORT, json.dumps(report, indent=2) + "\n")
+        files = manifest.files | {REPORT: {"size": path.stat().st_size, "sha256": file_sha256(path)}}
+        _rewrite(copy / MANIFEST, replace(manifest, files=files).to_json())
+
+
+def _rewrite(path: Path, text: str) -> Path:
+    """Write a new file at `path`; one that is there may be a hard link and stays as it is elsewhere."""
+    path.unlink()
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,216 @@
+"""Show what the compiler did to a package: passes, layers, FLOPs, and the graph around any pass."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from popcompile.errors import PopcompileError
+from popcompile.package.compatibility import runtimes
+from popcompile.package.graph_check import check_package
+from popcompile.package.integrity import read_file
+from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
+from popcompile.package.measurements import Measurements, read_measurements
+from popcompile.pruning.request import format_layers
+from popcompile.report.evaluation import evaluation_words
+from popcompile.report.words import (
+    Table,
+    chosen_by,
+    frontier_table,
+    not_measured,
+    quality_words,
+    text_words,
+    unmeasured,
+)
+
+
+def inspect_json(folder: Path) -> dict[str, Any]:
+    """Manifest and report as one JSON document. Raises PopcompileError.
+
+    {"manifest", "report", "not_measured": of "quality", "importance" and "frontier" those that the report lacks, with
+    the command that measures, "runtimes": [{"runtime", "loads", "note"}]}
+    """
+    manifest, report = read_package(folder)
+    with readable_report(folder):
+        missing = unmeasured(folder, manifest, read_measurements(report, manifest))
+    known = [asdict(runtime) for runtime in runtimes(manifest)]
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
+    return {"manifest": asdict(manifest), "report": report, "not_measured": missing, "runtimes": known}
+
+
+def inspect_text(folder: Path) -> str:
+    """The report for a terminal. Raises PopcompileError."""
+    manifest, report = read_package(folder)
+    with readable_report(folder):
+        found = read_measurements(report, manifest)
+        frontier = [_text(frontier_table(found.choice))] if found.choice and found.choice.frontier else []
+        tables = [*frontier, _text(pass_table(report)), _text(layer_table(report))]
+        return "\n\n".join([_summary(folder, manifest, report, found), *tables]) + "\n"
+
+
+def inspect_pass(folder: Path, name: str) -> str:
+    """The graphs that a pass changed, before and after, as readable code. Raises PopcompileError."""
+    manifest, report = read_package(folder)
+    with readable_report(folder):
+        names = [str(record["name"]) for record in report["passes"]]
+    matches = [i for i, known in enumerate(names) if known.lower() == name.lower()]
+    if not matches:
+        raise PopcompileError(f"--pass {name}: no such pass; the passes are {', '.join(dict.fromkeys(names))}")
+    parts = []
+    for index in matches:
+        changed = [graph for graph in _pass_graphs(manifest) if (graph.number, graph.name) == (index, names[index])]
+        for graph in changed:
+            before, after = _text_before(folder, manifest, graph), _read_text(folder, manifest, graph.file)
+            stage = graph.stage
+            parts += [f"# {stage} before {names[index]}", before, f"# {stage} after {names[index]}", after]
+        if not changed:
+            parts.append(f"# {names[index]} (pass {index}) changed nothing in this model\n")
+    return "\n".join(parts)
+
+
+def read_package(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    """Manifest and report of a package whose files are the ones it was made with. Raises PopcompileError."""
+    manifest = read_manifest(folder)
+    check_package(folder, manifest)
+    try:
+        report = json.loads(read_file(folder, manifest, REPORT))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PopcompileError(f"{folder}: {REPORT} cannot be read ({error}); convert the model again") from error
+    if not isinstance(report, dict):
+        raise PopcompileError(f"{folder}: {REPORT} is not a report of this popcompile; convert the model again")
+    return manifest, report
+
+
+@contextmanager
+def readable_report(folder: Path) -> Iterator[None]:
+    """A report of another shape than ours is the user's to replace."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise PopcompileError(
+            f"{folder}: {REPORT} is not a report of this popcompile ({type(error).__name__}: {error});"
+            " convert the model again"
+        ) from error
+
+
+class _PassGraph(NamedTuple):
+    """A file with the graph of a stage after the pass `number`, called `name`."""
+
+    number: int
+    name: str
+    stage: str
+    file: str
+
+
+def _pass_graphs(manifest: Manifest) -> list[_PassGraph]:
+    found = (re.fullmatch(rf"{PASSES}/(\d{{1,9}})-(\w+)\.(\w+)\.txt", name) for name in sorted(manifest.files))
+    return [_PassGraph(int(match[1]), match[2], match[3], match[0]) for match in found if match]
+
+
+def _read_text(folder: Path, manifest: Manifest, name: str) -> str:
+    try:
+        return read_file(folder, manifest, name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PopcompileError(f"{folder}: {name} cannot be read ({error}); convert the model again") from error
+
+
+def _text_before(folder: Path, manifest: Manifest, graph: _PassGraph) -> str:
+    """The stage's graph as the last pass before left it; before the split, the one traced graph."""
+    earlier = [g for g in _pass_graphs(manifest) if g.number < graph.number and g.stage in (graph.stage, "model")]
+    traced = f"{PASSES}/traced.model.txt"
+    name = max(earlier).file if earlier else traced
+    if name not in manifest.files:
+        raise PopcompileError(f"{folder}: its manifest lists no {name}; convert the model again")
+    return _read_text(folder, manifest, name)
+
+
+def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Measurements) -> str:
+    flops = report["flops"]
+    full, best, pop = (flops[k] / 1e9 for k in ("full_prefill", "full_prefill_one_logit", "pop_prefill"))
+    sizes = flops["reference_sizes"]["prefill"]
+    pruned = manifest.pruned
+    size = sum(f["size"] for f in manifest.files.values()) / 1e6
+    rows = [
+        ("model", f"{manifest.source['name']} ({manifest.model_type}, {manifest.num_layers} layers)"),
+        *([("adapter", f"{adapter}, merged")] if (adapter := manifest.source.get("adapter")) else []),
+        ("package", f"{folder} ({manifest.layout} layout, {manifest.dtype}, {size:.0f} MB)"),
+        ("pruned in prefill", f"{len(pruned)} of {manifest.num_layers} layers: {format_layers(pruned)}"),
+        ("KV projection", {"layer": "the layer's own weights"}.get(manifest.kv_projection, manifest.kv_projection)),
+        (
+            f"prefill FLOPs, {sizes['sequence']} tokens",
+            f"{pop:.1f} G; full model {full:.1f} G, with one row of logits {best:.1f} G",
+        ),
+        ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
+        *_window(manifest),
+        *_measured(unmeasured(folder, manifest, found), found),
+        *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
+    ]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _window(manifest: Manifest) -> list[tuple[str, str]]:
+    if manifest.window == 1 or not manifest.pruned:
+        return []
+    return [("window", f"a prompt's last {manifest.window} tokens take the whole model, and shorter prompts do")]
+
+
+def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:
+    """Rows on the choice and on quality."""
+    rows = [("layers chosen by", chosen_by(found.choice))]
+    if "frontier" in missing:
+        rows.append(("frontier", not_measured(missing["frontier"])))
+    if found.quality:
+        rows.append(("quality on held-out text", quality_words(found.quality)))
+        if found.quality.own_projection:
+            own = replace(found.quality, loss=found.quality.own_projection)
+            rows.append(("- with layers' own K/V", quality_words(own)))
+        rows.append(("- measured on", text_words(found.quality)))
+    if found.evaluation is not None:
+        rows.append(("quality, evaluated", evaluation_words(found.evaluation)))
+    if "quality" in missing:
+        rows.append(("quality", not_measured(missing["quality"])))
+    return rows
+
+
+def _text(table: Table) -> str:
+    align = [{"l": "left", "r": "right"}[letter] for letter in table.align]
+    return tabulate(table.rows, headers=table.headers, disable_numparse=True, colalign=align)
+
+
+def pass_table(report: dict[str, Any]) -> Table:
+    """What every pass matched and changed."""
+    rows = []
+    for record in report["passes"]:
+        nodes = [f"{record['nodes_before'][s]} -> {record['nodes_after'][s]}" for s in ("prefill", "decode")]
+        before, after = record["flops_before"], record["flops_after"]
+        flops = [f"{before[s] / 1e9:.2f} -> {after[s] / 1e9:.2f}" for s in ("prefill", "decode")]
+        rows.append([record["name"], record["matches"], *nodes, *flops, f"{record['seconds']:.2f}"])
+    headers = ["pass", "matches", "prefill nodes", "decode nodes", "prefill GFLOPs", "decode GFLOPs", "s"]
+    return Table(headers, rows, "lrrrrrr")
+
+
+def layer_table(report: dict[str, Any]) -> Table:
+    """What every layer executes in each stage."""
+    rows = []
+    for row in report["layers"]:
+        rows.append(
+            [
+                row["layer"],
+                f"sliding {row['window']}" if row["window"] else "full",
+                row["prefill_tokens"],
+                row["kv_from"],
+                "the layer",
+                f"{row['full_prefill_flops'] / 1e9:.2f} -> {row['prefill_flops'] / 1e9:.2f}",
+                f"{row['decode_flops'] / 1e9:.4f}",
+            ]
+        )
+    headers = ["layer", "attention", "prefill runs it for", "K/V of the prompt from", "decode runs"]
+    headers += ["prefill GFLOPs", "decode GFLOPs"]
+    return Table(headers, rows, "rllllrr", {row["layer"] for row in report["layers"] if row["pruned"]})

@@ -1,0 +1,143 @@
+"""Measurements in words and table cells, the same on the terminal and in the page."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from popcompile.package.manifest import Manifest
+from popcompile.package.measurements import LayerChoice, Measurements, Quality
+from popcompile.package.report import Loss
+from popcompile.pruning.request import format_layers
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. align: "l" or "r" for each column. marked: rows that stand out."""
+
+    headers: list[str]
+    rows: list[list[str]]
+    align: str
+    marked: set[int] = field(default_factory=set)
+
+
+def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
+    """The command that measures it, for each of "quality", "importance" and "frontier" that was not measured."""
+    out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
+    if adapter := manifest.source.get("adapter"):
+        source += f" --adapter {shlex.quote(str(adapter))}"
+    commands = {}
+    if found.quality is None and found.evaluation is None:
+        commands["quality"] = f"popcompile evaluate {out} --save"
+    if found.importance is None:
+        commands["importance"] = f"popcompile analyze {source}"
+    if found.choice is None or not found.choice.frontier:
+        commands["frontier"] = f"popcompile convert {source} {out} --prune auto --force"
+    return commands
+
+
+def not_measured(command: str) -> str:
+    return f"not measured; `{command}` measures it"
+
+
+def chosen_by(choice: LayerChoice | None) -> str:
+    """Who chose the layers, and whether they keep to the budget."""
+    if choice is None:
+        return "not recorded"
+    who = {"auto": "popcompile", "count": "popcompile; the user gave their number", "layers": "the user"}[choice.how]
+    limits = [
+        *([f"KL of at most {choice.max_kl:g} nats"] if choice.max_kl is not None else []),
+        *([f"perplexity of at most {choice.max_ppl_ratio:g} times full"] if choice.max_ppl_ratio is not None else []),
+    ]
+    if not limits:
+        return who
+    return f"{who}; budget: {' and '.join(limits)}; {'met' if choice.met else 'not met'}"
+
+
+def quality_words(quality: Quality) -> str:
+    """The package's loss in one line."""
+    loss = quality.loss
+    return (
+        f"first-token KL {kl_cell(loss)} nats, agreement {share(loss.first_token_agreement)};"
+        f" perplexity {ratio(loss.ppl_ratio)} times full{retrieval_words(loss)}"
+    )
+
+
+def retrieval_words(loss: Loss) -> str:
+    """What becomes of answers that stand in the prompt, where that was measured."""
+    if loss.retrieval_kl is None or loss.retrieval_kept is None:
+        return ""
+    kl = with_error(loss.retrieval_kl, loss.retrieval_kl_error)
+    return f"; answers found in the prompt: KL {kl}, {share(loss.retrieval_kept)} kept"
+
+
+def text_words(quality: Quality) -> str:
+    """What quality was measured on."""
+    lengths = f"{quality.prompt_tokens} tokens and {quality.continuation_tokens} after them"
+    asked = "" if quality.asked_tokens is None else f"; answers in prompts of {quality.asked_tokens} tokens"
+    return f"{quality.texts} texts, {quality.text}: prompts of {lengths}{asked}"
+
+
+def frontier_table(choice: LayerChoice) -> Table:
+    """The best set for each number of layers, and the chosen one, which is marked."""
+    points = choice.best()
+    points += [p for p in choice.frontier if p.chosen and p not in points]
+    points.sort(key=lambda p: (len(p.pruned), p.loss.worst_kl))
+    rows = [
+        [
+            str(len(p.pruned)),
+            format_layers(p.pruned),
+            str(p.window),
+            f"{p.speedup:.2f}x",
+            *loss_cells(p.loss),
+            ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen)) if true),
+        ]
+        for p in points
+    ]
+    marked = {i for i, p in enumerate(points) if p.chosen}
+    saved = f"FLOPs saved, {choice.prompt_tokens} tokens"
+    headers = ["number", "pruned layers", "window", saved, *LOSS_HEADERS, ""]
+    return Table(headers, rows, "rlrrrrrrrrrl", marked)
+
+
+LOSS_HEADERS = [
+    "first-token KL",
+    "same first token",
+    "KL after it",
+    "same token",
+    "ppl / full",
+    "KL of answers",
+    "answers kept",
+]
+
+
+def loss_cells(loss: Loss) -> list[str]:
+    shares = share(loss.first_token_agreement), share(loss.agreement)
+    cells = [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
+    if loss.retrieval_kl is None or loss.retrieval_kept is None:
+        return [*cells, "", ""]
+    return [*cells, with_error(loss.retrieval_kl, loss.retrieval_kl_error), share(loss.retrieval_kept)]
+
+
+def kl_cell(loss: Loss) -> str:
+    return with_error(loss.first_token_kl, loss.first_token_kl_error)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number of nats and its standard error, where that is known."""
+    return small(value) + ("" if error is None or math.isnan(error) else f" ± {small(error)}")
+
+
+def small(value: float) -> str:
+    """A number of nats."""
+    return f"{value:.4f}" if value < 1 else f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"

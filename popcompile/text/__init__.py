@@ -1,0 +1,1 @@
+"""Texts to measure and to calibrate with: documents, lists whose values are asked for, and questions about them."""
