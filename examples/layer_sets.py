@@ -17,6 +17,7 @@ from tabulate import tabulate
 from popcompile.frontend.checkpoint import Checkpoint
 from popcompile.frontend.source import open_source
 from popcompile.frontend.tracing import trace
+from popcompile.package.report import format_layers
 from popcompile.passes import PassManager, canonicalization
 from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.execution import held_in_memory, materialise
@@ -24,7 +25,7 @@ from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.regression import Calibration, calibrate
-from popcompile.pruning.request import format_layers, parse_request
+from popcompile.pruning.request import parse_request
 from popcompile.pruning.text import SELF, TEXTS, WINDOW, calibration_text
 from popcompile.report.words import LOSS_HEADERS, loss_cells
 

@@ -20,6 +20,7 @@ from popcompile.export.io_names import input_names, output_names
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
+from popcompile.files import require_utf8
 from popcompile.frontend.adapter import Adapter
 from popcompile.frontend.checkpoint import Checkpoint
 from popcompile.frontend.positions import context_length
@@ -52,7 +53,6 @@ from popcompile.passes.flops import REFERENCE_SIZES, total_flops
 from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.passes.printing import print_graph
-from popcompile.paths import require_utf8
 from popcompile.precision import BLOCK_SIZE, PRECISIONS, Precision, precision
 from popcompile.progress import Progress
 from popcompile.pruning.analyze import source_tokenizer

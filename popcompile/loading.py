@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.errors import PopcompileError
+from popcompile.files import read_regular
 from popcompile.quiet import errors_only
-from popcompile.regular_file import read_regular
 
 CONFIG_BYTES = 10 * 2**20
 """The largest config that is read; published ones have some kilobytes."""

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popcompile.cli import main
 from popcompile.errors import PopcompileError
-from popcompile.evaluation.harness import _fit, _harness_model, tasks_text
+from popcompile.evaluation.harness import _fit, _harness_model
+from popcompile.report.tasks import tasks_text
 from popcompile.runtime.generation import PopForCausalLM
 from popcompile.runtime.session import Runtime
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popcompile.errors import PopcompileError
-from popcompile.pruning.request import Request, format_layers, parse_request
+from popcompile.package.report import format_layers
+from popcompile.pruning.request import Request, parse_request
 
 
 @pytest.mark.parametrize(

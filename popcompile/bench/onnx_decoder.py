@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 
 from popcompile.errors import PopcompileError
+from popcompile.files import read_regular
 from popcompile.loading import read_json
-from popcompile.regular_file import read_regular
 
 GENAI_CONFIG = "genai_config.json"
 _CONFIG = "config.json"

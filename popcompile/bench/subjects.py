@@ -10,9 +10,9 @@ from typing import Any
 
 from popcompile.bench.onnx_decoder import GENAI_CONFIG, LOOKED_FOR, OnnxDecoder, read_decoder
 from popcompile.errors import PopcompileError
+from popcompile.files import require_utf8
 from popcompile.loading import read_json
 from popcompile.package.manifest import MANIFEST, read_manifest
-from popcompile.paths import require_utf8
 
 #: what a package runs in, and its subject's kind
 RUNTIMES = {"popcompile": "package", "onnxruntime-genai": "genai"}

@@ -220,8 +220,8 @@ def _convert(options: argparse.Namespace) -> None:
     from popcompile.conversion import convert
     from popcompile.package.manifest import REPORT
     from popcompile.package.measurements import read_measurements
+    from popcompile.package.report import format_layers
     from popcompile.progress import CONVERT_STEPS, progress_bar
-    from popcompile.pruning.request import format_layers
     from popcompile.report.words import not_measured, quality_words, text_words, unmeasured
 
     with progress_bar(CONVERT_STEPS) as progress:

@@ -87,7 +87,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         require_saveable(options.package)
     manifest = read_manifest(options.package)
     if options.tasks is not None:
-        from popcompile.evaluation.harness import run_tasks, tasks_text
+        from popcompile.evaluation.harness import run_tasks
+        from popcompile.report.tasks import tasks_text
 
         key, text_of = "evaluation_tasks", tasks_text
         result = run_tasks(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,33 +76,6 @@ def require_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
         raise PopcompileError("--tasks: names no task; give one, for example --tasks hellaswag")
     if include_path is not None and not include_path.is_dir():
         raise PopcompileError(f"--include-path {include_path}: no such folder; give the one with the task files")
-
-
-def tasks_text(result: dict[str, Any]) -> str:
-    """The result of `run_tasks` for a terminal."""
-    headers, rows = task_rows(result)
-    head = f"{result['package']}: lm-evaluation-harness {result['versions']['lm_eval']}, ± standard error"
-    return f"{head}\n\n" + tabulate(rows, headers, disable_numparse=True)
-
-
-def task_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers, and a row per task and metric."""
-    rows = []
-    full, pop = (result["tasks"][prefill] for prefill in PREFILLS)
-    for task, metrics in full.items():
-        for metric in metrics:
-            name, _, kind = metric.partition(",")
-            if not name.endswith("_stderr") and name != "sample_len":
-                cells = [_cell(found[task], name, kind) for found in (full, pop)]
-                rows.append([task, name if kind in ("", "none") else f"{name} ({kind})", *cells])
-    return ["task", "metric", "full", "pop"], rows
-
-
-def _cell(metrics: dict[str, Any], name: str, kind: str) -> str:
-    error = metrics.get(f"{name}_stderr,{kind}")
-    return f"{metrics[f'{name},{kind}' if kind else name]:.4f}" + (
-        f" ± {error:.4f}" if isinstance(error, int | float) else ""
-    )
 
 
 def _require_harness() -> None:

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.frontend import config_schema
 from popcompile.frontend.hub import snapshot
 from popcompile.loading import one_line, quiet, read_json, reading, require_regular
 

@@ -15,8 +15,8 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.frontend import config_schema
 from popcompile.frontend.decoders import SUPPORTED, require_decoder
 from popcompile.loading import TABLE_BYTES, read_file, read_json, reading, require_regular
 

@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 )
 
 from popcompile.errors import PopcompileError
+from popcompile.files import require_utf8
 from popcompile.loading import one_line
-from popcompile.paths import require_utf8
 
 HUB_TIMEOUT = 3.0
 """Seconds to wait for the hub to answer before the local cache is used."""

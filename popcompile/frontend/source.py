@@ -24,8 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.frontend import config_schema
+from popcompile.files import require_utf8
 from popcompile.frontend.folder_configs import TOKENIZER_FILES, files_in, folder_config, generation_config, private_copy
 from popcompile.frontend.hub import download, local_path
 from popcompile.loading import (
@@ -38,7 +39,6 @@ from popcompile.loading import (
     reading,
     require_regular,
 )
-from popcompile.paths import require_utf8
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

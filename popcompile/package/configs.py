@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.frontend import config_schema
 from popcompile.loading import quiet, reading
 from popcompile.package.integrity import read_file, require_only_listed
 from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popcompile.errors import PopcompileError
-from popcompile.regular_file import open_regular
+from popcompile.files import open_regular
 
 if TYPE_CHECKING:
     from popcompile.package.manifest import Manifest

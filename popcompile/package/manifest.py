@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args, get_origin, get_type_hints
 
 from popcompile.errors import PopcompileError
+from popcompile.files import read_regular
 from popcompile.package.integrity import MANIFEST, check_files, describe_files, file_sha256
 from popcompile.package.manifest_values import wrong_value
-from popcompile.regular_file import read_regular
 
 __all__ = ["FORMAT_VERSION", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest", "read_manifest"]
 __all__ += ["check_files", "describe_files", "file_sha256"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 #: tokens of the prompts that FLOPs in a report are of, where it does not say (passes/flops.py)
 REFERENCE_TOKENS = 1024
@@ -60,3 +61,10 @@ class Importance:
     prefill_error: list[float]
     decode_error: list[float]
     blocks: tuple[str, ...] = ()
+
+
+def format_layers(layers: list[int]) -> str:
+    """[17, 20, 21, 22] -> "17,20-22"; no layers -> "none"."""
+    groups = groupby(enumerate(layers), lambda place: place[1] - place[0])
+    runs = [[layer for _, layer in group] for _, group in groups]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"

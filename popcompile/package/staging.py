@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from popcompile.errors import PopcompileError
+from popcompile.files import read_regular
 from popcompile.package.integrity import MANIFEST, unlisted_files
-from popcompile.regular_file import read_regular
 
 
 def require_writable(out: Path, force: bool, *, copied: bool = False) -> None:

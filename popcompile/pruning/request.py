@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
 
 from popcompile.arguments import shortened
 from popcompile.errors import PopcompileError
@@ -112,10 +111,3 @@ def _layers(num_layers: int, text: str) -> list[int]:
             f"--layers {shortened(text)}: at least one of the {num_layers} layers must encode the prompt; prune fewer"
         )
     return sorted(chosen)
-
-
-def format_layers(layers: list[int]) -> str:
-    """[17, 20, 21, 22] -> "17,20-22"; no layers -> "none"."""
-    groups = groupby(enumerate(layers), lambda place: place[1] - place[0])
-    runs = [[layer for _, layer in group] for _, group in groups]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"

@@ -13,8 +13,8 @@ from tabulate import tabulate
 from popcompile.errors import PopcompileError
 from popcompile.loading import read_json
 from popcompile.package.manifest import MANIFEST, REPORT, Manifest, file_sha256, read_manifest
+from popcompile.package.report import format_layers
 from popcompile.package.staging import link_or_copy, require_writable, staged
-from popcompile.pruning.request import format_layers
 
 _METRICS = {
     "first_token_kl_mean": "first token, KL mean (nats)",

@@ -18,7 +18,7 @@ from popcompile.package.graph_check import check_package
 from popcompile.package.integrity import read_file
 from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
 from popcompile.package.measurements import Measurements, read_measurements
-from popcompile.pruning.request import format_layers
+from popcompile.package.report import format_layers
 from popcompile.report.evaluation import evaluation_words
 from popcompile.report.words import (
     Table,

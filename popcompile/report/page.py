@@ -12,10 +12,11 @@ from typing import Any
 from popcompile.errors import PopcompileError
 from popcompile.package.manifest import MANIFEST, Manifest, read_manifest
 from popcompile.package.measurements import Measurements, Quality, read_measurements
-from popcompile.pruning.request import format_layers
+from popcompile.package.report import format_layers
 from popcompile.report.evaluation import baseline_rows, code_rows, metric_rows, retrieval_rows
 from popcompile.report.inspection import layer_table, pass_table, read_package, readable_report
 from popcompile.report.output_file import replace_file, require_replaceable_file
+from popcompile.report.tasks import task_rows
 from popcompile.report.words import (
     LOSS_HEADERS,
     Table,
@@ -144,8 +145,6 @@ def _measured(manifest: Manifest, found: Measurements) -> dict[str, Any]:
         if found.evaluation.get("code"):
             content["code"] = _table(*code_rows(found.evaluation), left=2)
     if found.evaluation_tasks is not None:
-        from popcompile.evaluation.harness import task_rows
-
         content["tasks"] = _table(*task_rows(found.evaluation_tasks), left=2)
     return content
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from popcompile.package.manifest import Manifest
 from popcompile.package.measurements import LayerChoice, Measurements, Quality
-from popcompile.package.report import Loss
-from popcompile.pruning.request import format_layers
+from popcompile.package.report import Loss, format_layers
 
 
 @dataclass(frozen=True)

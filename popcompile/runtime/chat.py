@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from popcompile.errors import PopcompileError
+from popcompile.files import read_regular
 from popcompile.loading import one_line
 from popcompile.package.configs import load_tokenizer
-from popcompile.regular_file import read_regular
 from popcompile.runtime.generation import PopForCausalLM, load
 from popcompile.runtime.session import find_provider
 from popcompile.terminal import say, without_controls

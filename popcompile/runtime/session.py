@@ -31,11 +31,11 @@ from torch import Tensor
 
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS, Provider
+from popcompile.files import require_utf8
 from popcompile.loading import one_line
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.integrity import check_small_files, open_weights
 from popcompile.package.manifest import Manifest, read_manifest
-from popcompile.paths import require_utf8
 from popcompile.runtime.gpu import has_gpu
 from popcompile.upstream import memory_map
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
+from popcompile.files import read_regular
 from popcompile.loading import one_line
-from popcompile.regular_file import read_regular
 
 #: what stands between two documents that share a window
 _BETWEEN = "\n\n"

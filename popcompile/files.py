@@ -1,4 +1,6 @@
-"""Open files that anyone may have put there: regular ones only, so that nothing waits for a pipe or reads a device."""
+"""Files that anyone may have put there: regular ones only, so that nothing waits for a pipe or reads a device; and paths
+that the libraries below can open.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
+
+from popcompile.errors import PopcompileError
 
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 
@@ -37,3 +41,16 @@ def _require_regular(path: Path | str, status: os.stat_result) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def require_utf8(path: str | Path) -> None:
+    """Check that ONNX Runtime, safetensors and tokenizers, which take paths as UTF-8 text, can open a folder or file.
+
+    Python opens others as well: text, plots and pages may stand anywhere. Raises PopcompileError.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise PopcompileError(
+            f"{path}: its name is not UTF-8, and ONNX Runtime, safetensors and tokenizers open no such path; rename it"
+        ) from None
