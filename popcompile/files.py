@@ -1,5 +1,5 @@
-"""Files that anyone may have put there: regular ones only, so that nothing waits for a pipe or reads a device; and paths
-that the libraries below can open.
+"""Regular files alone, wherever a user names one, so that nothing waits for a pipe or reads a device; and paths that
+the libraries below can open.
 """
 
 from __future__ import annotations

@@ -1,64 +1,26 @@
-"""`popcompile demo`: a real model converted, inspected, and answering with full and with pruned prefill."""
+"""`popcompile demo`: its arguments; demonstration.py is what it does."""
 
 from __future__ import annotations
 
-import io
-import re
-import time
+import argparse
 from pathlib import Path
+from typing import Any
 
-from popcompile.conversion import convert
-from popcompile.errors import PopcompileError
-from popcompile.frontend.samples import sample_model
-from popcompile.package.configs import load_tokenizer
-from popcompile.package.manifest import MANIFEST
-from popcompile.progress import CONVERT_STEPS, progress_bar
-from popcompile.report.inspection import inspect_text
-from popcompile.runtime.chat import Timing, encode, generate
-from popcompile.runtime.generation import load
-from popcompile.terminal import show
-
-_QUESTION = "\n\nSummarize the text above in one sentence."
-_CHARACTERS = 4800
+from popcompile.arguments import command, path
 
 
-def demo(out: Path) -> None:
-    """Convert SmolLM2-135M-Instruct to `out` unless it is there, inspect it, and compare both prefills.
-
-    Raises PopcompileError.
-    """
-    if not (out / MANIFEST).is_file():
-        started = time.perf_counter()
-        show("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...")
-        model = sample_model("smollm2")
-        show(f"popcompile convert {model} {out} --prune 1/3 --calibration-texts 24 --refinement-steps 32")
-        with progress_bar(CONVERT_STEPS) as progress:
-            convert(model, out, prune="1/3", calibration_texts=24, refinement_steps=32, progress=progress)
-        show(f"done in {time.perf_counter() - started:.0f} s\n")
-    show(f"popcompile inspect {out}\n\n{inspect_text(out)}")
-    timings = {how: _answer(out, how) for how in ("full", "pop")}
-    full, pop = (timings[how].first_token for how in ("full", "pop"))
-    show(
-        f"time to first token: full prefill {full * 1e3:.0f} ms, pruned prefill {pop * 1e3:.0f} ms"
-        f" ({full / pop:.2f}x sooner)"
+def add_demo(commands: Any) -> None:
+    parser = command(
+        commands,
+        "demo",
+        _demo,
+        "Convert SmolLM2-135M-Instruct, inspect it, and answer a long prompt with full and pruned prefill.",
+        "popcompile demo",
     )
+    parser.add_argument("--out", metavar="OUT", type=path, default=Path("popcompile-demo"), help="package folder")
 
 
-def _answer(out: Path, how: str) -> Timing:
-    """Answer once to warm up, unheard, then once to be timed."""
-    model, tokenizer = load(out, prefill=how), load_tokenizer(out)
-    input_ids = encode(tokenizer, [{"role": "user", "content": _document() + _QUESTION}], raw=False)
-    generate(model, tokenizer, input_ids, prefill=how, out=io.StringIO(), max_new_tokens=1, do_sample=False)
-    show(f"--- {how} prefill")
-    _, timing, _ = generate(model, tokenizer, input_ids, prefill=how, max_new_tokens=48, do_sample=False)
-    show(f"{timing}\n")
-    return timing
+def _demo(options: argparse.Namespace) -> None:
+    from popcompile.cli.demonstration import demo
 
-
-def _document() -> str:
-    """About a thousand tokens of English prose that Python itself ships: its reference on objects, without markup."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise PopcompileError("this Python has no pydoc_data; install its full standard library") from error
-    return re.sub(r'[*`="]+', "", " ".join(topics["objects"].split()))[:_CHARACTERS]
+    demo(options.out)
