@@ -1,7 +1,7 @@
 """ONNX operators as FX nodes.
 
 torch.onnx.ops.symbolic puts any ONNX operator into an FX graph as a real node. Lowering passes emit such calls;
-torch.onnx.export writes them out as they stand.
+export/operators.py writes them out as they stand.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from popcompile.package.manifest import REPORT, read_manifest
 from popcompile.package.report import REFERENCE_TOKENS, Loss
 from popcompile.passes.flops import REFERENCE_SIZES
 from popcompile.pruning.search import Budget, Candidate, Search, first_candidate
+from popcompile.report.inspection import inspect_text
 from popcompile.runtime.verify import verify
 
 LAYERS = 6
@@ -195,6 +196,13 @@ def test_the_choice_is_the_largest_within_the_budget(chosen: Path) -> None:
     assert quality["texts"] == 12 and quality["prompt_tokens"] == 76 and quality["continuation_tokens"] == 20
     assert quality["own_projection"] != quality["loss"]
     assert len(verify(chosen)) == 4
+
+
+def test_inspect_fits_a_terminal_of_80_columns(chosen: Path) -> None:
+    text = inspect_text(chosen)
+    assert max(map(len, text.splitlines())) <= 80
+    frontier = text[text.index("pruned layers        ") :]
+    assert f"  {len(read_manifest(chosen).pruned)}  " in next(line for line in frontier.splitlines() if "*" in line)
 
 
 def test_short_prompts_get_a_smaller_window(checkpoint: Path, chosen: Path, tmp_path: Path) -> None:

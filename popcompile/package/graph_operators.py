@@ -1,8 +1,9 @@
 """The operators that a package's graphs may have, as data: their attributes, and how large these may be.
 
-It is what the passes and the export emit (passes/, export/), and what torch.onnx writes for the rest of a decoder. ONNX
-Runtime takes many attributes as they come: a number of heads of 2**40 divides by zero, a negative block size reads
-outside of the weights. A graph with another operator, another attribute, or one out of range is not opened.
+It is what the passes and the export emit (passes/, export/), and what torch.onnx writes for operators without a rule
+(export/foreign.py). ONNX Runtime takes many attributes as they come: a number of heads of 2**40 divides by zero, a
+negative block size reads outside of the weights. A graph with another operator, another attribute, or one out of range
+is not opened.
 """
 
 from __future__ import annotations

@@ -59,6 +59,12 @@ class LayerChoice:
             least.setdefault(len(point.pruned), point)
         return [least[count] for count in sorted(least)]
 
+    def shown(self) -> list[Point]:
+        """These, and the chosen one, in order."""
+        points = self.best()
+        points += [p for p in self.frontier if p.chosen and p not in points]
+        return sorted(points, key=lambda p: (len(p.pruned), p.loss.worst_kl))
+
 
 @dataclass(frozen=True)
 class Quality:

@@ -36,9 +36,9 @@ _KEPT = 4
 _STEP, _PATIENCE = 0.25, 4
 #: rows of text to calibrate on while a set grows
 _FEW_ROWS = 40
-#: what refinement leaves of a loss at best, of first tokens and of answers: it is tried on sets that would keep to the
-#: budget then
-_REFINED, _REFINED_ANSWERS = 0.7, 0.9
+#: what maps of all the text leave of a loss at best; and what refinement does, of first tokens and of answers: it is
+#: tried on sets that would keep to the budget then
+_ALL_ROWS, _REFINED, _REFINED_ANSWERS = 0.85, 0.7, 0.9
 #: how many times sooner the prefill has to be for a smaller window to be taken: it costs quality within the budget
 _WORTH = 1.05
 
@@ -171,11 +171,14 @@ class Search:
         """The most layers whose loss is within the budget, else the last layer alone; finished."""
         refines = self._states is not None and self._steps > 0
 
-        def hoped(loss: Loss) -> float:
+        def refined(loss: Loss) -> float:
             return budget.spent(loss) * (_left_by_refinement(loss) if refines else 1.0)
 
+        def hoped(loss: Loss) -> float:
+            return refined(loss) * (1.0 if self._states is None else _ALL_ROWS)
+
         def refinable(loss: Loss) -> bool:
-            return budget.spent(loss) > 1 >= hoped(loss)
+            return budget.spent(loss) > 1 >= refined(loss)
 
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
         sets = self._grow(budget, most, hoped, _PATIENCE)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +18,17 @@ from popcompile.package.compatibility import runtimes
 from popcompile.package.graph_check import check_package
 from popcompile.package.integrity import read_file
 from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
-from popcompile.package.measurements import Measurements, read_measurements
+from popcompile.package.measurements import LayerChoice, Measurements, read_measurements
 from popcompile.package.report import format_layers
 from popcompile.report.evaluation import evaluation_words
 from popcompile.report.words import (
     Table,
     chosen_by,
-    frontier_table,
     not_measured,
     quality_words,
+    ratio,
+    share,
+    small,
     text_words,
     unmeasured,
 )
@@ -50,8 +53,8 @@ def inspect_text(folder: Path) -> str:
     manifest, report = read_package(folder)
     with readable_report(folder):
         found = read_measurements(report, manifest)
-        frontier = [_text(frontier_table(found.choice))] if found.choice and found.choice.frontier else []
-        tables = [*frontier, _text(pass_table(report)), _text(layer_table(report))]
+        frontier = [_frontier(found.choice)] if found.choice and found.choice.frontier else []
+        tables = [*frontier, _passes(report), _layers(report)]
         return "\n\n".join([_summary(folder, manifest, report, found), *tables]) + "\n"
 
 
@@ -152,7 +155,7 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
         *_measured(unmeasured(folder, manifest, found), found),
         *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
     ]
-    return tabulate(rows, tablefmt="plain", disable_numparse=True)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, maxcolwidths=[None, 52])
 
 
 def _window(manifest: Manifest) -> list[tuple[str, str]]:
@@ -179,9 +182,59 @@ def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, s
     return rows
 
 
-def _text(table: Table) -> str:
+# --- tables for a terminal of 80 columns -----------------------------------------------------------------------
+
+
+def _text(table: Table, widths: list[int | None] | None = None) -> str:
+    """widths: of columns whose cells are broken, None for those that are not."""
     align = [{"l": "left", "r": "right"}[letter] for letter in table.align]
-    return tabulate(table.rows, headers=table.headers, disable_numparse=True, colalign=align)
+    return tabulate(table.rows, headers=table.headers, disable_numparse=True, colalign=align, maxcolwidths=widths)
+
+
+def _frontier(choice: LayerChoice) -> str:
+    """The frontier without standard errors and agreement, which the page and --json have."""
+    rows = []
+    for point in choice.shown():
+        loss = point.loss
+        asked = "" if loss.retrieval_kl is None else small(loss.retrieval_kl)
+        kept = "" if loss.retrieval_kept is None else share(loss.retrieval_kept)
+        cells = [str(len(point.pruned)), format_layers(point.pruned), str(point.window), f"{point.speedup:.2f}x"]
+        cells += [small(loss.first_token_kl), small(loss.kl), asked, ratio(loss.ppl_ratio), kept]
+        rows.append([*cells, "*" * point.chosen + "r" * point.refined])
+    headers = ["", "pruned layers", "w", "less", "1st", "next", "asks", "ppl", "kept", ""]
+    legend = (
+        f"w: window; less: times fewer FLOPs for {choice.prompt_tokens} tokens; 1st, next, asks: KL in\n"
+        "nats of the first token, of those after it, and of answers in the prompt; ppl:\n"
+        "over the full model's; kept: answers; * chosen, r refined by gradients"
+    )
+    return f"{_text(Table(headers, rows, 'rlrrrrrrrl'), [None, 20, *[None] * 8])}\n{legend}"
+
+
+def _passes(report: dict[str, Any]) -> str:
+    rows = []
+    for record in report["passes"]:
+        nodes = [_changed(record["nodes_before"][s], record["nodes_after"][s]) for s in ("prefill", "decode")]
+        before, after = (f"{record[f'flops_{when}']['prefill'] / 1e9:.1f}" for when in ("before", "after"))
+        rows.append([record["name"], record["matches"], *nodes, _changed(before, after), f"{record['seconds']:.1f}"])
+    headers = ["pass", "hits", "prefill\nnodes", "decode\nnodes", "prefill\nGFLOPs", "s"]
+    return _text(Table(headers, rows, "lrrrrr"))
+
+
+def _changed(before: object, after: object) -> str:
+    return f"{before} -> {after}" if before != after else str(after)
+
+
+def _layers(report: dict[str, Any]) -> str:
+    """Layers that do the same stand in one row."""
+    table = layer_table(report)
+    rows = []
+    for cells, group in groupby(table.rows, lambda row: [row[1], row[2], row[3], row[5]]):
+        rows.append([format_layers([int(row[0]) for row in group]), *cells])
+    headers = ["layers", "attention", "prefill\nruns it for", "K/V of the\nprompt from", "prefill\nGFLOPs"]
+    return _text(Table(headers, rows, "llllr"), [12, None, 16, 22, None])
+
+
+# --- tables of the page -----------------------------------------------------------------------------------------
 
 
 def pass_table(report: dict[str, Any]) -> Table:
@@ -207,7 +260,7 @@ def layer_table(report: dict[str, Any]) -> Table:
                 row["prefill_tokens"],
                 row["kv_from"],
                 "the layer",
-                f"{row['full_prefill_flops'] / 1e9:.2f} -> {row['prefill_flops'] / 1e9:.2f}",
+                _changed(f"{row['full_prefill_flops'] / 1e9:.2f}", f"{row['prefill_flops'] / 1e9:.2f}"),
                 f"{row['decode_flops'] / 1e9:.4f}",
             ]
         )

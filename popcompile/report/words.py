@@ -81,9 +81,7 @@ def text_words(quality: Quality) -> str:
 
 def frontier_table(choice: LayerChoice) -> Table:
     """The best set for each number of layers, and the chosen one, which is marked."""
-    points = choice.best()
-    points += [p for p in choice.frontier if p.chosen and p not in points]
-    points.sort(key=lambda p: (len(p.pruned), p.loss.worst_kl))
+    points = choice.shown()
     rows = [
         [
             str(len(p.pruned)),
