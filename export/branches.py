@@ -16,10 +16,12 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.traversal import RecursiveGraphIterator
 
+from .inputs import tokens_input
+
 
 def choose_by_tokens(one: ir.Model, several: ir.Model) -> ir.Model:
     """A model that is `one` for input_ids [batch, 1], and `several` for more tokens; it has the inputs and outputs that
-    both have, input_ids first. Takes both apart.
+    both have. Takes both apart.
 
     Initializers without a value are parameters: those of one name are the same.
     """
@@ -29,7 +31,7 @@ def choose_by_tokens(one: ir.Model, several: ir.Model) -> ir.Model:
     graph.register_initializer(constant)
     _fix_tokens(one.graph, constant)
     then, other = _branch(graph, "one_token", one.graph), _branch(graph, "several_tokens", several.graph)
-    tokens = ir.node("Shape", inputs[:1], {"start": 1, "end": 2}, name="/tokens/Shape")
+    tokens = ir.node("Shape", [tokens_input(graph)], {"start": 1, "end": 2}, name="/tokens/Shape")
     equal = ir.node("Equal", [tokens.outputs[0], constant], name="/tokens/Equal")
     single = ir.node("Squeeze", [equal.outputs[0]], name="/tokens/Squeeze")
     branches = {"then_branch": then, "else_branch": other}
@@ -48,8 +50,9 @@ def _like(values: Sequence[ir.Value]) -> list[ir.Value]:
 
 def _fix_tokens(graph: ir.Graph, count: ir.Value) -> None:
     """Put a constant [1] in the place of the number of tokens, for ONNX Runtime to fold what follows from it."""
+    tokens = tokens_input(graph)
     for node in graph:
-        if node.op_type == "Shape" and node.inputs[0] is graph.inputs[0] and node.attributes.get_int("start", 0) == 1:
+        if node.op_type == "Shape" and node.inputs[0] is tokens and node.attributes.get_int("start", 0) == 1:
             ir.convenience.replace_all_uses_with(node.outputs[0], count)
             graph.remove(node, safe=True)
 

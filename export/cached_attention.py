@@ -34,6 +34,8 @@ import onnx_ir as ir
 
 from popcompile.passes.onnx_ops import CONTRIB
 
+from .inputs import mask_input, tokens_input
+
 _END = 2**62  # of a Slice: as far as there is something
 #: blocks of a prompt that is cut into longer ones than it has to be, at least
 _FEWEST = 16
@@ -127,7 +129,7 @@ class _Shared:
         self.graph = graph
         self._constants: dict[str, ir.Value] = {}
         emit = self.emitter("/attention")
-        ids, mask = graph.inputs[:2]
+        ids, mask = tokens_input(graph), mask_input(graph)
         self.tokens = emit("Shape", ids, start=1, end=2)
         self.after = emit("Shape", mask, start=1, end=2)
         self.before = emit("Sub", self.after, self.tokens)

@@ -15,16 +15,26 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from popcompile.passes.graph import dimension_symbols, inputs_of, is_size, outputs_of, shape_of, value_of
+from popcompile.passes.graph import (
+    cache_of,
+    dimension_symbols,
+    inputs_of,
+    is_size,
+    mask_of,
+    outputs_of,
+    shape_of,
+    tokens_of,
+    value_of,
+)
 from popcompile.passes.onnx_ops import CONTRIB
 
 OPSET = 21
-#: free dimensions under the names that runtimes and their users know, and the input and axis that each is read from
-_FREE = {
-    "batch": ("batch_size", 0, 0),
-    "sequence": ("sequence_length", 0, 1),
-    "total": ("total_sequence_length", 1, 1),
-    "past": ("past_sequence_length", 2, 2),
+#: free dimensions under the names that runtimes and their users know, and what each is read from, along which axis
+_FREE: dict[str, tuple[str, Callable[[fx.GraphModule], fx.Node], int]] = {
+    "batch": ("batch_size", tokens_of, 0),
+    "sequence": ("sequence_length", tokens_of, 1),
+    "total": ("total_sequence_length", mask_of, 1),
+    "past": ("past_sequence_length", lambda gm: cache_of(gm)[0], 2),
 }
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
@@ -41,8 +51,9 @@ class Writer:
 
     def __init__(self, gm: fx.GraphModule, name: str, input_names: Sequence[str]) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
-        self._free = {symbol: _FREE[name] for name, symbol in dimension_symbols(gm).items()}
-        self._names = {symbol: type(symbol)(name, integer=True) for symbol, (name, *_) in self._free.items()}
+        free = {symbol: _FREE[name] for name, symbol in dimension_symbols(gm).items()}
+        self._free = {symbol: (source(gm), axis) for symbol, (_, source, axis) in free.items()}
+        self._names = {symbol: type(symbol)(known, integer=True) for symbol, (known, *_) in free.items()}
         self._values: dict[fx.Node, Any] = {}
         self._constants: dict[tuple[str, ir.DataType], ir.Value] = {}
         self._kept: dict[Any, ir.Value] = {}
@@ -102,14 +113,8 @@ class Writer:
         return made
 
     def _free_size(self, expression: Any, x: fx.Node, axis: int) -> ir.Value:
-        place = axis
-        source = None
-        if expression in self._free:
-            _, number, place = self._free[expression]
-            source = self.graph.inputs[number]
-        return self.kept(
-            expression, lambda: self("Shape", self[x] if source is None else source, start=place, end=place + 1)
-        )
+        source, place = self._free.get(expression, (x, axis))
+        return self.kept(expression, lambda: self("Shape", self[source], start=place, end=place + 1))
 
     def kept(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
         """What `make` writes, once for a key."""

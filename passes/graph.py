@@ -53,6 +53,25 @@ def inputs_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
 
 
+#: what a decoder's tokens come in as: ids [batch, sequence], or the embeddings of them [batch, sequence, hidden]
+TOKENS, MASK = ("input_ids", "inputs_embeds"), "attention_mask"
+
+
+def tokens_of(gm: fx.GraphModule) -> fx.Node:
+    """The placeholder of the new tokens."""
+    return next(node for name, node in inputs_of(gm).items() if name in TOKENS)
+
+
+def mask_of(gm: fx.GraphModule) -> fx.Node:
+    """The placeholder of the mask [batch, past + sequence]: 1 for tokens that count."""
+    return inputs_of(gm)[MASK]
+
+
+def cache_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """The placeholders of the cache, key and value of every layer [batch, kv_heads, past, head]."""
+    return [node for name, node in inputs_of(gm).items() if name.startswith("past_key_values")]
+
+
 def output_of(gm: fx.GraphModule) -> fx.Node:
     return next(iter(reversed(gm.graph.nodes)))
 
@@ -74,9 +93,8 @@ def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 
 def dimension_symbols(gm: fx.GraphModule) -> dict[str, sympy.Symbol]:
     """The graph's free dimensions: batch, sequence, total (= past + sequence) and past, as sympy symbols."""
-    inputs = inputs_of(gm)
-    tokens, mask = shape_of(next(iter(inputs.values()))), shape_of(inputs["attention_mask"])
-    past = next((shape_of(n) for name, n in inputs.items() if name.startswith("past_key_values")), None)
+    tokens, mask = shape_of(tokens_of(gm)), shape_of(mask_of(gm))
+    past = next(map(shape_of, cache_of(gm)), None)
     dims = {"batch": tokens[0], "sequence": tokens[1], "total": mask[1], "past": past[2] if past else 0}
     return {name: dim.node.expr for name, dim in dims.items() if isinstance(dim, torch.SymInt)}
 

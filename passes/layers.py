@@ -7,7 +7,7 @@ from torch import fx
 
 from . import ops
 from .contract import ContractError
-from .graph import call_nodes, emit, emit_parameter, find, inputs_of, layer_of, role_of, shape_of, value_of
+from .graph import call_nodes, emit, emit_parameter, find, layer_of, mask_of, role_of, shape_of, tokens_of, value_of
 
 #: the weight of the norm that calibrated maps read, ones: their weights have the norm's scale
 UNIT_NORM = "kv_projection.norm.weight"
@@ -96,8 +96,7 @@ def boundary_index_of(gm: fx.GraphModule) -> fx.Node:
     if existing := find(gm, op=ops.boundary_index):
         return existing[0]
     positions = find(gm, op=ops.token_positions)[0]
-    inputs = inputs_of(gm)
     with gm.graph.inserting_after(positions):
-        node = emit(gm.graph, ops.boundary_index, inputs["attention_mask"], next(iter(inputs.values())))
+        node = emit(gm.graph, ops.boundary_index, mask_of(gm), tokens_of(gm))
     node.meta["role"] = "boundary_index"
     return node

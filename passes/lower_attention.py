@@ -22,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import emit, emit_sizes, find, inputs_of, replace, shape_of, value_of
+from .graph import emit, emit_sizes, find, mask_of, replace, shape_of, value_of
 from .lower_rotary_embedding import emit_rotary
 from .onnx_ops import CONTRIB, emit_onnx_multi
 
@@ -57,7 +57,7 @@ class LowerAttention(Pass):
 class _Lowering:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.graph = gm.graph
-        self.mask = inputs_of(gm)["attention_mask"]
+        self.mask = mask_of(gm)
         positions = find(gm, op=ops.token_positions)[0]
         with self.graph.inserting_after(positions):
             self.total = emit(self.graph, aten.sym_size.int, self.mask, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .graph import emit, find, inputs_of
+from .graph import emit, find, mask_of, tokens_of
 from .layers import boundary_index_of
 
 
@@ -58,8 +58,7 @@ def _tail_start_of(gm: fx.GraphModule, window: int) -> fx.Node:
     """The graph's tail_start node, [B] int64; made on first use, after the positions."""
     if existing := find(gm, op=ops.tail_start):
         return existing[0]
-    inputs = inputs_of(gm)
     with gm.graph.inserting_after(find(gm, op=ops.token_positions)[0]):
-        node = emit(gm.graph, ops.tail_start, inputs["attention_mask"], next(iter(inputs.values())), window)
+        node = emit(gm.graph, ops.tail_start, mask_of(gm), tokens_of(gm), window)
     node.meta["role"] = "tail_start"
     return node

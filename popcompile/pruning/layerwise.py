@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from popcompile.passes import ops
-from popcompile.passes.graph import call_nodes, dependencies, find, inputs_of, layer_of, outputs_of
+from popcompile.passes.graph import cache_of, call_nodes, dependencies, find, layer_of, mask_of, outputs_of, tokens_of
 from popcompile.passes.layers import layer_input, layer_output, projected_kv
 
 _Values = dict[fx.Node, Any]
@@ -78,11 +78,10 @@ class LayerwiseModel:
 
     def tokens(self, ids: Tensor, positions: Tensor) -> Tokens:
         """ids, positions: [B, S]."""
-        inputs = inputs_of(self._model)
         heads, size = self.kv_shape
-        values: _Values = dict.fromkeys(inputs.values(), torch.empty(len(ids), heads, 0, size))
-        values[next(iter(inputs.values()))] = ids
-        values[inputs["attention_mask"]] = torch.ones_like(ids)
+        values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(ids), heads, 0, size))
+        values[tokens_of(self._model)] = ids
+        values[mask_of(self._model)] = torch.ones_like(ids)
         self._run(self._before, values, {ops.token_positions: lambda *_: positions})
         return Tokens(positions, values)
 
