@@ -231,3 +231,14 @@ def test_cuda_without_a_gpu(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capf
     with pytest.raises(PopcompileError, match="cannot use it"):
         load(smollm2.package, provider="cuda")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_loaded_package_says_what_it_is_and_closes(tiny_package: Path) -> None:
+    with popcompile.load(tiny_package, prefill="pop") as model:
+        shown = repr(model)
+        assert str(tiny_package) in shown and "llama: 1 of 2 layers skipped in prefill" in shown
+        assert "fp32 on cpu" in shown and "prefill 'pop'" in shown
+        before = model.generate(torch.tensor([[5, 9, 12]]), max_new_tokens=2)
+    assert before.shape == (1, 5)
+    with pytest.raises(PopcompileError, match="was closed; load it again"):
+        model.generate(torch.tensor([[5, 9, 12]]), max_new_tokens=2)

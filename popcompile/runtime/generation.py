@@ -96,6 +96,24 @@ class PopForCausalLM(_GenerationMixin):
         self.device = torch.device("cpu")  # where tokens and logits are, on any provider
         self.dtype = runtime.dtype
 
+    def __repr__(self) -> str:
+        made, window = self.manifest, f", window {self.manifest.window}" if self.manifest.window > 1 else ""
+        skipped = f"{len(made.pruned)} of {made.num_layers} layers skipped in prefill{window}"
+        return (
+            f"{type(self).__name__}({str(self.runtime.folder)!r}, {made.model_type}: {skipped}; {made.dtype} on"
+            f" {self.runtime.provider.device}, prefill {self.prefill!r})"
+        )
+
+    def close(self) -> None:
+        """End the sessions and let go of the weights; also at the end of `with popcompile.load(...) as model:`."""
+        self.runtime.close()
+
+    def __enter__(self) -> PopForCausalLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def can_generate(self) -> bool:
         return True
 

@@ -176,6 +176,11 @@ class SharedWeights:
             self._values[key] = value
         return self._values[key]
 
+    def close(self) -> None:
+        """Let go of the file, and of what was copied to a GPU; no session may need them any more."""
+        self._values.clear()
+        del self._file
+
     def release_pages(self) -> None:
         """Let go of the pages read so far; they are mapped again when something reads them."""
         mapping = memory_map(self._file)
@@ -264,6 +269,7 @@ class Runtime:
         self._cache_inputs = [n for n in self.manifest.inputs if n.startswith("past_key_values.")]
         self._cache_outputs = [n for n in self.manifest.outputs if n.startswith("present.")]
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._is_closed = False
         session = self.open(main)
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         #: of the logits
@@ -275,10 +281,19 @@ class Runtime:
         """Whether the main graph's session has packed matrices, which the other graph's may lack or would add."""
         return self.provider.device == "cpu" and not self._low_memory
 
+    def close(self) -> None:
+        """End the sessions and let go of the weights. What was encoded stays readable."""
+        self._sessions.clear()
+        self._graphs.clear()
+        self._weights.close()
+        self._is_closed = True
+
     def open(self, stage: Stage) -> ort.InferenceSession:
-        """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load, and
-        where the package has none.
+        """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load,
+        where the package has none, and after `close`.
         """
+        if self._is_closed:
+            raise PopcompileError(f"{self.folder}: was closed; load it again")
         if stage not in self._sessions:
             self._sessions[stage] = self._open(stage)
             if self.provider.device == "cpu":
