@@ -7,6 +7,7 @@ initializers without a value, which weights.py points into the package's externa
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,12 @@ _DTYPES = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32, torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8, torch.bool: ir.DataType.BOOL,
+}  # fmt: skip
+
+#: of sizes, which are positive
+_ARITHMETIC: dict[Any, str] = {
+    operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div", torch.sym_min: "Min",
+    torch.sym_max: "Max",
 }  # fmt: skip
 
 #: writes a node down; returns its value, or those of a node with several
@@ -88,7 +95,10 @@ class Writer:
         value = value_of(size)
         if isinstance(value, int):
             return self.constant([value])
-        assert size.target == torch.ops.aten.sym_size.int, f"{size.name} is computed from sizes"
+        if size.target in _ARITHMETIC:
+            sizes: Sequence[Any] = size.args
+            return self.kept(size, lambda: self(_ARITHMETIC[size.target], *map(self.size, sizes)))
+        assert size.target == torch.ops.aten.sym_size.int, f"{size.name} is no size that is known"
         x, axis = size.args
         assert isinstance(x, fx.Node) and isinstance(axis, int)
         return self._free_size(value.node.expr, x, axis)

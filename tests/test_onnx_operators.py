@@ -96,6 +96,10 @@ PYTORCHS: dict[str, Function] = {
         torch.full((), ids.shape[1]),
         torch.full((x.shape[0], 2), 3, dtype=torch.int32),
     ),
+    "sizes of sizes": lambda ids, mask, x: (
+        torch.full((x.shape[1] * 2 + 1, 2), 0.5),
+        torch.full((mask.shape[1] * 3 - 1,), x.shape[1] // 2),
+    ),
     "full_like": lambda ids, mask, x: (torch.full_like(x, 2.0), torch.zeros_like(x)),
     "embedding": lambda ids, mask, x: F.embedding(ids.clamp(max=0), x[0]),
     "gather": lambda ids, mask, x: torch.gather(x, 2, (x > 0).to(torch.int64)),
