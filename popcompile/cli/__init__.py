@@ -47,7 +47,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     options = argparse.Namespace()
     try:
         with terminated():
-            options = _parser().parse_args(arguments)
+            given = sys.argv[1:] if arguments is None else list(arguments)
+            options = _parser().parse_args(given or ["--help"])
             _require_current_folder()
             return options.command(options) or 0
     except SystemExit as end:  # argparse's, or a signal's
@@ -59,8 +60,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("POPCOMPILE_DEBUG") and not isinstance(error, PopcompileError):
             raise
-        given = [str(value) for value in vars(options).values() if isinstance(value, str | Path)]
-        if (message := what_to_fix(error, given)) is not None:
+        names = [str(value) for value in vars(options).values() if isinstance(value, str | Path)]
+        if (message := what_to_fix(error, names)) is not None:
             say(f"popcompile: error: {message}")
             return 2
         reason = f"{type(error).__name__}: {one_line(error, 400)}"
