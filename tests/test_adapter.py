@@ -105,7 +105,7 @@ def test_it_is_named(base: Path, tmp_path: Path, cli: Cli) -> None:
     assert (status, err) == (0, "")
     source = json.loads((tmp_path / "out" / "popcompile.json").read_bytes())["source"]
     assert source["adapter"] == str(tmp_path / "adapter") and len(source["adapter_sha256"]) == 64
-    assert f"{tmp_path / 'adapter'}, merged" in inspect_text(tmp_path / "out")
+    assert f"{tmp_path / 'adapter'}, merged" in " ".join(inspect_text(tmp_path / "out").split())
     assert cli.run("inspect", tmp_path / "out", "--html", tmp_path / "report.html")[0] == 0
     html = (tmp_path / "report.html").read_text()
     assert f"popcompile analyze {base} --adapter {tmp_path / 'adapter'}" in html

@@ -59,7 +59,7 @@ def test_version(cli: Cli) -> None:
 
 
 def test_a_process_ends_as_main_says() -> None:
-    done = popcompile()
+    done = popcompile("compile")
     assert_one_line(done.returncode, done.stdout, done.stderr)
     done = popcompile("convert", "--help")
     assert (done.returncode, done.stderr) == (0, "") and "example: popcompile convert" in done.stdout

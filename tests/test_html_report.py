@@ -249,7 +249,13 @@ def test_plots_are_elements_and_the_same_every_time(full: Path) -> None:
     assert "pruned in prefill" in flops_svg(report["layers"], 1024)
 
 
-@pytest.mark.parametrize("module", ["inspection", "html_report", "package", "selection", "integrity", "compatibility"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "report.inspection", "report.page", "package.manifest", "pruning.request", "package.integrity",
+        "package.compatibility", "cli",
+    ],
+)  # fmt: skip
 def test_reading_a_package_loads_no_compiler(module: str) -> None:
     """`inspect` answers at once."""
     heavy = ("torch", "transformers", "onnxruntime", "popcompile.passes.base", "matplotlib")
@@ -270,12 +276,12 @@ def test_best_of_every_number(full: Path) -> None:
 def test_text(full: Path, cli: Cli) -> None:
     status, out, err = cli.run("inspect", full)
     assert (status, err) == (0, "")
-    lines = [" ".join(line.split()) for line in out.splitlines()]
+    lines, words = [" ".join(line.split()) for line in out.splitlines()], " ".join(out.split())
     assert "layers chosen by popcompile; budget: KL of at most 0.15 nats; met" in lines
     quality = "first-token KL 0.1250 ± 0.0125 nats, agreement 93.8%; perplexity 1.125 times full"
-    assert f"quality on held-out text {quality}" in lines
-    assert "- measured on 6 texts, sampled from the model itself: prompts of 24 tokens and 8 after them" in lines
-    assert "2 2-3 16 1.33x 0.1250 ± 0.0125 93.8% 0.0625 96.9% 1.125 chosen" in lines
+    assert f"quality on held-out text {quality}" in words
+    assert "- measured on 6 texts, sampled from the model itself: prompts of 24 tokens and 8 after them" in words
+    assert "2 2-3 16 1.33x 0.1250 0.0625 1.125 *" in lines
     assert not [line for line in lines if line.startswith("2 1,3 ")], "the best of each number"
     assert "not measured" not in out
 

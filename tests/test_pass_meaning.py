@@ -217,7 +217,9 @@ def test_attention_in_blocks_is_the_reference(
 def test_blocks_grow_with_the_prompt(rows: int, tokens: int, sizes: tuple[int, int]) -> None:
     """Without a window, and with one; a batch is one block."""
     integers = onnx_ir.TensorType(onnx_ir.DataType.INT64)
-    inputs = [onnx_ir.Value(name=n, type=integers, shape=onnx_ir.Shape(["b", n])) for n in ("ids", "mask")]
+    inputs = [
+        onnx_ir.Value(name=n, type=integers, shape=onnx_ir.Shape(["b", n])) for n in ("input_ids", "attention_mask")
+    ]
     graph = onnx_ir.Graph(inputs, [], nodes=[onnx_ir.node("Identity", inputs[:1])], opset_imports={"": 21}, name="g")
     cuts = _Shared(graph, 128, {False, True}).cuts
     for window in (False, True):
@@ -226,7 +228,7 @@ def test_blocks_grow_with_the_prompt(rows: int, tokens: int, sizes: tuple[int, i
     model = onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString()
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     ids = np.zeros((rows, tokens), dtype=np.int64)
-    assert tuple(int(size[0]) for size in session.run(None, {"ids": ids, "mask": ids})) == sizes
+    assert tuple(int(size[0]) for size in session.run(None, {"input_ids": ids, "attention_mask": ids})) == sizes
 
 
 def kinds(graph: Iterable[Node]) -> Counter[str]:

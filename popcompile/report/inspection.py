@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -155,7 +156,8 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
         *_measured(unmeasured(folder, manifest, found), found),
         *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
     ]
-    return tabulate(rows, tablefmt="plain", disable_numparse=True, maxcolwidths=[None, 52])
+    lines = [(name, textwrap.fill(text, 52, break_long_words=False, break_on_hyphens=False)) for name, text in rows]
+    return tabulate(lines, tablefmt="plain", disable_numparse=True)
 
 
 def _window(manifest: Manifest) -> list[tuple[str, str]]:
