@@ -61,5 +61,5 @@ def write_graph(gm: fx.GraphModule, name: str, inputs: Sequence[str], outputs: S
         if node.op == "get_attr":
             writer.parameter(node)
         elif node.op == "call_function" and not is_size(node):
-            writer.write(node, RULES.get(node.target, write_foreign))
+            writer.write(node, RULES.get(node.target, write_foreign), otherwise=write_foreign)
     return writer.finish(gm, outputs)

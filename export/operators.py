@@ -76,7 +76,8 @@ def _unary(op: str) -> Rule:
 
 def _binary(op: str) -> Rule:
     def written(w: Writer, node: fx.Node) -> Any:
-        assert "alpha" not in node.kwargs
+        if node.kwargs:
+            return NotImplemented
         return w(op, *(w.operand(argument, _dtype(node)) for argument in node.args[:2]))
 
     return written
@@ -132,7 +133,8 @@ def _matmul(w: Writer, node: fx.Node) -> Any:
 
 @rule(aten.addmm.default)
 def _addmm(w: Writer, node: fx.Node) -> Any:
-    assert not node.kwargs
+    if node.kwargs:
+        return NotImplemented
     bias, x, weight = node.args
     return w("Gemm", w[x], w[weight], w[bias])
 
@@ -179,6 +181,8 @@ def _layer_norm(w: Writer, node: fx.Node) -> Any:
     x, shape, weight, bias, epsilon = _arguments(
         node, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5
     )
+    if weight is None:
+        return NotImplemented
     return w("LayerNormalization", w[x], w[weight], w[bias], axis=-len(shape), epsilon=epsilon, stash_type=1)
 
 

@@ -220,10 +220,14 @@ class Writer:
             self.graph.initializers.add(self._typed(ir.Value(name=name), value_of(node)))
         self._values[node] = self.graph.initializers[name]
 
-    def write(self, node: fx.Node, rule: Rule) -> None:
-        """What a rule makes of a node, with the shape and type that the node has."""
+    def write(self, node: fx.Node, rule: Rule, otherwise: Rule) -> None:
+        """What a rule makes of a node, with the shape and type that the node has. otherwise: for calls that the rule
+        answers with NotImplemented.
+        """
         self._scope = _scope(node)
         made = rule(self, node)
+        if made is NotImplemented:
+            made = otherwise(self, node)
         self._values[node] = made
         fakes = value_of(node)
         if not isinstance(made, tuple):
@@ -272,7 +276,7 @@ def same_size(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a == b
 
 
-def reshape(writer: Writer, x: fx.Node, node: fx.Node, sizes: Sequence[Any] | None = None) -> ir.Value:
+def reshape(writer: Writer, x: fx.Node, node: fx.Node, sizes: Sequence[Any] | None = None) -> Any:
     """x in the shape of `node`: 0 keeps a free size where it is, one -1 is what remains. sizes: nodes that compute it,
     for a shape that this does not say.
     """
@@ -283,8 +287,8 @@ def reshape(writer: Writer, x: fx.Node, node: fx.Node, sizes: Sequence[Any] | No
     ]
     if settled.count(-1) <= 1 and 0 not in [size for size in after if isinstance(size, int)]:
         target = writer.constant(settled)
+    elif sizes is None:
+        return NotImplemented
     else:
-        assert sizes is not None
         target = writer.sizes(sizes)
-    reshaped: ir.Value = writer("Reshape", writer[x], target)
-    return reshaped
+    return writer("Reshape", writer[x], target)

@@ -106,11 +106,13 @@ PYTORCHS: dict[str, Function] = {
     "scatter": lambda ids, mask, x: torch.scatter(x, 2, torch.topk(x, 2, -1)[1], torch.topk(x, 2, -1)[0] * 3),
     "scatter a number": lambda ids, mask, x: torch.scatter(x, 2, torch.topk(x, 2, -1)[1], 7.0),
 }
-#: operators without a rule
+#: operators without a rule, and calls that a rule leaves
 FOREIGN: dict[str, Function] = {
     "cumsum": lambda ids, mask, x: x.cumsum(1) + x.flip(1).cumsum(1),
     "of a size": lambda ids, mask, x: torch.arange(x.shape[1]),
     "two results": lambda ids, mask, x: x.sort(-1),
+    "layer_norm without weights": lambda ids, mask, x: F.layer_norm(x, (FEATURES,)),
+    "with alpha": lambda ids, mask, x: torch.add(x, x, alpha=3) + torch.addmm(x[0], x[0], x[0].T @ x[0], beta=2),
     "twice": lambda ids, mask, x: x.cumsum(1) * (x + 1).cumsum(1),
 }
 
