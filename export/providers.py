@@ -10,6 +10,9 @@ from typing import Any
 class Provider:
     """name: ONNX Runtime's. device: where weights and cache live, in ONNX Runtime's words.
 
+    gpu: whether it needs an NVIDIA GPU, whose memory is then counted apart. libraries: parts of ONNX Runtime to load
+    before its first session, because it only logs that one of them is missing and goes on without the provider.
+
     dtypes: of activations, those that GroupQueryAttention has kernels for; the first one is the default, and what is
     multiplied with quantized weights. genai_options: provider_options of a session in genai_config.json.
     query_block: queries that the attention of a long prompt takes at a time, at least (cached_attention.py); None: all.
@@ -22,6 +25,8 @@ class Provider:
     name: str
     device: str
     dtypes: tuple[str, ...]
+    gpu: bool = False
+    libraries: tuple[str, ...] = ()
     genai_options: list[dict[str, Any]] = field(default_factory=list)
     query_block: int | None = None
     accuracy_level: int = 0
@@ -29,6 +34,11 @@ class Provider:
     fp16_products: bool = True
     experts: dict[str, bool] = field(default_factory=dict)
     attention: dict[str, int] = field(default_factory=lambda: {"head_multiple": 8})
+
+    @property
+    def on_host(self) -> bool:
+        """Whether weights and cache lie in the host's memory, where NumPy and PyTorch read and write them in place."""
+        return self.device == "cpu"
 
 
 PROVIDERS = {
@@ -47,6 +57,8 @@ PROVIDERS = {
         "CUDAExecutionProvider",
         "cuda",
         ("fp16", "bf16"),
+        gpu=True,
+        libraries=("shared", "cuda"),
         genai_options=[{"cuda": {}}],
         # flash attention's; what falls back from it is not tested
         attention={"head_multiple": 8, "max_head_size": 256},

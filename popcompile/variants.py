@@ -33,7 +33,7 @@ from popcompile.passes.graph import clone_module, find
 from popcompile.passes.pack_qkv import packed_name
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
-from popcompile.precision import precision
+from popcompile.target import Target
 
 
 class Variants:
@@ -44,11 +44,11 @@ class Variants:
         self.package = package.resolve()
         self.manifest = read_manifest(package)
         manifest = self.manifest
-        self._precision = precision(manifest.dtype, manifest.provider, manifest.block_size)
+        self._target = Target.of(manifest.dtype, manifest.provider, manifest.block_size)
         check_small_files(self.package, manifest)
         config = read_config(self.package, manifest)
         with reading(str(package), "its model cannot be compiled again from config.json"):
-            self._program = trace(config, self._precision.dtype)
+            self._program = trace(config, self._target.dtype)
             PassManager(canonicalization()).run(self._program)
         with open_weights(self.package, manifest) as file:
             self._weights = np.memmap(file, np.uint8, "r")
@@ -93,7 +93,7 @@ class Variants:
         changes: of the manifest.
         """
         program = self._copy()
-        PassManager([*passes, *self._precision.lowering()]).run(program)
+        PassManager([*passes, *self._target.lowering()]).run(program)
         manifest = replace(self.manifest, **changes)
         changed = {manifest.graphs[stage] for stage in stages}
         try:
@@ -130,7 +130,7 @@ class Variants:
             place = self._placements[packed]
             assert value.dtype is not None and value.shape is not None
             dtype, shape = value.dtype.numpy(), list(value.shape.numpy())
-            features = -1 if self._precision.quantization is None else 0  # the dimension of output features
+            features = -1 if self._target.quantization is None else 0  # the dimension of output features
             shape[features] = -1
             data = self._weights[place.offset : place.offset + place.length].view(dtype).reshape(shape)
             total = data.shape[features]

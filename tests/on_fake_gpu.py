@@ -13,7 +13,8 @@ from onnx.external_data_helper import uses_external_data
 
 from popcompile import load
 from popcompile.package.manifest import read_manifest
-from popcompile.runtime.session import Runtime, SharedWeights
+from popcompile.runtime.session import Runtime
+from popcompile.runtime.weights import SharedWeights
 
 
 def place(package: Path) -> None:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 import popcompile
 from popcompile.package.manifest import read_manifest
-from popcompile.runtime.session import KVCache, SharedWeights
+from popcompile.runtime.cache import KVCache
+from popcompile.runtime.weights import SharedWeights
 
 PRUNED = [1]
 IDS = torch.randint(64, (1, 20), generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,6 @@ from resign import sign
 
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.manifest import read_manifest
-from popcompile.package.manifest_values import _DTYPES
-from popcompile.precision import PRECISIONS
 from popcompile.runtime.session import Runtime
 
 # --- manifests -------------------------------------------------------------------------------------------------
@@ -99,10 +97,6 @@ def test_empty_weights(cli: Cli, package: Path) -> None:
     (package / "weights.onnx.data").write_bytes(b"")
     sign(package)
     assert "field files has an empty weights.onnx.data" in cli.refuses("verify", package)
-
-
-def test_every_dtype_has_its_blocks() -> None:
-    assert set(_DTYPES) == set(PRECISIONS)
 
 
 @pytest.mark.parametrize("layers", [10**9, 3, 0, -1, "2", [2]])

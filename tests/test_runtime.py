@@ -14,6 +14,7 @@ import torch
 from pairs import TOLERANCE, Pair, assert_same_cache, tolerance
 from reference import full_cache, pop_prefill
 
+import popcompile.runtime.providers
 import popcompile.runtime.session
 from popcompile.errors import PopcompileError
 from popcompile.runtime.generation import load
@@ -214,7 +215,7 @@ def test_providers(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         load(smollm2.package, provider="tpu")
     with pytest.raises(PopcompileError, match="prefill fast: unknown"):
         load(smollm2.package, prefill="fast")
-    monkeypatch.setattr(popcompile.runtime.session.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(popcompile.runtime.providers.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(PopcompileError, match="has no CUDAExecutionProvider"):
         load(smollm2.package, provider="cuda")
     assert capfd.readouterr() == ("", "")
@@ -223,11 +224,11 @@ def test_providers(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest
 @pytest.mark.skipif(popcompile.runtime.gpu.has_gpu(), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu(smollm2: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """One line, and nothing of ONNX Runtime's own on stdout or stderr."""
-    if "CUDAExecutionProvider" not in popcompile.runtime.session.ort.get_available_providers():
+    if "CUDAExecutionProvider" not in popcompile.runtime.providers.ort.get_available_providers():
         pytest.skip("this onnxruntime is built without CUDA")
     with pytest.raises(PopcompileError, match="no NVIDIA GPU"):
         load(smollm2.package, provider="cuda")
-    monkeypatch.setattr(popcompile.runtime.session, "has_gpu", lambda: True)  # as with a GPU, but no CUDA libraries
+    monkeypatch.setattr(popcompile.runtime.providers, "has_gpu", lambda: True)  # as with a GPU, but no CUDA libraries
     with pytest.raises(PopcompileError, match="cannot use it"):
         load(smollm2.package, provider="cuda")
     assert capfd.readouterr() == ("", "")

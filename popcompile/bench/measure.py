@@ -27,11 +27,12 @@ from popcompile.arguments import SEED
 from popcompile.bench.process import WorkerProcess
 from popcompile.bench.subjects import Subject, find_peers, package_subject, require_runtime
 from popcompile.errors import PopcompileError
+from popcompile.export.providers import PROVIDERS
 from popcompile.package.graph_check import check_package
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.progress import Progress
 from popcompile.runtime.gpu import gpu_name
-from popcompile.runtime.session import find_provider
+from popcompile.runtime.providers import find_provider
 from popcompile.variants import Variants
 
 LENGTHS = (256, 1024, 2048)
@@ -107,7 +108,7 @@ def bench(
         "settings": settings,
         "versions": _versions(),
         "cpu": _cpu(),
-        "gpu": gpu_name() if provider == "cuda" else None,
+        "gpu": gpu_name() if PROVIDERS[provider].gpu else None,
         "subjects": subjects,
         "ratios": _ratios(subjects),
         "warnings": warnings + _other_first_tokens(workers, manifest),
@@ -159,7 +160,7 @@ class _Measured(WorkerProcess):
         reply = self.ask({"load": self.subject.to_json(), "provider": provider, "threads": threads})
         self._load_seconds = reply["seconds"]
         self._memory = {"anonymous": reply["anonymous"], "peak": None}
-        if provider == "cuda":
+        if PROVIDERS[provider].gpu:
             self._memory["gpu"] = reply["gpu"]
 
     def turn(self, length: int, ids: list[list[int]], steps: int, *, warm_up: bool) -> None:

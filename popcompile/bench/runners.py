@@ -124,8 +124,8 @@ class OnnxRunner:
         import onnxruntime as ort
 
         self._ort, self._decoder = ort, decoder
-        self._in_place = decoder["in_place"] and provider == "cpu"
         chosen = PROVIDERS[provider]
+        self._in_place = decoder["in_place"] and chosen.on_host
         self._device = chosen.device
         options = ort.SessionOptions()
         options.log_severity_level = _SILENT
@@ -220,7 +220,7 @@ class GenaiRunner:
         self._og = og
         config = og.Config(str(folder))
         config.clear_providers()
-        if provider != "cpu":
+        if PROVIDERS[provider].genai_options:
             config.append_provider(provider)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self._model = og.Model(config)

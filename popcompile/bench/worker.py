@@ -23,6 +23,7 @@ from typing import Any
 from popcompile.bench.memory import AnonymousPeak, anonymous_bytes, peak_bytes
 from popcompile.bench.runners import Runner, open_runner
 from popcompile.errors import PopcompileError
+from popcompile.export.providers import PROVIDERS
 from popcompile.runtime.gpu import gpu_bytes
 
 
@@ -51,7 +52,7 @@ class _Worker:
         return self._turn(request["turn"], request["steps"])
 
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._on_gpu = request["provider"] == "cuda"
+        self._on_gpu = PROVIDERS[request["provider"]].gpu
         taken, started = self._gpu_bytes(), time.perf_counter()
         self._runner: Runner = open_runner(request["load"], request["provider"], request["threads"])
         seconds = time.perf_counter() - started

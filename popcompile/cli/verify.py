@@ -24,7 +24,7 @@ def add_verify(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from popcompile.runtime.session import find_provider
+    from popcompile.runtime.providers import find_provider
     from popcompile.runtime.verify import verify
 
     find_provider(options.provider)  # options are checked before the package

@@ -36,8 +36,10 @@ from popcompile.evaluation.questions import KINDS, Question, is_answered, questi
 from popcompile.package.configs import load_tokenizer
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.progress import Progress
+from popcompile.runtime.cache import KVCache
 from popcompile.runtime.encoder import Encoder
-from popcompile.runtime.session import KVCache, Runtime, find_provider
+from popcompile.runtime.providers import find_provider
+from popcompile.runtime.session import Runtime
 from popcompile.text.documents import default_texts, read_texts, windows
 from popcompile.variants import Variants, with_full_model
 

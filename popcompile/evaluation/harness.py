@@ -27,9 +27,10 @@ from popcompile.errors import PopcompileError
 from popcompile.loading import one_line, quiet
 from popcompile.package.configs import load_tokenizer
 from popcompile.quiet import errors_only
+from popcompile.runtime.cache import KVCache
 from popcompile.runtime.encoder import Encoder
 from popcompile.runtime.generation import PopForCausalLM
-from popcompile.runtime.session import KVCache, Runtime, Stage
+from popcompile.runtime.session import Runtime, Stage
 from popcompile.variants import with_full_model
 
 PREFILLS: dict[str, Stage] = {"full": "decode", "pop": "prefill"}

@@ -63,7 +63,7 @@ class Manifest:
     """What a package is. Lengths are in tokens, sizes in bytes.
 
     pruned: layers that prefill skips for context tokens.
-    dtype, block_size: precision.py; 0 where weights are not quantized.
+    dtype: a name in export/precisions.py. block_size: target.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
     window: how many tokens at a prompt's end take the whole model; a prompt that has no more is encoded in full.
     layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from popcompile.export.io_names import input_names, output_names
+from popcompile.export.precisions import PRECISIONS
 from popcompile.export.providers import PROVIDERS
 
 if TYPE_CHECKING:
@@ -21,13 +22,11 @@ _RANGES = {
     "block_size": (0, 256),
     "window": (1, 1 << 31),
 }
-#: dtype -> whether weights are quantized, in blocks
-_DTYPES = {"fp32": False, "fp16": False, "bf16": False, "int8": True, "int4": True, "w8a8": True}
 #: layout -> stages with a graph of their own
 _STAGES = {"split": {"prefill", "decode"}, "unified": {"prefill"}}
 _CHOICES = {
     "kv_projection": ("calibrated", "layer"),
-    "dtype": tuple(_DTYPES),
+    "dtype": tuple(PRECISIONS),
     "provider": tuple(PROVIDERS),
     "layout": tuple(_STAGES),
 }
@@ -46,7 +45,7 @@ def wrong_value(manifest: Manifest) -> str:
     for name, choices in _CHOICES.items():
         if (value := getattr(manifest, name)) not in choices:
             return f"field {name} is {value[:80]!r}, none of {', '.join(choices)}"
-    if (manifest.block_size > 0) != _DTYPES[manifest.dtype]:
+    if (manifest.block_size > 0) != PRECISIONS[manifest.dtype].quantized:
         return f"field block_size is {manifest.block_size}, which does not go with dtype {manifest.dtype}"
     pruned, layers = manifest.pruned, manifest.num_layers
     if pruned != sorted(set(pruned)) or (pruned and not 0 <= pruned[0] <= pruned[-1] < layers):

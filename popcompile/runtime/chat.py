@@ -19,7 +19,7 @@ from popcompile.files import read_regular
 from popcompile.loading import one_line
 from popcompile.package.configs import load_tokenizer
 from popcompile.runtime.generation import PopForCausalLM, load
-from popcompile.runtime.session import find_provider
+from popcompile.runtime.providers import find_provider
 from popcompile.terminal import say, without_controls
 from popcompile.text.documents import TEXT_BYTES, cannot_read
 

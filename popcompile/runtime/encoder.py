@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from popcompile.errors import PopcompileError
-from popcompile.runtime.session import KVCache, Runtime, Stage
+from popcompile.runtime.cache import KVCache
+from popcompile.runtime.session import Runtime, Stage
 
 
 @dataclass(frozen=True)

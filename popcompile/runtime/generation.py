@@ -60,7 +60,7 @@ def load(
     _require_prefill(prefill)
     main: Stage = "decode" if prefill == "full" else "prefill"
     runtime = Runtime(folder, provider=provider, main=main, low_memory=low_memory, threads=threads)
-    if low_memory and runtime.manifest.quantized and runtime.provider.device == "cpu":
+    if low_memory and runtime.manifest.quantized and runtime.provider.on_host:
         raise PopcompileError(
             f"low_memory: {folder} has {runtime.manifest.dtype} weights, which ONNX Runtime's kernels take packed;"
             " without that a token takes some 30 times as long. Leave it out"

@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from popcompile.errors import PopcompileError
-from popcompile.runtime.session import KVCache
+from popcompile.runtime.cache import KVCache
 from popcompile.upstream import CACHE, OTHER_CACHE
 
 

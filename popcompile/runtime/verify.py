@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from popcompile.errors import PopcompileError
+from popcompile.export.precisions import PRECISIONS
 from popcompile.package.configs import load_tokenizer, read_config, read_generation_config
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.integrity import check_files
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.runtime.session import Runtime, Stage
 
-#: largest difference of two logits or cache entries, relative to the largest value, that rounding explains
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-2, "w8a8": 0.3}
 _PROMPT = 33
 #: prompts of which one has to agree: where activations are rounded to integers, the last bit of a sum may tip one to
 #: the next integer and change all that follows, but not in every prompt, as a wrong graph does
@@ -70,7 +69,7 @@ def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:
     runtime = Runtime(folder, provider=provider, low_memory=True)
     if runtime.manifest != manifest:
         raise PopcompileError(f"{folder}: was replaced while it was checked; verify it again")
-    allowed = TOLERANCE[manifest.dtype]
+    allowed = PRECISIONS[manifest.dtype].tolerance
     for seed in range(_TRIES if manifest.quantized else 1):
         worst = _difference(folder, runtime, provider, seed)
         if worst <= allowed:
