@@ -140,12 +140,12 @@ def test_refinement_is_tried_where_it_may_suffice() -> None:
     leave of the others'.
     """
     costs = [9.0] * 4 + [0.018] * 15 + [0.0]
-    search = Canned(costs, 0.75, first=4)  # 0.162 becomes 0.12, and 0.126 0.095
-    assert len(search.within(Budget(max_kl=0.1)).pruned) == 8 and search.tried == [10, 8]
+    search = Canned(costs, 0.75, first=4)  # 0.126 becomes 0.0945; 9 layers cost 0.144, of which 0.101 is left at best
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 8 and search.tried == [8]
     search = Canned(costs, 0.85, first=4)
-    assert len(search.within(Budget(max_kl=0.1)).pruned) == 7 and search.tried == [10, 7]
-    search = Canned(costs, 0.95, first=4)  # then not 7, 0.108 of which would be left
-    assert len(search.within(Budget(max_kl=0.1)).pruned) == 6 and search.tried == [10, 6]
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 7 and search.tried == [8, 7]
+    search = Canned(costs, 0.95, first=4)  # then not 7, 0.103 of which would be left
+    assert len(search.within(Budget(max_kl=0.1)).pruned) == 6 and search.tried == [8, 6]
 
 
 class OfWindows(Canned):

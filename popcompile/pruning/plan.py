@@ -10,7 +10,7 @@ only to write them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from popcompile.package.measurements import LayerChoice, Point, Quality
 from popcompile.passes import Program
 from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
 from popcompile.passes.graph import runs, shape_of
@@ -28,7 +29,7 @@ from popcompile.pruning.execution import Reader, held_in_memory, materialise, re
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
-from popcompile.pruning.refinement import STEPS
+from popcompile.pruning.refinement import STEPS, Answers
 from popcompile.pruning.regression import Calibration
 from popcompile.pruning.request import Request
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
@@ -110,26 +111,17 @@ def make_plan(
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
     held_out = HeldOut(
-        model,
-        text.held_out,
-        first,
-        text.prompt,
-        options.seed,
-        window,
-        text.retrieval_held_out,
-        text.asked_tokens,
+        model, text.held_out, first, text.prompt, options.seed, window, text.retrieval_held_out, text.asked_tokens,
         folder,
-    )
+    )  # fmt: skip
+    answers = None
+    if text.calibration_answers is not None:
+        answers = Answers(text.calibration_answers, text.prompt - window)
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
-        states,
-        held_out,
-        progress,
-        steps=options.steps,
-        seed=options.seed,
-        windows=smaller,
+        states, held_out, progress, answers=answers, steps=options.steps, seed=options.seed, windows=smaller,
         speedup=speedup,
-    )
+    )  # fmt: skip
     if request.how == "auto":
         chosen = search.within(options.budget)
     elif request.how == "layers":
@@ -141,41 +133,42 @@ def make_plan(
         model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen,
         text.asked_tokens, folder,
     )  # fmt: skip
-    sections = {
-        "choice": _choice(search, speedup, chosen, request, options),
-        "quality": {
-            "text": text.source,
-            "texts": len(text.unseen),
-            "prompt_tokens": text.prompt,
-            "asked_tokens": text.asked_tokens,
-            "window": chosen.window,
-            "continuation_tokens": text.unseen.shape[1] - text.prompt,
-            "loss": asdict(unseen.measure(chosen.pruned, calibration)),
-            "own_projection": asdict(unseen.measure(chosen.pruned, Calibration())),
-        },
-    }
+    quality = Quality(
+        text=text.source,
+        texts=len(text.unseen),
+        prompt_tokens=text.prompt,
+        asked_tokens=text.asked_tokens,
+        window=chosen.window,
+        continuation_tokens=text.unseen.shape[1] - text.prompt,
+        loss=unseen.measure(chosen.pruned, calibration),
+        own_projection=unseen.measure(chosen.pruned, Calibration()),
+    )
+    choice = _choice(search, speedup, chosen, request, options)
+    sections = {"choice": choice.to_json(), "quality": quality.to_json()}
     return Plan(chosen.pruned, chosen.window, calibration, sections)
 
 
-def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Request, options: Options) -> dict[str, Any]:
+def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Request, options: Options) -> LayerChoice:
     frontier = [
-        {
-            "pruned": candidate.pruned,
-            "window": candidate.window,
-            "speedup": round(speedup(candidate.pruned, candidate.window), 4),
-            "loss": asdict(candidate.loss),
-            "refined": candidate.refined,
-            "chosen": candidate is chosen,
-        }
+        Point(
+            pruned=candidate.pruned,
+            window=candidate.window,
+            speedup=round(speedup(candidate.pruned, candidate.window), 4),
+            loss=candidate.loss,
+            refined=candidate.refined,
+            chosen=candidate is chosen,
+        )
         for candidate in sorted(search.measured, key=lambda c: (len(c.pruned), c.loss.worst_kl))
     ]
-    return {
-        "how": request.how,
-        "budget": asdict(options.budget) if request.how == "auto" else None,
-        "met": request.how != "auto" or len(chosen.pruned) > 1,
-        "prompt_tokens": options.prompt_tokens,
-        "frontier": frontier,
-    }
+    auto = request.how == "auto"
+    return LayerChoice(
+        how=request.how,
+        max_kl=options.budget.max_kl if auto else None,
+        max_ppl_ratio=options.budget.max_ppl_ratio if auto else None,
+        met=not auto or len(chosen.pruned) > 1,
+        prompt_tokens=options.prompt_tokens,
+        frontier=frontier,
+    )
 
 
 def predicted_speedup(program: Program, bypass: bool, tokens: int) -> Speedup:

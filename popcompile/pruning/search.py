@@ -25,7 +25,7 @@ import torch
 from popcompile.package.report import Loss
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
-from popcompile.pruning.refinement import refine
+from popcompile.pruning.refinement import Answers, refine
 from popcompile.pruning.regression import Calibration, calibrate
 
 #: the share of layers that `auto` prunes at most
@@ -36,9 +36,8 @@ _KEPT = 4
 _STEP, _PATIENCE = 0.25, 4
 #: rows of text to calibrate on while a set grows
 _FEW_ROWS = 40
-#: what maps of all the text leave of a loss at best; and what refinement does, of first tokens and of answers: it is
-#: tried on sets that would keep to the budget then
-_ALL_ROWS, _REFINED, _REFINED_ANSWERS = 0.85, 0.7, 0.9
+#: what refinement leaves of a loss at best: it is tried on sets that would keep to the budget then
+_REFINED = 0.7
 #: how many times sooner the prefill has to be for a smaller window to be taken: it costs quality within the budget
 _WORTH = 1.05
 
@@ -98,16 +97,17 @@ class Search:
         held_out: HeldOut,
         progress: Callable[[str, int, int], Any],
         *,
+        answers: Answers | None = None,
         steps: int = 0,
         seed: int = 0,
         windows: Sequence[int] = (),
         speedup: Speedup | None = None,
     ) -> None:
-        """states: text to calibrate on; None: the layers' own projections. steps, seed: of refinement. windows: smaller
-        ones than held_out's that `within` may choose, by what `speedup` predicts.
+        """states: text to calibrate on; None: the layers' own projections. answers: in that text; steps, seed: of
+        refinement. windows: smaller ones than held_out's that `within` may choose, by what `speedup` predicts.
         """
         self._states, self._held_out = states, held_out
-        self._progress, self._steps, self._seed = progress, steps, seed
+        self._progress, self._answers, self._steps, self._seed = progress, answers, steps, seed
         self._windows, self._speedup = windows, speedup
         self.num_layers = held_out.model.num_layers
         self.measured: list[Candidate] = []
@@ -137,7 +137,7 @@ class Search:
         if self._states is None or not refinable(finished.loss):
             return finished
         maps = refine(
-            self._states, pruned, plain.maps, steps=self._steps, seed=self._seed,
+            self._states, pruned, plain.maps, answers=self._answers, steps=self._steps, seed=self._seed,
             progress=lambda *n: self._progress("refine", *n),
         )  # fmt: skip
         if maps is plain.maps:
@@ -171,14 +171,11 @@ class Search:
         """The most layers whose loss is within the budget, else the last layer alone; finished."""
         refines = self._states is not None and self._steps > 0
 
-        def refined(loss: Loss) -> float:
-            return budget.spent(loss) * (_left_by_refinement(loss) if refines else 1.0)
-
         def hoped(loss: Loss) -> float:
-            return refined(loss) * (1.0 if self._states is None else _ALL_ROWS)
+            return budget.spent(loss) * (_REFINED if refines else 1.0)
 
         def refinable(loss: Loss) -> bool:
-            return budget.spent(loss) > 1 >= refined(loss)
+            return budget.spent(loss) > 1 >= hoped(loss)
 
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
         sets = self._grow(budget, most, hoped, _PATIENCE)
@@ -268,11 +265,6 @@ class _Tried(NamedTuple):
     layer: int
     candidate: Candidate
     cost: float
-
-
-def _left_by_refinement(loss: Loss) -> float:
-    """The share of a loss that refinement leaves at best, by the kind of text that loses more."""
-    return _REFINED_ANSWERS if (loss.retrieval_kl or 0.0) > loss.first_token_kl else _REFINED
 
 
 def largest_count(num_layers: int) -> int:

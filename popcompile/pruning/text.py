@@ -28,10 +28,10 @@ FEWEST, _SHORTEST = 8, 64
 #: tokens at a prompt's end that take the whole model; and windows that a text holds, at least
 WINDOW, WINDOWS = 64, 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
-_RETRIEVAL, _LISTED = 0.2, 32
+_RETRIEVAL, _LISTED = 0.5, 32
 #: of such texts that decide or measure: tokens that ask, after the prompt; tokens of all of them; the most and the
 #: fewest texts. Answers differ more from text to text than first tokens do
-_ASKING, _ASKED_TOKENS, _MOST_ASKED, _FEWEST_ASKED = 128, 16_384, 24, 4
+_ASKING, _ASKED_TOKENS, _MOST_ASKED, _FEWEST_ASKED = 128, 32_768, 28, 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ class CalibrationText:
 
     Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Of the last
     two there are texts as well whose answers stand in the prompt, their first `asked_tokens`; in calibration some of
-    the rows are such.
+    the rows are such, and calibration_answers [N, T] tells which of their tokens are parts of answers.
     """
 
     calibration: Tensor
     held_out: Tensor
     unseen: Tensor
     source: str
+    calibration_answers: Tensor | None = None
     retrieval_held_out: RetrievalText | None = None
     retrieval_unseen: RetrievalText | None = None
     asked_tokens: int | None = None
@@ -130,6 +131,7 @@ def _with_retrieval(
     return replace(
         text,
         calibration=torch.cat((text.calibration, fit.rows)),
+        calibration_answers=torch.cat((torch.zeros_like(text.calibration, dtype=torch.bool), fit.answers)),
         retrieval_held_out=decide,
         retrieval_unseen=measure,
         asked_tokens=prompt,

@@ -82,19 +82,21 @@ def _text(
         length += token_count(tokenizer, values[key].join(line(key)))
     text += between
     spans: list[tuple[int, int]] = []
+    asked: list[str] = []
     while length < tokens * (1 + _SPARE):
-        key = choice.choice(list(values))
+        asked = asked or choice.sample(list(values), len(values))  # all of them, before one is asked for again
+        key = asked.pop()
         begin = len(text) + len(line(key)[0])
         spans.append((begin, begin + len(values[key])))
         text += values[key].join(line(key))
         length += token_count(tokenizer, values[key].join(line(key)))
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    asked, span = [], 0
+    answers, span = [], 0
     for begin, end in encoded["offset_mapping"]:
         while span < len(spans) and spans[span][1] <= begin:
             span += 1
-        asked.append(end > begin and span < len(spans) and end > spans[span][0])
-    return list(encoded["input_ids"]), asked
+        answers.append(end > begin and span < len(spans) and end > spans[span][0])
+    return list(encoded["input_ids"]), answers
 
 
 def draw_value(words: Sequence[str], of_words: bool, choice: random.Random) -> str:
