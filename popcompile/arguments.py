@@ -9,7 +9,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,6 +83,12 @@ SEED = Number("a seed, a number from 0 to 4294967295", 0, 2**32 - 1)
 TEMPERATURE = Number("a number between 0 and 100", math.ulp(0.0), math.nextafter(100, 0), whole=False)
 NATS = Number("a number of at least 0, for example 0.1", 0, 1e300, whole=False)
 RATIO = Number("a number of at least 1, for example 1.05", 1, 1e300, whole=False)
+
+
+def require_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raises PopcompileError where `value`, that of `option`, is none of the choices."""
+    if value not in choices:
+        raise PopcompileError(f"{option} {value}: unknown; choose one of {', '.join(choices)}")
 
 
 def numbers(text: str) -> list[float]:

@@ -264,6 +264,15 @@ def test_reading_a_package_loads_no_compiler(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_report_is_read_as_it_was_written(full: Path) -> None:
+    manifest = read_manifest(full)
+    found = read_measurements(json.loads((full / REPORT).read_text()), manifest)
+    assert found.choice is not None and found.quality is not None
+    written = {"choice": found.choice.to_json(), "quality": found.quality.to_json()}
+    again = read_measurements(json.loads(json.dumps(written)), manifest)
+    assert (again.choice, again.quality) == (found.choice, found.quality)
+
+
 def test_best_of_every_number(full: Path) -> None:
     choice = read_measurements(json.loads((full / REPORT).read_text()), read_manifest(full)).choice
     assert isinstance(choice, LayerChoice) and all(isinstance(point, Point) for point in choice.frontier)

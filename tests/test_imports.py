@@ -21,9 +21,10 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"export", "package", "runtime", "variants"},
     "pruning": {"passes", "frontend", "package", "text", "evaluation"},
     "report": {"package"},
-    "variants": {"passes", "export", "frontend", "package", "precision"},
-    "precision": {"passes", "export"},
-    "conversion": {"passes", "export", "frontend", "package", "precision", "pruning", "text"},
+    "variants": {"passes", "export", "frontend", "package", "target"},
+    "target": {"passes", "export"},
+    "packaging": {"passes", "export", "frontend", "package", "pruning", "target"},
+    "conversion": {"passes", "export", "frontend", "package", "packaging", "pruning", "target"},
     "cli": {"bench", "conversion", "evaluation", "frontend", "package", "pruning", "report", "runtime"},
 }
 #: files below every folder, which import one another only; the compiler, passes and export, stands on two of them

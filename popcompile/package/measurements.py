@@ -1,4 +1,4 @@
-"""What a package's report says of the choice of its layers and of quality, read and checked.
+"""What a package's report says of the choice of its layers and of quality: written, and read and checked.
 
 Every part may be missing, for a package need not be measured. One of another shape than ours raises KeyError,
 TypeError, ValueError or AttributeError, which `inspection.readable_report` words for the user.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from popcompile.package.report import REFERENCE_TOKENS, Importance, Loss
@@ -52,6 +52,17 @@ class LayerChoice:
     prompt_tokens: int
     frontier: list[Point]
 
+    def to_json(self) -> dict[str, Any]:
+        """As `read_measurements` reads it."""
+        budget = {"max_kl": self.max_kl, "max_ppl_ratio": self.max_ppl_ratio}
+        return {
+            "how": self.how,
+            "budget": budget if self.how == "auto" else None,
+            "met": self.met,
+            "prompt_tokens": self.prompt_tokens,
+            "frontier": [asdict(point) for point in self.frontier],
+        }
+
     def best(self) -> list[Point]:
         """The set of least KL for each number of layers, ascending."""
         least: dict[int, Point] = {}
@@ -81,6 +92,10 @@ class Quality:
     continuation_tokens: int
     loss: Loss
     own_projection: Loss | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `read_measurements` reads it."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
