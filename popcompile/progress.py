@@ -1,13 +1,16 @@
-"""A progress bar on stderr for long steps, on a terminal only."""
+"""How far a long command is, on stderr: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+from popcompile.terminal import say
 
 #: progress(step, done, total): done and total in the step's own unit
 Progress = Callable[[str, int, int], Any]
@@ -34,21 +37,33 @@ EVALUATE_CODE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 30), "code": (
 BENCH_STEPS: Steps = {"compile": (0, 5), "load": (5, 10), "measure": (10, 100)}
 
 
+#: seconds between the lines that tell of progress where there is no terminal
+LINES_EVERY = 60.0
+
+
 @contextmanager
-def progress_bar(steps: Steps) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(steps: Steps) -> Iterator[Progress]:
     """Yields the `progress` argument of `convert`, `analyze`, `evaluate` and `bench`.
 
-    The bar stays where it is while a step is done again, as the search does with layers and refinement with sets.
+    On a terminal it is a bar on stderr, which is gone at the end; elsewhere, in a log, a line there every minute. It
+    stays where it is while a step is done again, as the search does with layers and refinement with sets.
     """
+    stderr, on_terminal = sys.stderr, sys.stderr is not None and sys.stderr.isatty()
+    started = said = time.monotonic()
     bar_format = "{desc:13}{bar}{percentage:4.0f}% {elapsed}"
-    with tqdm(
-        total=100, disable=sys.stderr is None or not sys.stderr.isatty(), bar_format=bar_format, leave=False
-    ) as bar:
+    with tqdm(total=100, disable=not on_terminal, file=stderr, bar_format=bar_format, leave=False) as bar:
+        percent = 0
 
         def progress(step: str, done: int, total: int) -> None:
+            nonlocal said, percent
             start, end = steps[step]
+            percent = max(percent, start + (end - start) * done // max(total, 1))
             bar.set_description_str(step)
-            bar.n = max(bar.n, start + (end - start) * done // max(total, 1))
+            bar.n = percent
             bar.refresh()
+            now = time.monotonic()
+            if not on_terminal and now - said >= LINES_EVERY:
+                said = now
+                say(f"popcompile: {step}, {percent}% after {tqdm.format_interval(now - started)}")
 
         yield progress

@@ -1,4 +1,4 @@
-"""The progress bar shows on a terminal and nowhere else."""
+"""How far a command is: a bar on a terminal, lines in a log, and nothing where it is short."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def test_bar_on_a_terminal() -> None:
     assert b"choose" in shown and b"45%" not in shown, "it does not run backwards"
 
 
-def test_nothing_elsewhere() -> None:
+def test_nothing_elsewhere_while_it_is_short() -> None:
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True, timeout=60)
     assert result.stderr == result.stdout == b""
+
+
+def test_lines_elsewhere() -> None:
+    """One for each minute at most, here for each of no length."""
+    code = f"import popcompile.progress; popcompile.progress.LINES_EVERY = 0\n{CODE}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    expected = ["trace, 0%", "weights, 97%", "choose, 97%"]
+    assert result.stderr.splitlines() == [f"popcompile: {step} after 00:00" for step in expected]
+    assert result.stdout == ""
