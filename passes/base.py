@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .contract import ContractError
 from .flops import total_flops
-from .graph import call_nodes, is_size
+from .graph import call_nodes, clone_module, is_size
 from .parameters import Derived
 from .printing import print_graph
 
@@ -35,6 +35,11 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     #: initializers that are computed from checkpoint tensors or constants when weights are written
     derived: dict[str, Derived] = field(default_factory=dict)
+
+    def clone(self) -> Program:
+        """A copy that passes may change. Values of constants are shared."""
+        graphs = {stage: clone_module(gm) for stage, gm in self.graphs.items()}
+        return replace(self, graphs=graphs, constants=dict(self.constants), derived=dict(self.derived))
 
 
 @dataclass(frozen=True)

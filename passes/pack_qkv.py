@@ -24,6 +24,20 @@ from .onnx_ops import onnx_inputs, onnx_op_type
 aten = torch.ops.aten
 
 
+#: roles of the projections that a packed one holds, side by side
+PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+def part_features(role: str, features: int, kv_features: int) -> slice:
+    """Which of the `features` outputs of a packed projection are those of one of PARTS.
+
+    kv_features: outputs that keys have, and values.
+    """
+    ends = (0, features - 2 * kv_features, features - kv_features, features)
+    place = PARTS.index(role)
+    return slice(ends[place], ends[place + 1])
+
+
 def packed_name(parameter: str) -> str:
     """What the packed parameter is called of which this one, "...q_proj.weight", is a part."""
     module, _, kind = parameter.rpartition(".")

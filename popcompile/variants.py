@@ -29,8 +29,8 @@ from popcompile.package.manifest import LAYOUTS, MANIFEST, describe_files, read_
 from popcompile.package.staging import link_or_copy
 from popcompile.passes import Pass, PassManager, Program, canonicalization, pruning
 from popcompile.passes.drop_layers import DropLayers
-from popcompile.passes.graph import clone_module, find
-from popcompile.passes.pack_qkv import packed_name
+from popcompile.passes.graph import find
+from popcompile.passes.pack_qkv import PARTS, packed_name, part_features
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
 from popcompile.target import Target
@@ -53,10 +53,10 @@ class Variants:
         with open_weights(self.package, manifest) as file:
             self._weights = np.memmap(file, np.uint8, "r")
         model = self._program.graphs["model"]
-        #: place of each parameter in the packed one: queries, keys, values
+        #: by parameter, which part of the packed one it is
         self._parts = {
-            str(parameter.target): place
-            for place, role in enumerate(("q_proj", "k_proj", "v_proj"))
+            str(parameter.target): role
+            for role in PARTS
             for projection in find(model, role=role)
             for parameter in projection.all_input_nodes[1:]
         }
@@ -92,7 +92,7 @@ class Variants:
 
         changes: of the manifest.
         """
-        program = self._copy()
+        program = self._program.clone()
         PassManager([*passes, *self._target.lowering()]).run(program)
         manifest = replace(self.manifest, **changes)
         changed = {manifest.graphs[stage] for stage in stages}
@@ -133,15 +133,9 @@ class Variants:
             features = -1 if self._target.quantization is None else 0  # the dimension of output features
             shape[features] = -1
             data = self._weights[place.offset : place.offset + place.length].view(dtype).reshape(shape)
-            total = data.shape[features]
-            part = np.split(data, [total - 2 * kv_size, total - kv_size], axis=features)[self._parts[source]]
-            value.const_value = ir.tensor(np.ascontiguousarray(part), name=name)
-
-    def _copy(self) -> Program:
-        """The canonical program, free to be changed."""
-        program = self._program
-        graphs = {stage: clone_module(gm) for stage, gm in program.graphs.items()}
-        return replace(program, graphs=graphs, derived=dict(program.derived))
+            part = part_features(self._parts[source], data.shape[features], kv_size)
+            cut = data[..., part] if features == -1 else data[part]
+            value.const_value = ir.tensor(np.ascontiguousarray(cut), name=name)
 
 
 @contextlib.contextmanager

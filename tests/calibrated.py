@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,15 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, canonicalization, pruning
-from popcompile.passes.graph import clone_module
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.regression import AffineMap, Calibration
-
-
-def copy_of(program: Program) -> Program:
-    """A copy that passes may change."""
-    graphs = {stage: clone_module(gm) for stage, gm in program.graphs.items()}
-    return replace(program, graphs=graphs, derived=dict(program.derived))
 
 
 @dataclass
@@ -45,7 +38,7 @@ class Traced:
 
     def prune(self, pruned: Iterable[int], calibration: Calibration) -> Program:
         """The program with a pruned prefill that has these maps."""
-        program = copy_of(self.program)
+        program = self.program.clone()
         program.constants = program.constants | calibration.constants()
         PassManager(pruning(pruned, calibration.projections, calibration.bypasses)).run(program)
         return program

@@ -20,7 +20,6 @@ from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import write_weights
 from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, lowering, transformations
-from popcompile.passes.graph import clone_module
 from popcompile.passes.printing import print_graph
 
 GRAPHS = Path(__file__).parent / "graphs"
@@ -36,14 +35,6 @@ class Step:
     program: Program
     texts: dict[str, str]
 
-    def copy(self) -> Program:
-        """The program, free to be changed."""
-        graphs = {stage: clone_module(gm) for stage, gm in self.program.graphs.items()}
-        return Program(
-            graphs, self.program.num_layers, self.program.max_positions, self.program.constants,
-            dict(self.program.derived),
-        )  # fmt: skip
-
 
 def compile_in_steps(config: PreTrainedConfig, pruned: Iterable[int], window: int = 1) -> dict[str, Step]:
     """The program after tracing and after every pass, by pass name."""
@@ -53,8 +44,7 @@ def compile_in_steps(config: PreTrainedConfig, pruned: Iterable[int], window: in
         if compiler_pass is not None:
             PassManager([compiler_pass]).run(program)
         texts = {stage: print_graph(gm, stage) for stage, gm in program.graphs.items()}
-        step = Step(name, program, texts)
-        steps[name] = Step(name, step.copy(), texts)
+        steps[name] = Step(name, program.clone(), texts)
     return steps
 
 

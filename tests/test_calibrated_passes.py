@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated import Traced, copy_of, random_maps, reference_maps
+from calibrated import Traced, random_maps, reference_maps
 from conftest import Inputs, make_inputs, materialise, run_graph, tiny_gemma3, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +58,7 @@ def three_layers() -> Traced:
 @cache
 def texts() -> dict[str, str]:
     """File name -> text of the prefill graph after both passes; layer 1 is pruned, calibrated and bypassed."""
-    program, found = copy_of(three_layers().program), {}
+    program, found = three_layers().program.clone(), {}
     for compiler_pass in pruning([1], [1], [1]):
         PassManager([compiler_pass]).run(program)
         if (name := compiler_pass.name) in ("InsertKVProjection", "InsertBypass"):
@@ -76,7 +76,7 @@ def test_graph_after(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_only_a_pruned_layer_can_be_calibrated() -> None:
-    program = copy_of(three_layers().program)
+    program = three_layers().program.clone()
     with pytest.raises(ContractError, match=r"^InsertKVProjection: calibrated projections are for pruned layers"):
         PassManager(pruning([1], [1, 2])).run(program)
 
@@ -169,7 +169,7 @@ def test_prefill_is_the_reference(family: str, name: str, past: int) -> None:
 )
 def test_lowered_prefill_is_the_reference(family: str, name: str, tmp_path: Path) -> None:
     found, choice = traced(family), CHOICES[name]
-    program, model = copy_of(pruned_program(family, name)), found.model
+    program, model = pruned_program(family, name).clone(), found.model
     PassManager(lowering()).run(program)
     uneven = make_inputs(model, [1, 1], 5)
     uneven.mask[1, 3:] = 0
@@ -245,7 +245,7 @@ def test_calibration_leaves_the_boundary_token_and_decode_alone(family: str) -> 
 )
 def test_both_stages_read_the_same_initializers(quantization: Quantization | None) -> None:
     """The boundary token takes decode's weights: the package holds them once."""
-    program = copy_of(three_layers().program)
+    program = three_layers().program.clone()
     PassManager([*pruning([1], [1], [1]), *lowering(quantization)]).run(program)
     prefill, decode = (
         {str(n.target) for n in program.graphs[stage].graph.nodes if n.op == "get_attr"}

@@ -243,7 +243,7 @@ def test_contract(case: str) -> None:
     breach = BREACHES[case]
     name = case.split(",")[0]
     at = breach.at or name
-    program = (llama_steps()[at] if breach.ensures else before(llama_steps(), at)).copy()
+    program = (llama_steps()[at] if breach.ensures else before(llama_steps(), at)).program.clone()
     compiler_pass = breach.compiler_pass()
     compiler_pass.program = program
     compiler_pass.matches = (

@@ -24,6 +24,7 @@ from popcompile.passes import PassManager, lowering, transformations
 from popcompile.passes.cleanup import Cleanup
 from popcompile.passes.graph import find
 from popcompile.passes.insert_kv_projection import InsertKVProjection
+from popcompile.passes.pack_qkv import PARTS, PackQKV, part_features
 from popcompile.passes.printing import print_graph
 from popcompile.passes.prune_prefill import PrunePrefill
 
@@ -102,7 +103,7 @@ def test_graph_with_a_window(name: str, expected_graphs: dict[str, str]) -> None
 
 def test_cleanup_removes_what_is_dead_or_computed_twice() -> None:
     """The graphs above have nothing to clean: give them something."""
-    program = before(llama_steps(), "Cleanup").copy()
+    program = before(llama_steps(), "Cleanup").program.clone()
     gm = program.graphs["prefill"]
     norm = find(gm, role="input_norm")[0]
     with gm.graph.inserting_after(norm):
@@ -119,7 +120,7 @@ def test_cleanup_removes_what_is_dead_or_computed_twice() -> None:
 
 
 def test_a_layer_named_twice_is_pruned_once() -> None:
-    twice = before(llama_steps(), "PrunePrefill").copy()
+    twice = before(llama_steps(), "PrunePrefill").program.clone()
     PassManager([PrunePrefill([1, 1]), InsertKVProjection([1, 1])]).run(twice)
     assert print_graph(twice.graphs["prefill"], "prefill") == llama_steps()["InsertKVProjection"].texts["prefill"]
 
@@ -150,3 +151,15 @@ def test_manager_records_and_shows_every_pass() -> None:
         earlier = before(steps, name).texts
         assert new == steps[name].texts[stage]
         assert old == earlier.get(stage, earlier.get("model"))
+
+
+def test_packed_projections_come_apart_as_they_were_put_together() -> None:
+    program = before(llama_steps(), "PackQKV").program.clone()
+    PassManager([PackQKV()]).run(program)
+    packed = [n for n in find(program.graphs["decode"], role="qkv_proj") if len(n.all_input_nodes) > 1]
+    assert packed
+    for node in packed:
+        parts = node.args[1].args[0]
+        assert [str(part.target).split(".")[-2] for part in parts] == list(PARTS)
+        sizes = [part.meta["val"].shape[0] for part in parts]
+        assert [len(range(sum(sizes))[part_features(role, sum(sizes), sizes[1])]) for role in PARTS] == sizes

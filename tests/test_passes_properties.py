@@ -31,7 +31,6 @@ from transformers import PreTrainedModel
 
 from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, transformations
-from popcompile.passes.graph import clone_module
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 CONFIGS = {
@@ -81,8 +80,7 @@ def traced(name: str) -> tuple[PreTrainedModel, Program]:
 @cache
 def compiled(name: str, pruned: frozenset[int]) -> Compiled:
     model, source = traced(name)
-    graphs = {"model": clone_module(source.graphs["model"])}
-    program = Program(graphs, source.num_layers, source.max_positions, source.constants, dict(source.derived))
+    program = source.clone()
     passes = transformations(pruned)
     weights = model.state_dict()
     PassManager(passes[4:7]).run(program)

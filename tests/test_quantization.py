@@ -197,7 +197,7 @@ def test_w8a8_tokens_do_not_depend_on_their_neighbours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["QuantizeDynamic", "QuantizeLinear"])
 def test_graph_after(name: str, request: pytest.FixtureRequest) -> None:
-    program = llama_steps()["FuseSkipRMSNorm"].copy()
+    program = llama_steps()["FuseSkipRMSNorm"].program.clone()
     passes = {"QuantizeDynamic": QuantizeDynamic(), "QuantizeLinear": QuantizeLinear(Quantization(bits=4))}
     PassManager([passes[name]]).run(program)
     text, file = print_graph(program.graphs["decode"], "decode"), GRAPHS / f"quantized-{name}.decode.txt"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from popcompile.frontend.tracing import trace
 from popcompile.passes import ContractError, InsertVirtualGates, PassManager, Program, canonicalization, ops, pruning
-from popcompile.passes.graph import clone_module, find, inputs_of, outputs_of, shape_of
+from popcompile.passes.graph import find, inputs_of, outputs_of, shape_of
 from popcompile.passes.layers import layer_output
 from popcompile.passes.printing import print_graph
 from popcompile.pruning.execution import call_reference
@@ -46,15 +45,10 @@ def canonical(family: str) -> tuple[PreTrainedModel, Program]:
     return tiny_model(CONFIGS[family]), program
 
 
-def copy_of(program: Program) -> Program:
-    graphs = {stage: clone_module(gm) for stage, gm in program.graphs.items()}
-    return replace(program, graphs=graphs, derived=dict(program.derived))
-
-
 def gated(family: str, per: str) -> fx.GraphModule:
     """The gated graph with weights."""
     model, original = canonical(family)
-    program = copy_of(original)
+    program = original.clone()
     PassManager([InsertVirtualGates(per)]).run(program)
     return materialise(program.graphs["model"], program, model.state_dict())
 
@@ -131,7 +125,7 @@ def adds_both_at_once(program: Program) -> None:
     ],
 )
 def test_contract(damage: Callable[[Program], object], per: str, message: str) -> None:
-    program = copy_of(canonical("llama")[1])
+    program = canonical("llama")[1].clone()
     damage(program)
     gate = InsertVirtualGates(per)
     gate.program = program
@@ -141,14 +135,14 @@ def test_contract(damage: Callable[[Program], object], per: str, message: str) -
 
 @pytest.mark.parametrize("damage", [scales_its_output, adds_both_at_once])
 def test_layers_of_any_structure_have_gates_per_layer(damage: Callable[[Program], object]) -> None:
-    program = copy_of(canonical("llama")[1])
+    program = canonical("llama")[1].clone()
     damage(program)
     PassManager([InsertVirtualGates("layer")]).run(program)
     assert len(find(program.graphs["model"], op=ops.virtual_gate)) == LAYERS
 
 
 def test_ensures_a_gate_everywhere() -> None:
-    program = copy_of(canonical("llama")[1])
+    program = canonical("llama")[1].clone()
     gate = InsertVirtualGates()
     PassManager([gate]).run(program)
     gm = program.graphs["model"]
@@ -162,7 +156,7 @@ def test_ensures_a_gate_everywhere() -> None:
 @pytest.mark.parametrize("per", ["layer", "block"])
 def test_inputs_and_outputs(per: str) -> None:
     """One more input, after the others; shapes of outputs as they were."""
-    program = copy_of(canonical("gemma3")[1])
+    program = canonical("gemma3")[1].clone()
     before = program.graphs["model"]
     inputs, shapes = list(inputs_of(before)), [str(shape_of(n)) for n in outputs_of(before)]
     PassManager([InsertVirtualGates(per)]).run(program)
@@ -198,7 +192,7 @@ def test_prefill_gates_of_0_are_pruned_prefill(family: str) -> None:
     sets = [none, last, *others]
     full, _ = run_gated(gm, inputs, torch.ones(LAYERS, 2))
     for pruned in sets:
-        program = copy_of(original)
+        program = original.clone()
         PassManager(pruning(pruned)).run(program)
         logits, kv = run_graph(materialise(program.graphs["prefill"], program, model.state_dict()), inputs)
         gates = torch.ones(LAYERS, 2)

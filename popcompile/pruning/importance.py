@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, fx
 from popcompile.errors import PopcompileError
 from popcompile.package.report import Importance
 from popcompile.passes import InsertVirtualGates, PassManager, Program, ops
-from popcompile.passes.graph import clone_module, find, inputs_of, shape_of
+from popcompile.passes.graph import find, inputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import GATES, Per
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
@@ -80,7 +79,7 @@ def prefix_lengths(length: int, count: int) -> list[int]:
 
 def _gated_model(program: Program, read: Reader, per: Per) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The model with gates and real weights that returns the boundary token's logits; what its layers' blocks are."""
-    gated = replace(program, graphs={s: clone_module(gm) for s, gm in program.graphs.items()})
+    gated = program.clone()
     insert = InsertVirtualGates(per)
     PassManager([insert, SplitStages(), PruneLMHead()]).run(gated)
     return materialise(gated.graphs["prefill"], gated, read), insert.blocks
