@@ -114,9 +114,13 @@ def make_plan(
         model, text.held_out, first, text.prompt, options.seed, window, text.retrieval_held_out, text.asked_tokens,
         folder,
     )  # fmt: skip
-    answers = None
-    if text.calibration_answers is not None:
-        answers = Answers(text.calibration_answers, text.prompt - window)
+
+    @cache
+    def answers() -> Answers | None:
+        if (lists := text.retrieval_refinement) is None:
+            return None
+        return Answers(HiddenStates(model, lists.rows, first, folder), lists.answers, text.prompt - window)
+
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
         states, held_out, progress, answers=answers, steps=options.steps, seed=options.seed, windows=smaller,

@@ -3,9 +3,9 @@
 The regression weighs every direction of k and v alike, whatever attention and the rest of the model make of it. A few
 steps of Adam on what counts, KL(whole model || pruned prefill), start from its solution. Each step takes some rows of
 the calibration text, and of each row some places as boundary tokens, whatever the window is: steps through the window
-cost more and gain the same (README.md). It also takes some rows whose answers stand in them, and of these the answers'
-tokens, after a prompt with its window: few tokens depend on what stands far back, and these do. The model's weights
-stay.
+cost more and gain the same (README.md). It also takes some texts whose answers stand in them, and of these the answers'
+tokens, after a prompt with its window: few tokens depend on what stands far back, and these do. They are texts that the
+regression has not seen: more of what it has seen gains nothing. The model's weights stay.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from popcompile.pruning.hidden_states import HiddenStates, at_positions
 from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
 from popcompile.pruning.regression import Calibration
 
-#: steps by default, and rows and boundary tokens of each row that a step takes; where there are answers, half of the
-#: rows are such as have them
+#: steps by default, and rows and boundary tokens of each row that a step takes; where there are texts with answers,
+#: half of the rows are of these
 STEPS, _ROWS, _BOUNDARY_TOKENS = 64, 8, 32
 #: position of the earliest boundary token
 _EARLIEST = 8
@@ -34,10 +34,13 @@ _RATE = 6e-3
 
 @dataclass(frozen=True)
 class Answers:
-    """Of rows of text whose answers stand in them: of_answer [N, T], whether a token is a part of one, nowhere in other
-    rows. context: tokens of a row that a pruned prefill encodes; those after it take the whole model.
+    """Text whose answers stand in it.
+
+    of_answer [N, T]: whether a token of states.rows is a part of one. context: tokens of a row that a pruned prefill
+    encodes; those after it take the whole model.
     """
 
+    states: HiddenStates
     of_answer: Tensor
     context: int
 
@@ -54,8 +57,8 @@ def refine(
 ) -> Calibration:
     """Maps in place of these layers that lose less, starting from `calibration`; it is left as it is.
 
-    Layers for which it has no map keep their own projections. answers: in the text of `states`. seed: of the rows and
-    boundary tokens of each step.
+    Layers for which it has no map keep their own projections. seed: of the rows and boundary tokens of each
+    step.
     """
     if steps == 0 or not calibration.projections:
         return calibration
@@ -68,15 +71,15 @@ def refine(
         optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     random = Generator().manual_seed(seed)
-    asked = answers.of_answer.any(1).nonzero()[:, 0] if answers else torch.empty(0, dtype=torch.int64)
-    size = _ROWS // 2 if len(asked) else _ROWS
-    rows, rows_with_answers = _shuffled(torch.arange(len(states.rows)), size, random), _shuffled(asked, size, random)
+    size = _ROWS // 2 if answers else _ROWS
+    rows = _shuffled(len(states.rows), size, random)
+    asked = _shuffled(len(answers.states.rows), size, random) if answers else iter(())
     with torch.enable_grad(), fast_products():
         for step in range(steps):
             optimizer.zero_grad()
             _loss(states, pruned, refined, next(rows), random).backward()
-            if answers and len(asked):
-                _answers_loss(states, pruned, refined, next(rows_with_answers), answers).backward()
+            if answers:
+                _answers_loss(answers, pruned, refined, next(asked)).backward()
             optimizer.step()
             schedule.step()
             if progress:
@@ -97,11 +100,10 @@ def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, row
     return cross_entropy(model.logits(y, prompts.tail).flatten(0, 1), likely)
 
 
-def _answers_loss(
-    states: HiddenStates, pruned: list[int], calibration: Calibration, rows: Tensor, answers: Answers
-) -> Tensor:
+def _answers_loss(answers: Answers, pruned: list[int], calibration: Calibration, rows: Tensor) -> Tensor:
     """Mean KL of the answers' tokens of these rows, after their context, but for a constant as `_loss`."""
-    model, first, context = states.model, pruned[0], answers.context
+    states, context = answers.states, answers.context
+    model, first = states.model, pruned[0]
     ids = states.rows[rows]
     positions = torch.arange(context, ids.shape[1] - 1).expand(len(ids), -1)
     measured = answers.of_answer[rows][:, context + 1 :]
@@ -121,7 +123,7 @@ def _boundary_tokens(length: int, random: Generator) -> Tensor:
     return torch.randperm(length - earliest, generator=random)[:_BOUNDARY_TOKENS] + earliest
 
 
-def _shuffled(rows: Tensor, size: int, random: Generator) -> Iterator[Tensor]:
+def _shuffled(count: int, size: int, random: Generator) -> Iterator[Tensor]:
     """Indices of a step's rows: all rows in a new order, again and again."""
     while True:
-        yield from rows[torch.randperm(len(rows), generator=random)].split(size)
+        yield from torch.randperm(count, generator=random).split(size)

@@ -97,14 +97,14 @@ class Search:
         held_out: HeldOut,
         progress: Callable[[str, int, int], Any],
         *,
-        answers: Answers | None = None,
+        answers: Callable[[], Answers | None] = lambda: None,
         steps: int = 0,
         seed: int = 0,
         windows: Sequence[int] = (),
         speedup: Speedup | None = None,
     ) -> None:
-        """states: text to calibrate on; None: the layers' own projections. answers: in that text; steps, seed: of
-        refinement. windows: smaller ones than held_out's that `within` may choose, by what `speedup` predicts.
+        """states: text to calibrate on; None: the layers' own projections. answers, steps, seed: of refinement.
+        windows: smaller ones than held_out's that `within` may choose, by what `speedup` predicts.
         """
         self._states, self._held_out = states, held_out
         self._progress, self._answers, self._steps, self._seed = progress, answers, steps, seed
@@ -134,10 +134,10 @@ class Search:
         plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
         self._final[tuple(pruned)] = plain
         finished = self._measured(pruned, plain, window)
-        if self._states is None or not refinable(finished.loss):
+        if self._states is None or self._steps == 0 or not refinable(finished.loss):
             return finished
         maps = refine(
-            self._states, pruned, plain.maps, answers=self._answers, steps=self._steps, seed=self._seed,
+            self._states, pruned, plain.maps, answers=self._answers(), steps=self._steps, seed=self._seed,
             progress=lambda *n: self._progress("refine", *n),
         )  # fmt: skip
         if maps is plain.maps:

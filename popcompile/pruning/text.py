@@ -28,7 +28,9 @@ FEWEST, _SHORTEST = 8, 64
 #: tokens at a prompt's end that take the whole model; and windows that a text holds, at least
 WINDOW, WINDOWS = 64, 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
-_RETRIEVAL, _LISTED = 0.5, 32
+_RETRIEVAL, _LISTED = 0.2, 32
+#: such texts that refinement takes besides
+_REFINING = 128
 #: of such texts that decide or measure: tokens that ask, after the prompt; tokens of all of them; the most and the
 #: fewest texts. Answers differ more from text to text than first tokens do
 _ASKING, _ASKED_TOKENS, _MOST_ASKED, _FEWEST_ASKED = 128, 32_768, 28, 4
@@ -39,15 +41,15 @@ class CalibrationText:
     """calibration [N, T], held_out and unseen [M, T]: token ids. source: what they are, for the report.
 
     Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Of the last
-    two there are texts as well whose answers stand in the prompt, their first `asked_tokens`; in calibration some of
-    the rows are such, and calibration_answers [N, T] tells which of their tokens are parts of answers.
+    two there are texts as well whose answers stand in the prompt, their first `asked_tokens`; some rows of
+    calibration are such, and refinement has more of them, as long as these.
     """
 
     calibration: Tensor
     held_out: Tensor
     unseen: Tensor
     source: str
-    calibration_answers: Tensor | None = None
+    retrieval_refinement: RetrievalText | None = None
     retrieval_held_out: RetrievalText | None = None
     retrieval_unseen: RetrievalText | None = None
     asked_tokens: int | None = None
@@ -125,13 +127,14 @@ def _with_retrieval(
     few = max(1, round(len(text.calibration) * _RETRIEVAL))
     fit = retrieval_text(tokenizer, few, tokens, listed, random_stream(seed, "retrieval"))
     made = retrieval_text(tokenizer, 2 * count, long, prompt - window, random_stream(seed, "asked"))
-    if fit is None or made is None or not made.answers[:, prompt:].any(1).all():
+    refine = retrieval_text(tokenizer, _REFINING, tokens, listed, random_stream(seed, "refinement"))
+    if fit is None or refine is None or made is None or not made.answers[:, prompt:].any(1).all():
         return text
     decide, measure = map(RetrievalText, made.rows.split(count), made.answers.split(count))
     return replace(
         text,
         calibration=torch.cat((text.calibration, fit.rows)),
-        calibration_answers=torch.cat((torch.zeros_like(text.calibration, dtype=torch.bool), fit.answers)),
+        retrieval_refinement=refine,
         retrieval_held_out=decide,
         retrieval_unseen=measure,
         asked_tokens=prompt,
