@@ -21,7 +21,7 @@ from popcompile.terminal import show
 _QUESTION = "\n\nSummarize the text above in one sentence."
 _CHARACTERS = 4800
 #: what `popcompile convert` chooses for this model; and texts to calibrate on, few
-_LAYERS, _TEXTS = "20-21,23-29", 24
+_LAYERS, _TEXTS = "15,20-21,23-29", 24
 
 
 def demo(out: Path) -> None:
