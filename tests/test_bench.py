@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from popcompile.bench.runners import GenaiRunner, OnnxRunner, PackageRunner, Run
 from popcompile.bench.subjects import find_peers
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
+from popcompile.package.manifest import REPORT
 from popcompile.report.bench import bench_text
 from popcompile.report.plots import write_prefill_plot
 from popcompile.runtime.generation import load
@@ -145,6 +147,17 @@ def test_command_without_json(cli: Cli, tiny_package: Path, tmp_path: Path) -> N
     assert (status, err) == (0, "")
     assert "2 rows" in out and " pop " in out and " full " in out
     assert (tmp_path / "plot.svg").is_file()
+
+
+def test_a_saved_benchmark_stands_in_the_report(cli: Cli, tiny_package: Path, tmp_path: Path) -> None:
+    package = Path(shutil.copytree(tiny_package, tmp_path / "package"))
+    status, out, err = cli.run("bench", package, *SMALL, "--save", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads((package / REPORT).read_text())["benchmark"]
+    assert found == json.loads(out)
+    words = " ".join(cli.run("inspect", package)[1].split())
+    assert f"first token, {found['settings']['lengths'][0]} tokens" in words and found["cpu"] in words
+    assert cli.run("verify", package)[0] == 0
 
 
 @pytest.mark.skipif(not GENAI, reason="onnxruntime-genai is not installed")

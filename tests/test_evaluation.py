@@ -33,7 +33,8 @@ from popcompile.evaluation.bootstrap import estimate
 from popcompile.evaluation.compare import evaluate
 from popcompile.evaluation.questions import questions
 from popcompile.package.manifest import LAYOUTS, MANIFEST, REPORT, describe_files, read_manifest
-from popcompile.report.evaluation import evaluation_text, save_in_report
+from popcompile.package.saving import save_in_report
+from popcompile.report.evaluation import evaluation_text
 from popcompile.report.inspection import inspect_text
 from popcompile.runtime.session import Runtime
 from popcompile.runtime.verify import verify

@@ -20,11 +20,12 @@ from xml.etree import ElementTree
 import pytest
 from bad_input import Cli, save_model, snapshot
 
+from popcompile.bench.measure import MEASURES
 from popcompile.conversion import convert
 from popcompile.evaluation.compare import PromptScores, summarise
 from popcompile.package.manifest import MANIFEST, REPORT, check_files, read_manifest
 from popcompile.package.measurements import LayerChoice, Point, read_measurements
-from popcompile.report.evaluation import save_in_report
+from popcompile.package.saving import save_in_report
 from popcompile.report.page import TEMPLATE, html_report
 from popcompile.report.plots import flops_svg, frontier_svg
 
@@ -56,6 +57,29 @@ def evaluation() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def benchmark() -> dict[str, Any]:
+    """The full model takes one and a half times as long."""
+    subjects = []
+    for name, times in (("pop", 1.0), ("full", 1.5)):
+        lengths = []
+        for tokens in (256, 1024):
+            second = {"median": tokens * times / 1000, "half_spread": 0.02, "tokens_per_second": 1000 / times}
+            turn = second | {"seconds": [second["median"]]}
+            lengths.append({"tokens": tokens, **dict.fromkeys(MEASURES, turn)})
+        memory = {"anonymous": 10**9, "peak": None}
+        subjects.append({"name": name, "kind": "package", "load_seconds": 1.0, "memory": memory, "lengths": lengths})
+    ratios = [{"tokens": n, "over": "full", **dict.fromkeys(MEASURES, 1.5)} for n in (256, 1024)]
+    settings = {
+        "lengths": [256, 1024], "batch": 1, "decode_tokens": 4, "repeats": 3, "threads": 2, "provider": "cpu",
+        "runtime": "popcompile", "seed": 0,
+    }  # fmt: skip
+    return {
+        "package": "out", "pruned": [2, 3], "num_layers": 4, "dtype": "fp32", "source": "m", "settings": settings,
+        "versions": {"onnxruntime": "1.31"}, "cpu": "CPU <1>", "gpu": None, "subjects": subjects, "ratios": ratios,
+        "warnings": [], "seconds": 9.0,
+    }  # fmt: skip
+
+
 def measured() -> dict[str, Any]:
     """Every optional section."""
     rows = [
@@ -77,6 +101,7 @@ def measured() -> dict[str, Any]:
             "loss": loss(0.125), "own_projection": loss(0.5),
         },
         "evaluation": evaluation(),
+        "benchmark": benchmark(),
         "evaluation_tasks": {"package": "out", "tasks": {"full": tasks, "pop": tasks}, "versions": {"lm_eval": "0.4"}},
     }  # fmt: skip
 
@@ -167,6 +192,10 @@ def test_page_shows_every_section(page: str) -> None:
         "dropped in prefill and decode",
         "list (2) this package 0.500 [0.000, 1.000]",
         "hellaswag acc 0.4000 ± 0.1000",
+        "1.50x sooner, the first token after 1,024",
+        "the first token after 1,024 tokens takes 1024 ± 20 ms; full model 1536 ± 20 ms (1.50x).",
+        "1,024 full 1536 ± 20 1.50x 667",
+        "threads: 2, CPU <1>; onnxruntime 1.31; median ± half the spread of 3 turns",
         "Measured on 6 texts of 32 tokens",
         "last 16 tokens own projection of x entering layer 2",
         "InsertBoundaryRecompute",
@@ -201,7 +230,8 @@ def test_page_of_what_was_not_measured(bare: Path) -> None:
     page = Page(html_report(bare))
     assert f"Not measured. popcompile evaluate {bare} --save measures it." in page.text
     assert "popcompile analyze " in page.text and "--prune auto --force" in page.text
-    assert page.text.count("Not measured.") == 3
+    assert f"Not measured. popcompile bench {bare} --save measures it." in page.text
+    assert page.text.count("Not measured.") == 4
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 1
 
 
@@ -212,7 +242,7 @@ def test_each_section_may_be_alone(section: str, package: Path, cli: Cli) -> Non
     assert cli.run("inspect", package)[0] == 0
     save(package, {section: None})  # as missing
     document = json.loads(cli.run("inspect", package, "--json")[1])
-    assert set(document["not_measured"]) == {"quality", "importance", "frontier"}
+    assert set(document["not_measured"]) == {"quality", "time", "importance", "frontier"}
 
 
 def test_numbers_that_are_no_ordinary_ones(package: Path, cli: Cli) -> None:
@@ -287,6 +317,8 @@ def test_text(full: Path, cli: Cli) -> None:
     assert (status, err) == (0, "")
     lines, words = [" ".join(line.split()) for line in out.splitlines()], " ".join(out.split())
     assert "layers chosen by popcompile; budget: KL of at most 0.15 nats; met" in lines
+    assert "first token, 256 tokens 256 ± 20 ms; full model 384 ± 20 ms (1.50x)" in words
+    assert "- measured on popcompile, cpu, threads: 2, CPU <1>; onnxruntime 1.31" in words
     quality = "first-token KL 0.1250 ± 0.0125 nats, agreement 93.8%; perplexity 1.125 times full"
     assert f"quality on held-out text {quality}" in words
     assert "- measured on 6 texts, sampled from the model itself: prompts of 24 tokens and 8 after them" in words
@@ -298,6 +330,7 @@ def test_text(full: Path, cli: Cli) -> None:
 def test_text_of_what_was_not_measured(bare: Path, cli: Cli) -> None:
     out = " ".join(cli.run("inspect", bare)[1].split())
     assert f"quality not measured; `popcompile evaluate {bare} --save` measures it" in out
+    assert f"first token not measured; `popcompile bench {bare} --save` measures it" in out
     assert "layers chosen by not recorded" in out and f"{bare} --prune auto --force` measures it" in out
     document = json.loads(cli.run("inspect", bare, "--json")[1])
     assert document["not_measured"]["quality"] == f"popcompile evaluate {bare} --save"

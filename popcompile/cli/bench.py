@@ -47,23 +47,31 @@ def add_bench(commands: Any) -> None:
         "--runtime", default="popcompile", metavar="NAME", help="of packages: popcompile (default) or onnxruntime-genai"
     )
     parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of the prompts' tokens (default 0)")
+    parser.add_argument("--save", action="store_true", help="put the result into OUT/report.json too")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--plot", metavar="FILE", type=new_file, help="draw prefill times into a .svg or .png file")
 
 
 def _bench(options: argparse.Namespace) -> None:
     from popcompile.bench.measure import bench
+    from popcompile.package.manifest import read_manifest
+    from popcompile.package.saving import require_saveable, save_in_report
     from popcompile.progress import BENCH_STEPS, progress_bar
     from popcompile.report.bench import bench_text
     from popcompile.report.plots import require_plot_path, write_prefill_plot
 
     if options.plot:
         require_plot_path(options.plot)
+    if options.save:
+        require_saveable(options.package)
+    manifest = read_manifest(options.package)
     names = ("against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "runtime", "seed")
     with progress_bar(BENCH_STEPS) as progress:
         result = bench(options.package, **{name: getattr(options, name) for name in names}, progress=progress)
     for warning in result["warnings"]:
         say(f"popcompile: {warning}")
+    if options.save:
+        save_in_report(options.package, manifest, "benchmark", result)
     show(json.dumps(result, indent=2) if options.json else bench_text(result))
     if options.plot:
         write_prefill_plot(options.plot, result)

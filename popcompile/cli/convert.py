@@ -163,6 +163,6 @@ def _convert(options: argparse.Namespace) -> None:
         f" ({format_layers(manifest.pruned)}){window}",
         f"made in {report['seconds']:.0f} s, {size:.0f} MB",
         f"quality: {quality}",
-        f"next: popcompile run {shown} --prompt TEXT, popcompile bench {shown}, popcompile inspect {shown}",
+        f"next: popcompile run {shown} --prompt TEXT, popcompile bench {shown} --save, popcompile inspect {shown}",
     ]
     show("\n".join(lines))

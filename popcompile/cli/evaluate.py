@@ -67,8 +67,9 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from popcompile.evaluation.compare import require_options
     from popcompile.package.manifest import read_manifest
+    from popcompile.package.saving import require_saveable, save_in_report
     from popcompile.progress import EVALUATE_CODE_STEPS, EVALUATE_STEPS, progress_bar
-    from popcompile.report.evaluation import evaluation_text, require_saveable, save_in_report
+    from popcompile.report.evaluation import evaluation_text
 
     if options.tasks is None and (options.limit or options.include_path):
         raise PopcompileError("--limit and --include-path are for --tasks; give tasks, or leave them out")

@@ -109,13 +109,16 @@ class MeasuredImportance:
 
 @dataclass(frozen=True)
 class Measurements:
-    """None: not measured. evaluation, evaluation_tasks: what `popcompile evaluate --save` kept."""
+    """None: not measured. evaluation, evaluation_tasks: what `popcompile evaluate --save` kept; benchmark: what
+    `popcompile bench --save` did.
+    """
 
     importance: MeasuredImportance | None
     choice: LayerChoice | None
     quality: Quality | None
     evaluation: dict[str, Any] | None
     evaluation_tasks: dict[str, Any] | None
+    benchmark: dict[str, Any] | None
 
 
 def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurements:
@@ -131,6 +134,7 @@ def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurem
         quality=part("quality", lambda entry: _quality(entry, manifest.kv_projection)),
         evaluation=part("evaluation", dict),
         evaluation_tasks=part("evaluation_tasks", dict),
+        benchmark=part("benchmark", dict),
     )
 
 

@@ -9,29 +9,47 @@ from tabulate import tabulate
 
 def bench_text(result: dict[str, Any]) -> str:
     """The result of `bench.bench` for a terminal."""
+    head = (
+        f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
+        f" {result['num_layers']} layers"
+    )
+    headers, rows = time_rows(result)
+    align = ("right", "left", *["right"] * (len(headers) - 2))
+    times = tabulate(rows, headers, disable_numparse=True, colalign=align)
+    return "\n\n".join(["\n".join([head, *measured_on(result)]), times, _memory(result)])
+
+
+def measured_on(result: dict[str, Any]) -> tuple[str, str]:
+    """The machine, and how times were taken."""
     settings, versions = result["settings"], result["versions"]
     genai = f", onnxruntime-genai {versions['onnxruntime_genai']}" if _uses_genai(result) else ""
     gpu = f"{result['gpu']}, " if result["gpu"] else ""
     rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
-    head = "\n".join(
-        (
-            f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
-            f" {result['num_layers']} layers",
-            f"{settings['runtime']}, {settings['provider']}, {gpu}threads: {settings['threads']}, {result['cpu']};"
-            f" onnxruntime {versions['onnxruntime']}{genai}",
-            f"median ± half the spread of {settings['repeats']} turns, subjects alternating{rows};"
-            f" {settings['decode_tokens']} tokens decoded after each prompt",
-        )
+    return (
+        f"{settings['runtime']}, {settings['provider']}, {gpu}threads: {settings['threads']}, {result['cpu']};"
+        f" onnxruntime {versions['onnxruntime']}{genai}",
+        f"median ± half the spread of {settings['repeats']} turns, subjects alternating{rows};"
+        f" {settings['decode_tokens']} tokens decoded after each prompt",
     )
-    return "\n\n".join([head, _times(result), _memory(result)])
+
+
+def first_token_words(result: dict[str, Any]) -> list[tuple[int, str]]:
+    """For each length of prompt, in tokens, the time to the first token, of the package and of its full model."""
+    pop, full = result["subjects"][:2]
+    words = []
+    for pruned, whole in zip(pop["lengths"], full["lengths"], strict=True):
+        ours, theirs = pruned["time_to_first_token"], whole["time_to_first_token"]
+        times = f"{_milliseconds(ours)} ms; full model {_milliseconds(theirs)} ms"
+        words.append((pruned["tokens"], f"{times} ({theirs['median'] / ours['median']:.2f}x)"))
+    return words
 
 
 def _uses_genai(result: dict[str, Any]) -> bool:
     return any(subject["kind"] == "genai" for subject in result["subjects"])
 
 
-def _times(result: dict[str, Any]) -> str:
-    """A row for each length and subject; ratios are how many times pop's median."""
+def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row for each length and subject; ratios are how many times pop's median."""
     ratios = {(ratio["over"], ratio["tokens"]): ratio for ratio in result["ratios"]}
     rows = []
     for index, length in enumerate(result["settings"]["lengths"]):
@@ -52,8 +70,7 @@ def _times(result: dict[str, Any]) -> str:
                 ]
             )
     headers = ["tokens", "subject", "prefill, ms", "/ pop", "tokens/s", "first token, ms", "/ pop", "decode, tokens/s"]
-    align = ("right", "left", *["right"] * 6)
-    return tabulate(rows, headers, disable_numparse=True, colalign=align)
+    return headers, rows
 
 
 def _milliseconds(measure: dict[str, Any]) -> str:

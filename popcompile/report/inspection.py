@@ -21,6 +21,7 @@ from popcompile.package.integrity import read_file
 from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
 from popcompile.package.measurements import LayerChoice, Measurements, read_measurements
 from popcompile.package.report import format_layers
+from popcompile.report.bench import first_token_words, measured_on
 from popcompile.report.evaluation import evaluation_words
 from popcompile.report.words import (
     Table,
@@ -38,8 +39,8 @@ from popcompile.report.words import (
 def inspect_json(folder: Path) -> dict[str, Any]:
     """Manifest and report as one JSON document. Raises PopcompileError.
 
-    {"manifest", "report", "not_measured": of "quality", "importance" and "frontier" those that the report lacks, with
-    the command that measures, "runtimes": [{"runtime", "loads", "note"}]}
+    {"manifest", "report", "not_measured": of "quality", "time", "importance" and "frontier" those that the report
+    lacks, with the command that measures, "runtimes": [{"runtime", "loads", "note"}]}
     """
     manifest, report = read_package(folder)
     with readable_report(folder):
@@ -147,12 +148,13 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
         ("package", f"{folder} ({manifest.layout} layout, {manifest.dtype}, {size:.0f} MB)"),
         ("pruned in prefill", f"{len(pruned)} of {manifest.num_layers} layers: {format_layers(pruned)}"),
         ("KV projection", {"layer": "the layer's own weights"}.get(manifest.kv_projection, manifest.kv_projection)),
+        *_window(manifest),
+        *_time(unmeasured(folder, manifest, found), found),
         (
             f"prefill FLOPs, {sizes['sequence']} tokens",
             f"{pop:.1f} G; full model {full:.1f} G, with one row of logits {best:.1f} G",
         ),
         ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
-        *_window(manifest),
         *_measured(unmeasured(folder, manifest, found), found),
         *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
     ]
@@ -164,6 +166,13 @@ def _window(manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.window == 1 or not manifest.pruned:
         return []
     return [("window", f"a prompt's last {manifest.window} tokens take the whole model, and shorter prompts do")]
+
+
+def _time(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:
+    if found.benchmark is None:
+        return [("first token", not_measured(missing["time"]))]
+    rows = [(f"first token, {tokens:,} tokens", words) for tokens, words in first_token_words(found.benchmark)]
+    return [*rows, ("- measured on", measured_on(found.benchmark)[0])]
 
 
 def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:

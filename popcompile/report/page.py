@@ -13,6 +13,7 @@ from popcompile.errors import PopcompileError
 from popcompile.package.manifest import MANIFEST, Manifest, read_manifest
 from popcompile.package.measurements import Measurements, Quality, read_measurements
 from popcompile.package.report import format_layers
+from popcompile.report.bench import first_token_words, measured_on, time_rows
 from popcompile.report.evaluation import baseline_rows, code_rows, metric_rows, retrieval_rows
 from popcompile.report.inspection import layer_table, pass_table, read_package, readable_report
 from popcompile.report.output_file import replace_file, require_replaceable_file
@@ -33,6 +34,7 @@ from popcompile.report.words import (
 TEMPLATE = "page.html.jinja"
 #: what the plots show, for who cannot see them
 _PLOTS = {
+    "time_plot": "Prefill time over the prompt's length",
     "frontier_plot": "Loss over the number of pruned layers",
     "importance_plot": "Importance of every layer in both stages",
     "flops_plot": "FLOPs of every layer in prefill",
@@ -111,9 +113,13 @@ def _content(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
 
 def _measured(manifest: Manifest, found: Measurements) -> dict[str, Any]:
     """The parts of the page that are there where they were measured."""
-    from popcompile.report.plots import frontier_svg, importance_svg
+    from popcompile.report.plots import frontier_svg, importance_svg, prefill_svg
 
     content: dict[str, Any] = {}
+    if found.benchmark is not None:
+        content["times"] = _table(*time_rows(found.benchmark), left=2)
+        content["time_text"] = "; ".join(measured_on(found.benchmark))
+        content["time_plot"] = prefill_svg(found.benchmark)
     if found.choice and found.choice.frontier:
         content["frontier_plot"] = frontier_svg(found.choice)
         content["frontier"] = frontier_table(found.choice)
@@ -162,6 +168,11 @@ def _figures(manifest: Manifest, report: dict[str, Any], found: Measurements) ->
             "fewer FLOPs in prefill",
         ),
     ]
+    if found.benchmark is not None:
+        longest = max(found.benchmark["ratios"], key=lambda row: (row["over"] == "full", row["tokens"]))
+        figures.append(
+            (f"{longest['time_to_first_token']:.2f}x", f"sooner, the first token after {longest['tokens']:,}")
+        )
     if found.quality:
         loss = found.quality.loss
         figures += [
@@ -197,7 +208,14 @@ def _verdict(manifest: Manifest, report: dict[str, Any], found: Measurements) ->
         f" row of logits ({one / pop:.2f} times as many), and {full:.1f} with logits of every token"
         f" ({full / pop:.2f} times)."
     )
-    return f"{runs} {saves} {_cost(found)}"
+    return f"{runs} {saves} {_gain(found)}{_cost(found)}"
+
+
+def _gain(found: Measurements) -> str:
+    if found.benchmark is None:
+        return ""
+    tokens, words = max(first_token_words(found.benchmark))
+    return f"Measured, the first token after {tokens:,} tokens takes {words}. "
 
 
 def _cost(found: Measurements) -> str:

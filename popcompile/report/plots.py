@@ -274,6 +274,11 @@ def write_prefill_plot(path: Path, result: Mapping[str, Any]) -> None:
     replace_file("--plot", path, _picture(4.5, lambda figure: _fill_prefill(figure, result), kind))
 
 
+def prefill_svg(result: Mapping[str, Any]) -> str:
+    """The same plot as an <svg> element for an HTML page."""
+    return _element(_picture(4.5, lambda figure: _fill_prefill(figure, result)))
+
+
 def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     for index, subject in enumerate(result["subjects"]):

@@ -23,13 +23,15 @@ class Table:
 
 
 def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
-    """The command that measures it, for each of "quality", "importance" and "frontier" that was not measured."""
+    """The command that measures it, for each of "quality", "time", "importance" and "frontier" that is not measured."""
     out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
     if adapter := manifest.source.get("adapter"):
         source += f" --adapter {shlex.quote(str(adapter))}"
     commands = {}
     if found.quality is None and found.evaluation is None:
         commands["quality"] = f"popcompile evaluate {out} --save"
+    if found.benchmark is None:
+        commands["time"] = f"popcompile bench {out} --save"
     if found.importance is None:
         commands["importance"] = f"popcompile analyze {source}"
     if found.choice is None or not found.choice.frontier:
