@@ -12,16 +12,20 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from conftest import tiny_llama
 from steps import GRAPHS, PASSES, Step, before, compile_in_steps, llama_steps, numbered
+from torch import fx
+from torch.onnx.ops import symbolic
 
 from popcompile.frontend.tracing import trace
-from popcompile.passes import PassManager, lowering, transformations
+from popcompile.passes import ContractError, PassManager, lowering, transformations
 from popcompile.passes.cleanup import Cleanup
+from popcompile.passes.flops import node_flops
 from popcompile.passes.graph import find
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.pack_qkv import PARTS, PackQKV, part_features
@@ -163,3 +167,13 @@ def test_packed_projections_come_apart_as_they_were_put_together() -> None:
         assert [str(part.target).split(".")[-2] for part in parts] == list(PARTS)
         sizes = [part.meta["val"].shape[0] for part in parts]
         assert [len(range(sum(sizes))[part_features(role, sum(sizes), sizes[1])]) for role in PARTS] == sizes
+
+
+@pytest.mark.parametrize("operator", ["com.microsoft::FusedConv", "Softmax", torch.ops.aten.convolution.default])
+def test_an_operator_without_a_formula_is_not_free(operator: Any) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    of_onnx = isinstance(operator, str)
+    node = graph.call_function(symbolic, (operator, [x], {})) if of_onnx else graph.call_function(operator, (x,))
+    with pytest.raises(ContractError, match="has no formula for its FLOPs"):
+        node_flops(node, {}, 1)
