@@ -9,6 +9,7 @@ FoldParameters turns it into an initializer later.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -25,45 +26,58 @@ _CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
 class FuseRMSNorm(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         for rsqrt in find(graph_module, op=aten.rsqrt.default):
-            if self._fuse(rsqrt):
-                self.matches += 1
+            if (norm := _match(rsqrt)) is None:
+                continue
+            with rsqrt.graph.inserting_before(norm.scaled):
+                fused = emit(rsqrt.graph, ops.rms_norm, norm.source, norm.weight, norm.eps, like=norm.normed)
+            replace(norm.result, fused)
+            self.matches += 1
         graph_module.graph.eliminate_dead_code()
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        self.check(len(find(graph_module, op=ops.rms_norm)) >= self.matches, "a fused norm is missing")
+        left = [rsqrt.name for rsqrt in find(graph_module, op=aten.rsqrt.default) if _match(rsqrt)]
+        self.check(not left, f"the norms of {left} are left in steps")
 
-    @staticmethod
-    def _fuse(rsqrt: fx.Node) -> bool:
-        """Replace the pattern around one rsqrt; False where it is something else."""
-        add = rsqrt.args[0]
-        if not _is(add, aten.add.Tensor) or not isinstance(eps := add.args[1], float):
-            return False
-        mean = add.args[0]
-        if not _is(mean, aten.mean.dim) or list(mean.args[1]) != [-1]:
-            return False
-        square = mean.args[0]
-        if not _is(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
-            return False
-        x = square.args[0]
-        normed = _single_user(rsqrt)
-        if not _is(normed, aten.mul.Tensor) or set(normed.args) != {x, rsqrt}:
-            return False
-        after = _skip_casts_forward(normed)
-        scaled = _single_user(after)
-        if not _is(scaled, aten.mul.Tensor):
-            return False
-        weight = scaled.args[1] if scaled.args[0] is after else scaled.args[0]
-        if not isinstance(weight, fx.Node) or len(shape_of(weight)) != 1 or not _is_parameter(weight):
-            return False
-        result = _skip_casts_forward(scaled)
-        source = _skip_casts_back(x)
-        if value_of(source).dtype != value_of(result).dtype:
-            return False
-        with rsqrt.graph.inserting_before(scaled):
-            fused = emit(rsqrt.graph, ops.rms_norm, source, weight, eps, like=normed)
-        replace(result, fused)
-        return True
+
+class _Norm(NamedTuple):
+    """normed: source / rms(source). scaled: that by the weight. result: that in the source's dtype."""
+
+    source: fx.Node
+    weight: fx.Node
+    eps: float
+    normed: fx.Node
+    scaled: fx.Node
+    result: fx.Node
+
+
+def _match(rsqrt: fx.Node) -> _Norm | None:
+    """The norm around one rsqrt; None where it is something else."""
+    add = rsqrt.args[0]
+    if not _is(add, aten.add.Tensor) or not isinstance(eps := add.args[1], float):
+        return None
+    mean = add.args[0]
+    if not _is(mean, aten.mean.dim) or list(mean.args[1]) != [-1]:
+        return None
+    square = mean.args[0]
+    if not _is(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
+        return None
+    x = square.args[0]
+    normed = _single_user(rsqrt)
+    if not _is(normed, aten.mul.Tensor) or set(normed.args) != {x, rsqrt}:
+        return None
+    after = _skip_casts_forward(normed)
+    scaled = _single_user(after)
+    if not _is(scaled, aten.mul.Tensor):
+        return None
+    weight = scaled.args[1] if scaled.args[0] is after else scaled.args[0]
+    if not isinstance(weight, fx.Node) or len(shape_of(weight)) != 1 or not _is_parameter(weight):
+        return None
+    result = _skip_casts_forward(scaled)
+    source = _skip_casts_back(x)
+    if value_of(source).dtype != value_of(result).dtype:
+        return None
+    return _Norm(source, weight, eps, normed, scaled, result)
 
 
 def _is(node: object, target: Callable[..., object]) -> bool:

@@ -14,6 +14,8 @@ beyond the length of pretraining. Such tables have a part for either case, one a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -36,6 +38,14 @@ from .graph import (
 from .parameters import Derived, extract
 
 aten = torch.ops.aten
+
+
+class _Origin(NamedTuple):
+    """What cos and sin are computed from: truths about all positions, at most one, constants, and the nodes that do."""
+
+    switches: list[fx.Node]
+    constants: list[fx.Node]
+    body: list[fx.Node]
 
 
 class FuseRotaryEmbedding(Pass):
@@ -64,19 +74,18 @@ class FuseRotaryEmbedding(Pass):
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        self.check(len(find(graph_module, op=ops.rotary_embedding)) == self.matches, "a fused embedding is missing")
+        positions = find(graph_module, op=ops.token_positions)[0]
+        matches = [(add, match) for add in find(graph_module, op=aten.add.Tensor) if (match := _match(add))]
+        left = [add.name for add, (_, cos, sin) in matches if self._origin(graph_module, positions, cos, sin)]
+        self.check(not left, f"the rotations {left} are left in steps")
 
-    def _make_tables(
-        self, gm: fx.GraphModule, positions: fx.Node, cos: fx.Node, sin: fx.Node
-    ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-        """Rows to read, [B, S], and initializers for the cos and sin tables.
+    def _origin(self, gm: fx.GraphModule, positions: fx.Node, cos: fx.Node, sin: fx.Node) -> _Origin | None:
+        """What cos and sin are computed from.
 
-        None if the tables depend on more than positions, a truth about all of them, and constants.
+        None if they depend on more than positions, a truth about all of them, and constants.
         """
         switches = _switches([cos, sin], positions)
-        inputs = [positions, *switches]
-        needed = _table_nodes([cos, sin], inputs)
-        sizes = self._table_sizes(gm, needed)
+        needed = _table_nodes([cos, sin], [positions, *switches])
         constants = sorted((n for n in needed if n.op == "get_attr"), key=lambda n: str(n.target))
         body = [n for n in gm.graph.nodes if n in needed and n.op == "call_function"]
         if (
@@ -86,6 +95,17 @@ class FuseRotaryEmbedding(Pass):
             or not _apart(body, positions)
         ):
             return None
+        return _Origin(switches, constants, body)
+
+    def _make_tables(
+        self, gm: fx.GraphModule, positions: fx.Node, cos: fx.Node, sin: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+        """Rows to read, [B, S], and initializers for the cos and sin tables; None if there can be no tables."""
+        if (origin := self._origin(gm, positions, cos, sin)) is None:
+            return None
+        switches, constants, body = origin
+        inputs = [positions, *switches]
+        sizes = self._table_sizes(gm, {*constants, *body})
         half, length = shape_of(cos)[-1] // 2, self.program.max_positions
         sources = tuple(str(n.target) for n in constants)
         stem = sources[0].removesuffix(".inv_freq").removesuffix("_inv_freq") if sources else "rotary_embedding"
