@@ -70,18 +70,6 @@ class LowerExperts(Pass):
         quantization = self._quantization(hidden, rows // 2)
         widen = self.kernels.fp32_only and not quantization
         dtype = torch.float32 if widen else value_of(x).dtype
-
-        def cast(value: Any, to: torch.dtype) -> Any:
-            known = value is None or value_of(value).dtype == to
-            return value if known else emit(graph, aten.to.dtype, value, to, like=node)
-
-        def log_weights() -> fx.Node:
-            column = emit(graph, aten.slice.Tensor, index, 1, 0, 1, like=node)
-            none = emit(graph, aten.full_like.default, column, _NOT_CHOSEN, dtype=torch.float32, like=node)
-            none = emit(graph, aten.expand.default, none, [-1, count], like=node)
-            chosen = emit(graph, aten.log.default, cast(weights, torch.float32), like=node)
-            return cast(emit(graph, aten.scatter.src, none, 1, index, chosen, like=node), dtype)
-
         first = _row_by_row(graph, gate_up, node)
         biases = [biases[0] and _row_by_row(graph, biases[0], node), biases[1]]
         attributes = {
@@ -91,35 +79,50 @@ class LowerExperts(Pass):
             "activation_beta": shift,
             "swiglu_fusion": 1,  # gate and up row by row: all that the CPU's kernel takes
         } | ({"swiglu_limit": limit} if limit else {})
-        x = cast(x, dtype)
         if quantization:
             operator, matrices = "QMoE", []
             for matrix, bias in zip((first, down), biases, strict=True):
                 matrices += [*_quantized(graph, matrix, quantization, node), bias]
             attributes |= {"expert_weight_bits": quantization.bits, "block_size": quantization.block_size}
         else:
-            operator, matrices = "MoE", [cast(first, dtype), cast(biases[0], dtype), cast(down, dtype)]
-            matrices += [cast(biases[1], dtype)] if biases[1] else []
-        out = emit_onnx(
-            graph,
-            f"{CONTRIB}::{operator}",
-            [x, log_weights(), *matrices],
-            attributes,
-            shape=emit_sizes(graph, x),
-            dtype=dtype,
-            like=node,
-        )
-        if self.kernels.overwrites_input and not quantization:  # x is read once more, so nothing may take its memory
-            always = emit(graph, aten.full.default, [1], True, dtype=torch.bool, like=node)
-            out = emit(graph, aten.where.self, always, out, x, like=node)
+            operator = "MoE"
+            matrices = [_cast(graph, value, dtype, node) for value in (first, biases[0], down, biases[1])]
+            matrices = matrices if biases[1] else matrices[:-1]
+        x = _cast(graph, x, dtype, node)
+        routing = _cast(graph, _routing(graph, index, weights, count, node), dtype, node)
+        inputs, sizes = [x, routing, *matrices], emit_sizes(graph, x)
+        out = emit_onnx(graph, f"{CONTRIB}::{operator}", inputs, attributes, shape=sizes, dtype=dtype, like=node)
+        if self.kernels.overwrites_input and not quantization:
+            out = _after_last_use(graph, x, out, node)
         total = emit(graph, aten.sum.dim_IntList, weights, [-1], True, like=node)
-        out = emit(graph, aten.mul.Tensor, out, cast(total, dtype), like=node)
-        return cast(out, value_of(node).dtype)
+        out = emit(graph, aten.mul.Tensor, out, _cast(graph, total, dtype, node), like=node)
+        return _cast(graph, out, value_of(node).dtype, node)
 
     def _quantization(self, *inputs: int) -> Quantization | None:
         """How the experts' matrices with so many input features are quantized: QMoE takes whole blocks alone."""
         whole = self.quantization and not any(size % self.quantization.block_size for size in inputs)
         return self.quantization if whole else None
+
+
+def _cast(graph: fx.Graph, value: Any, dtype: torch.dtype, like: fx.Node) -> Any:
+    """A value, None too, in that type."""
+    known = value is None or value_of(value).dtype == dtype
+    return value if known else emit(graph, aten.to.dtype, value, dtype, like=like)
+
+
+def _routing(graph: fx.Graph, index: fx.Node, weights: Any, experts: int, like: fx.Node) -> fx.Node:
+    """[N, experts], fp32, whose softmax is the weights [N, k] of the experts index [N, k] over their sum."""
+    column = emit(graph, aten.slice.Tensor, index, 1, 0, 1, like=like)
+    nowhere = emit(graph, aten.full_like.default, column, _NOT_CHOSEN, dtype=torch.float32, like=like)
+    nowhere = emit(graph, aten.expand.default, nowhere, [-1, experts], like=like)
+    chosen = emit(graph, aten.log.default, _cast(graph, weights, torch.float32, like), like=like)
+    return emit(graph, aten.scatter.src, nowhere, 1, index, chosen, like=like)
+
+
+def _after_last_use(graph: fx.Graph, x: fx.Node, out: fx.Node, like: fx.Node) -> fx.Node:
+    """`out`, [N, hidden], in a way that reads x [N, hidden] once more, so that `out` may not take its memory."""
+    always = emit(graph, aten.full.default, [1], True, dtype=torch.bool, like=like)
+    return emit(graph, aten.where.self, always, out, x, like=like)
 
 
 def _row_by_row(graph: fx.Graph, gate_up: fx.Node, like: fx.Node) -> fx.Node:

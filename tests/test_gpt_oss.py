@@ -39,7 +39,7 @@ def compiled() -> tuple[PreTrainedModel, dict[str, Step]]:
 
 def lowered(quantization: Quantization | None = None) -> Step:
     """For the CPU's kernels."""
-    program = compiled()[1]["PadHeads"].copy()
+    program = compiled()[1]["PadHeads"].program.clone()
     PassManager(lowering(quantization, ExpertKernels(**PROVIDERS["cpu"].experts))[1:]).run(program)
     return Step("lowered", program, {})
 
