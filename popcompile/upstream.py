@@ -1,8 +1,8 @@
 """What popcompile takes from other libraries that they do not promise to keep: private names, and names that changed.
 
-No other module imports such a name or reaches into such an attribute (tests/test_upstream.py). Each says what it is for
-and since which version it holds; where a release changes one, this is the file to edit. Names of transformers are
-imported when they are asked for: passes/ and export/ import this module and stand on torch alone.
+No other module imports such a name or reaches into such an attribute (tests/project/test_upstream.py). Each says what
+it is for and since which version it holds; where a release changes one, this is the file to edit. Names of transformers
+are imported when they are asked for: passes/ and export/ import this module and stand on torch alone.
 """
 
 from __future__ import annotations

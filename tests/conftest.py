@@ -1,6 +1,6 @@
 """Shared by tests: tiny models whose weights matter, and running a graph of a compiled program in PyTorch.
 
-`pytest --update-graphs` rewrites the expected texts in tests/graphs; read the diff before you commit it.
+`pytest --update-graphs` rewrites the expected texts in tests/passes/graphs; read the diff before you commit it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ from popcompile.frontend.samples import sample_checkpoint, sample_model
 from popcompile.passes import Program
 from popcompile.pruning import execution
 
+#: for what tests run in processes of their own
+_TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_TESTS, _TESTS / "support")))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-graphs", action="store_true", help="rewrite the expected texts in tests/graphs")
+    parser.addoption("--update-graphs", action="store_true", help="rewrite the expected texts in tests/passes/graphs")
 
 
 # --- tiny models -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bad_input import Cli, save_model
 from peft import LoraConfig, get_peft_model
-from test_source import tiny_gguf  # noqa: F401  # a fixture
+from tiny_gguf import save_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import popcompile
@@ -107,7 +107,7 @@ def test_adapter(tmp_path: Path) -> None:
     assert_same(tmp_path / "out", model.merge_and_unload(), 1e-4)
 
 
-def test_gguf(tiny_gguf: Path) -> None:  # noqa: F811
+def test_gguf(tmp_path: Path) -> None:
     """Read through transformers and gguf; its heads are too small for kernels to run."""
-    source = open_source(str(tiny_gguf))
+    source = open_source(str(save_gguf(tmp_path / "tiny.gguf")))
     assert (source.kind, source.config.model_type) == ("gguf", "llama")

@@ -1,6 +1,6 @@
 """Which runtimes load a package as it is, and why another does not: told before a user finds out.
 
-Each was tried with the packages of this version (tests/test_genai.py, examples/clients/).
+Each was tried with the packages of this version (tests/real/test_genai.py, examples/clients/).
 """
 
 from __future__ import annotations

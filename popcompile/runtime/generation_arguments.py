@@ -1,7 +1,7 @@
 """What transformers' `generate` takes and a compiled model does not, each by its name with a reason.
 
-Whatever is not listed works as it does for transformers' own models (tests/test_generation_arguments.py holds the list
-of every argument and every field against both).
+Whatever is not listed works as it does for transformers' own models (tests/runtime/test_generation_arguments.py holds
+the list of every argument and every field against both).
 """
 
 from __future__ import annotations

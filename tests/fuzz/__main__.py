@@ -31,7 +31,9 @@ def main() -> int:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cases at a time (default: cores)"
     )
     parser.add_argument("--bases", type=Path, help="a folder for the undamaged inputs, made if it is not there")
-    parser.add_argument("--package", type=Path, help="a package of tests/bad_input.py's model, to save its conversion")
+    parser.add_argument(
+        "--package", type=Path, help="a package of the model in tests/support/bad_input.py, to save time"
+    )
     parser.add_argument("--packages", default="split,unified,int4", help="which packages are made (default: all three)")
     parser.add_argument("--quick", action="store_true", help="few cases whose command traces a model")
     parser.add_argument("--keep", type=Path, help="a folder to keep every case in; with it each command is printed")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from bad_input import save_model
-from test_virtual_gates import CONFIGS, LAYERS, canonical
+from canonical import CONFIGS, LAYERS, canonical
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 

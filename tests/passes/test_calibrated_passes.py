@@ -1,6 +1,6 @@
 """InsertKVProjection with calibrated maps, and InsertBypass: as text, and against the reference with the same maps.
 
-The texts in tests/graphs/calibrated-Pass.prefill.txt are of a tiny Llama with three layers whose middle one is
+The texts in tests/passes/graphs/calibrated-Pass.prefill.txt are of a tiny Llama with three layers whose middle one is
 pruned, as the inner-... ones of test_passes.py; `--update-graphs` rewrites them.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from test_evaluation import save_tiny, save_words
+from words import save_tiny, save_words
 
 import popcompile
 from popcompile.package.manifest import REPORT, read_manifest

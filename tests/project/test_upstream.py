@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from popcompile import upstream
 from popcompile.runtime.generation import PopForCausalLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("popcompile", "passes", "export") for path in (ROOT / folder).rglob("*.py"))
 #: modules of transformers that are private but for their names
 INTERNAL = {"transformers.core_model_loading", "transformers.conversion_mapping"}

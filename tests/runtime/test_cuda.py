@@ -53,7 +53,7 @@ def run(environment: dict[str, str], *command: str | Path) -> subprocess.Complet
     return done
 
 
-SCRIPT = Path(__file__).with_name("on_fake_gpu.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "on_fake_gpu.py"
 
 
 def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> None:

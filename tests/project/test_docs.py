@@ -9,7 +9,7 @@ import pytest
 
 from popcompile.cli import _parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
     for path in ROOT.rglob("*.md")

@@ -1,4 +1,4 @@
-"""Print passes/README.md's table of families from the results of their tests: python tests/family_table.py"""
+"""Print passes/README.md's table of families from the results of their tests: python tests/support/family_table.py"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES
 
@@ -20,7 +21,7 @@ TESTS = {"prefill": "pruned prefill", "second_prompt": "after a past", "batch": 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
-        tests = str(Path(__file__).with_name("test_families.py"))
+        tests = str(Path(__file__).parents[1] / "frontend" / "test_families.py")
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", tests, f"--junitxml={file}"]
         subprocess.run(command, stdout=sys.stderr, check=False)
         cases = ElementTree.parse(file).getroot().iter("testcase")

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from popcompile import load
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "clients" / "onnxruntime_loop.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "clients" / "onnxruntime_loop.py"
 PROMPTS = ["The capital of France is", "A B-tree is a self-balancing tree data structure. " * 24]
 NEW_TOKENS = 24
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from bad_input import Cli, save_model
 from safetensors.torch import load_file, save_file
-from test_evaluation import save_words
+from words import save_words
 
 from popcompile.cli import main
 from popcompile.package.manifest import REPORT

@@ -1,7 +1,7 @@
 """Refined maps lose less than those in closed form.
 
-Of a random model's layers, which know no language, the gain is in the text refined on; tests/test_real_models.py has
-the gain in other text.
+Of a random model's layers, which know no language, the gain is in the text refined on; tests/real/test_real_models.py
+has the gain in other text.
 """
 
 from __future__ import annotations

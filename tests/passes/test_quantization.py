@@ -1,7 +1,7 @@
 """int8 and int4: the model with rounded weights, each stored once for both graphs; w8a8: with integer products.
 
-The texts in tests/graphs/quantized-Pass.decode.txt are of the tiny Llama of test_passes.py, `--update-graphs` rewrites
-them; the graph before them is that after FuseSkipRMSNorm.
+The texts in tests/passes/graphs/quantized-Pass.decode.txt are of the tiny Llama of test_passes.py, `--update-graphs`
+rewrites them; the graph before them is that after FuseSkipRMSNorm.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 #: what a folder may import: other folders, and files that lie beside them
 ARROWS: dict[str, set[str]] = {
     "passes": set(),

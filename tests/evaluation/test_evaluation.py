@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import random
 import shutil
 import tempfile
 from dataclasses import replace
@@ -18,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bad_input import save_model, snapshot
-from conftest import tiny_llama, tiny_model
-from reference import pop_prefill
-from test_drop_layers import without_layers
+from bad_input import snapshot
+from conftest import tiny_llama
+from reference import pop_prefill, without_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from words import save_tiny, save_words
 
 import popcompile.evaluation.compare
 from popcompile.cli import main
@@ -48,21 +47,6 @@ TOLERANCE = 1e-3
 PRUNED, WINDOW = [1, 2], 3
 SIZES: dict[str, Any] = {"prompts": 3, "prompt_tokens": 20, "continuation_tokens": 7}
 SIZES |= {"greedy_prompts": 2, "greedy_tokens": 6}
-
-
-def save_words(path: Path, seed: int, count: int = 400) -> Path:
-    """Text of the tiny tokenizer's words."""
-    draw = random.Random(seed)
-    path.write_text(" ".join(f"w{draw.randrange(122)}" for _ in range(count)), encoding="utf-8")
-    return path
-
-
-def save_tiny(folder: Path, config: Any) -> PreTrainedModel:
-    """A model whose layers matter, with a tokenizer of words."""
-    save_model(folder)
-    model = tiny_model(config)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Every decoder family converts by structure alone: packages of tiny models beside transformers' own modules.
 
-The default run prunes an inner layer and the last one of four; `pytest -m "slow or not slow" tests/test_families.py`
-takes other sets as well. `python tests/family_table.py` prints the table of passes/README.md from the results of all.
+The default run prunes an inner layer and the last one of four; other sets as well are taken by
+`pytest -m "slow or not slow" tests/frontend/test_families.py`. `python tests/support/family_table.py` prints the table
+of passes/README.md from the results of all.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def test_second_prompt(family: Family) -> None:
 
 def test_readme_has_the_table() -> None:
     """Every family of these tests stands in it, and none else."""
-    readme = (Path(__file__).parents[1] / "passes" / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "passes" / "README.md").read_text(encoding="utf-8")
     table = readme.partition("\n| family ")[2].partition("\n\n")[0].splitlines()[2:]
     assert [row.split("|")[1].strip() for row in table] == list(FAMILIES)
     assert [row.split("|")[2].strip() for row in table] == [features for features, _, _ in FAMILIES.values()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("popcompile", "passes", "export")
 COMMANDS = ("convert", "analyze", "run", "inspect", "verify", "evaluate", "bench", "demo")
 

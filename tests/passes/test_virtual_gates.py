@@ -1,22 +1,23 @@
 """InsertVirtualGates: the graph as text, its contract, what gates of 1 and of 0 mean, and derivatives by gates.
 
-The texts in tests/graphs/gates are a tiny Llama's with gates per layer and per block; `--update-graphs` rewrites them.
+The texts in tests/passes/graphs/gates are a tiny Llama's with gates per layer and per block; `--update-graphs`
+rewrites them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Inputs, make_inputs, materialise, run_graph, tiny_gemma3, tiny_llama, tiny_model, tiny_moe
+from canonical import CONFIGS, LAYERS, canonical
+from conftest import Inputs, make_inputs, materialise, run_graph, tiny_llama
 from steps import numbered
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
-from transformers import PreTrainedModel
 
 from popcompile.frontend.tracing import trace
 from popcompile.passes import ContractError, InsertVirtualGates, PassManager, Program, canonicalization, ops, pruning
@@ -26,23 +27,9 @@ from popcompile.passes.printing import print_graph
 from popcompile.pruning.execution import call_reference
 
 GRAPHS = Path(__file__).parent / "graphs" / "gates"
-LAYERS = 4
-KINDS = ["sliding_attention", "full_attention"] * 2
-CONFIGS = {
-    "llama": tiny_llama(num_hidden_layers=LAYERS),
-    "gemma3": tiny_gemma3(num_hidden_layers=LAYERS, layer_types=KINDS),
-    "qwen3_moe": tiny_moe(num_hidden_layers=LAYERS),
-}
 SHAPES = {"layer": (LAYERS, 2), "block": (LAYERS, 2, 2)}
 #: prompts of 9 and 4 tokens after 3, so that Gemma's window of 8 slides and one row is padded
 LENGTHS, PAST = [9, 4], 3
-
-
-@cache
-def canonical(family: str) -> tuple[PreTrainedModel, Program]:
-    program = trace(CONFIGS[family])
-    PassManager(canonicalization()).run(program)
-    return tiny_model(CONFIGS[family]), program
 
 
 def gated(family: str, per: str) -> fx.GraphModule:

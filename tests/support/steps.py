@@ -22,7 +22,7 @@ from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, lowering, transformations
 from popcompile.passes.printing import print_graph
 
-GRAPHS = Path(__file__).parent / "graphs"
+GRAPHS = Path(__file__).parents[1] / "passes" / "graphs"
 PASSES = ["Traced", *(p.name for p in [*transformations([]), *lowering()][:-1]), "LastCleanup"]
 Result = tuple[Tensor, list[Tensor]]
 

@@ -1,10 +1,10 @@
 """Every pass: the graph before and after, as text.
 
-The texts in tests/graphs/NN-Pass.stage.txt are the graphs after each pass, of a tiny Llama with two layers of which
-the second is pruned; a pass's graph before is the file before it. `inner-NN-...` shows the pruning passes on three
+The texts in tests/passes/graphs/Pass.stage.txt are the graphs after each pass, of a tiny Llama with two layers of which
+the second is pruned; a pass's graph before is that of the pass before it. `inner-...` shows the pruning passes on three
 layers whose middle one is pruned. A graph that a pass leaves as it was has no file. Rewrite them with
 
-    pytest tests/test_passes.py --update-graphs
+    pytest tests/passes/test_passes.py --update-graphs
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def changed_texts(steps: dict[str, Step], name: str, prefix: str = "") -> dict[s
 
 @pytest.fixture(scope="session")
 def expected_graphs(request: pytest.FixtureRequest) -> dict[str, str]:
-    """The files of tests/graphs; with --update-graphs, after they were written anew."""
+    """The files of tests/passes/graphs; with --update-graphs, after they were written anew."""
     if request.config.getoption("--update-graphs"):
         GRAPHS.mkdir(exist_ok=True)
         for old in GRAPHS.glob("*.txt"):
@@ -82,9 +82,9 @@ def expected_graphs(request: pytest.FixtureRequest) -> dict[str, str]:
 
 def compare(expected: dict[str, str], actual: dict[str, str], pattern: str) -> None:
     files = sorted(name for name in expected if re.fullmatch(pattern, name))
-    assert files == sorted(actual), "another set of graphs changed; pytest --update-graphs rewrites tests/graphs"
+    assert files == sorted(actual), "another set of graphs changed; pytest --update-graphs rewrites tests/passes/graphs"
     for file, text in actual.items():
-        assert numbered(text).splitlines() == numbered(expected[file]).splitlines(), f"tests/graphs/{file}"
+        assert numbered(text).splitlines() == numbered(expected[file]).splitlines(), f"tests/passes/graphs/{file}"
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -7,12 +7,27 @@ projections and of the way past a run of pruned layers. Uses nothing of popcompi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+
+def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrainedModel:
+    """transformers' own model with layers taken out."""
+    model = copy.deepcopy(model)
+    kept = [i for i in range(model.config.num_hidden_layers) if i not in dropped]
+    layers = [model.model.layers[i] for i in kept]
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.model.layers = torch.nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    return model
 
 
 class Map(NamedTuple):

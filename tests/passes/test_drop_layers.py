@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from conftest import (
     tiny_llama,
     tiny_model,
 )
+from reference import without_layers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -37,20 +37,6 @@ MODELS = {
     "gemma3, last two": (tiny_gemma3(), [1, 2]),
     "none": (tiny_llama(), []),
 }
-
-
-def without_layers(model: PreTrainedModel, dropped: Collection[int]) -> PreTrainedModel:
-    """transformers' own model with layers taken out."""
-    model = copy.deepcopy(model)
-    kept = [i for i in range(model.config.num_hidden_layers) if i not in dropped]
-    layers = [model.model.layers[i] for i in kept]
-    for index, layer in enumerate(layers):
-        layer.self_attn.layer_idx = index
-    model.model.layers = torch.nn.ModuleList(layers)
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
-    return model
 
 
 def split_program(config: PreTrainedConfig) -> Program:
