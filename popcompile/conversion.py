@@ -25,7 +25,7 @@ from popcompile.packaging import ModelSizes, PackageWriter
 from popcompile.passes import ContractError, Pass, PassManager, PassRecord, Program, canonicalization, pruning
 from popcompile.passes.flops import REFERENCE_SIZES, total_flops
 from popcompile.passes.printing import print_graph
-from popcompile.progress import Progress
+from popcompile.progress import Progress, StepTimes
 from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.costs import full_prefill_one_logit, layer_table
 from popcompile.pruning.plan import Plan, make_plan, needs_weights
@@ -127,7 +127,7 @@ def convert(
     _require_place(out, inputs, force)
 
     started = time.perf_counter()
-    report_progress = progress or (lambda *_: None)
+    report_progress = StepTimes(progress)
     source = open_source(
         str(model), gguf_file=gguf_file, random_weights=random_weights, trust_remote_code=trust_remote_code
     )
@@ -154,9 +154,10 @@ def convert(
         writer = PackageWriter(folder, layout, source, merged, checkpoint, target, report_progress)
         writer.write_model(program)
         writer.write_configs(sizes)
-        writer.write_report(report | {"seconds": round(time.perf_counter() - started, 1)})
-        manifest = writer.write_manifest(program, plan, sizes)
         report_progress("flush", 0, 1)
+        steps = {step: round(seconds, 1) for step, seconds in report_progress.seconds.items()}
+        writer.write_report(report | {"seconds": round(time.perf_counter() - started, 1), "steps": steps})
+        manifest = writer.write_manifest(program, plan, sizes)
     report_progress("done", 1, 1)
     return manifest
 

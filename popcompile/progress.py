@@ -23,7 +23,8 @@ CONVERT_STEPS: Steps = {
     "sample": (3, 20),
     "calibrate": (20, 30),
     "choose": (30, 60),
-    "refine": (60, 82),
+    "refine": (60, 79),
+    "measure": (79, 82),
     "compile": (82, 84),
     "lower": (84, 85),
     "export": (85, 95),
@@ -35,6 +36,25 @@ ANALYZE_STEPS: Steps = {"trace": (0, 10), "sample": (10, 50), "analyze": (50, 10
 EVALUATE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 100)}
 EVALUATE_CODE_STEPS: Steps = {"variants": (0, 0), "evaluate": (0, 30), "code": (30, 100)}
 BENCH_STEPS: Steps = {"compile": (0, 5), "load": (5, 10), "measure": (10, 100)}
+
+
+class StepTimes:
+    """Counts the seconds of a command's steps while it hands their progress on.
+
+    Those from one report to the next are of the step that was reported first.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress, self._step, self._since = progress, "", time.perf_counter()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self._step:
+            self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
+        self._step, self._since = step, now
+        if self._progress:
+            self._progress(step, done, total)
 
 
 #: seconds between the lines that tell of progress where there is no terminal

@@ -133,6 +133,7 @@ def make_plan(
     else:
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
+    progress("measure", 0, 1)
     unseen = HeldOut(
         model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen,
         text.asked_tokens, folder,

@@ -156,10 +156,20 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
         ),
         ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
         *_measured(unmeasured(folder, manifest, found), found),
+        *_made_in(report),
         *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
     ]
     lines = [(name, textwrap.fill(text, 52, break_long_words=False, break_on_hyphens=False)) for name, text in rows]
     return tabulate(lines, tablefmt="plain", disable_numparse=True)
+
+
+def _made_in(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """How long the conversion took, and those of its steps that took a fiftieth of it or more."""
+    if "steps" not in report:
+        return []
+    steps = sorted(((float(s), str(step)) for step, s in report["steps"].items()), reverse=True)
+    longest = [f"{step} {s:.0f} s" for s, step in steps if s >= max(0.5, report["seconds"] / 50)]
+    return [("made in", f"{report['seconds']:.0f} s" + (f": {', '.join(longest)}" if longest else ""))]
 
 
 def _window(manifest: Manifest) -> list[tuple[str, str]]:

@@ -10,6 +10,10 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
+from popcompile import progress
+
 CODE = """
 from popcompile.progress import CONVERT_STEPS, progress_bar
 with progress_bar(CONVERT_STEPS) as progress:
@@ -48,3 +52,15 @@ def test_lines_elsewhere() -> None:
     expected = ["trace, 0%", "weights, 97%", "choose, 97%"]
     assert result.stderr.splitlines() == [f"popcompile: {step} after 00:00" for step in expected]
     assert result.stdout == ""
+
+
+def test_seconds_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one report to the next they are of the step that was reported first."""
+    clock = iter([0.0, 1.0, 3.0, 4.0, 9.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    reported: list[tuple[str, int, int]] = []
+    times = progress.StepTimes(lambda *report: reported.append(report))
+    for report in (("trace", 0, 1), ("choose", 0, 2), ("choose", 1, 2), ("done", 1, 1)):
+        times(*report)
+    assert times.seconds == {"trace": 2.0, "choose": 6.0}
+    assert [step for step, *_ in reported] == ["trace", "choose", "choose", "done"]
