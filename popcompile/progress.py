@@ -58,15 +58,15 @@ class StepTimes:
 
 
 #: seconds between the lines that tell of progress where there is no terminal
-LINES_EVERY = 60.0
+LINES_EVERY = 120.0
 
 
 @contextmanager
 def progress_bar(steps: Steps) -> Iterator[Progress]:
     """Yields the `progress` argument of `convert`, `analyze`, `evaluate` and `bench`.
 
-    On a terminal it is a bar on stderr, which is gone at the end; elsewhere, in a log, a line there every minute. It
-    stays where it is while a step is done again, as the search does with layers and refinement with sets.
+    On a terminal it is a bar on stderr, which is gone at the end; elsewhere, in a log, a line there every two minutes.
+    It stays where it is while a step is done again, as the search does with layers and refinement with sets.
     """
     stderr, on_terminal = sys.stderr, sys.stderr is not None and sys.stderr.isatty()
     started = said = time.monotonic()

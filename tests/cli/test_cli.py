@@ -113,6 +113,7 @@ def test_inspect(smollm2_package: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "f32[batch, 1, 49152] lm_head" in code
 
 
+@pytest.mark.real
 def test_demo_answers_twice(smollm2_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(smollm2_package)]) == 0
     out = capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_nothing_elsewhere_while_it_is_short() -> None:
 
 
 def test_lines_elsewhere() -> None:
-    """One for each minute at most, here for each of no length."""
+    """One for every two minutes at most, here for each of no length."""
     code = f"import popcompile.progress; popcompile.progress.LINES_EVERY = 0\n{CODE}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     expected = ["trace, 0%", "weights, 97%", "choose, 97%"]

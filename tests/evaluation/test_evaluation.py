@@ -162,6 +162,7 @@ def test_every_number_of_a_tiny_model(
     assert result["texts"]["all"]["first_token_kl_mean"]["value"] > 0.1  # the comparison sees the pruned layers
 
 
+@pytest.mark.real
 def test_numbers_of_a_real_model(smollm2_package: Path, smollm2_checkpoint: Path) -> None:
     manifest = read_manifest(smollm2_package)
     prompt, after, pruned = 64, 16, manifest.pruned

@@ -198,6 +198,7 @@ def test_probes_are_drawn_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a real model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.real
 @torch.inference_mode()
 def test_calibrated_maps_lose_less_than_the_layers_own(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     """SmolLM2's deepest six layers, fitted to 12 texts of its own and measured on 8 others.

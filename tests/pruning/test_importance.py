@@ -183,6 +183,7 @@ def popcompile(*arguments: object) -> str:
 DEEP_RATIO, SHALLOW_RATIO = 0.25, 0.5
 
 
+@pytest.mark.real
 def test_analyze_smollm2(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     """What the paper shows: prefill needs the deep layers far less than decode does, and the last one not at all."""
     plot = tmp_path / "importance.svg"

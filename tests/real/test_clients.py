@@ -22,7 +22,7 @@ NEW_TOKENS = 24
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "long"])
-@pytest.mark.parametrize("layout", ["smollm2_package", "unified_package"])
+@pytest.mark.parametrize("layout", ["smollm2_package", pytest.param("unified_package", marks=pytest.mark.real)])
 def test_onnxruntime_loop(layout: str, prompt: str, request: pytest.FixtureRequest) -> None:
     package: Path = request.getfixturevalue(layout)
     command = [sys.executable, str(EXAMPLE), str(package), prompt, str(NEW_TOKENS)]

@@ -95,7 +95,10 @@ def ours(model: PopForCausalLM, turns: list[list[list[int]]]) -> list[list[list[
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", ["smollm2_package", "gemma_package", "unified_package"])
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2_package", *(pytest.param(n, marks=pytest.mark.real) for n in ("gemma_package", "unified_package"))],
+)
 def test_same_greedy_tokens(name: str, share: bool, request: pytest.FixtureRequest) -> None:
     """Prompts, one past Gemma's window of 512, a batch, a second turn; with one buffer for past and present, and two.
 

@@ -42,7 +42,7 @@ def gemma(gemma_package: Path, gemma_checkpoint: Path) -> Pair:
     return Pair(gemma_package, gemma_checkpoint)
 
 
-@pytest.fixture(params=["smollm2", "gemma"])
+@pytest.fixture(params=["smollm2", pytest.param("gemma", marks=pytest.mark.real)])
 def pair(request: pytest.FixtureRequest) -> Pair:
     return request.getfixturevalue(request.param)
 
@@ -63,6 +63,7 @@ def test_batch_generates_what_each_prompt_does_alone(smollm2: Pair, prefill: str
         assert torch.equal(together[row, -32:], alone[0, -32:]), text
 
 
+@pytest.mark.real
 def test_pop_generation_is_the_reference(gemma: Pair) -> None:
     """The prompt pruned, every generated token of the full model."""
     ids = gemma.encode([TEXTS[1] * 3])["input_ids"]

@@ -33,7 +33,8 @@ def gemma(gemma_package: Path, gemma_checkpoint: Path) -> Pair:
 
 # --- one call --------------------------------------------------------------------------------------------------
 
-LENGTHS = [("smollm2", n) for n in (1, 2, 17, 300)] + [("gemma", n) for n in (1, 2, 17, 300, 700)]
+LENGTHS = [("smollm2", n) for n in (1, 2, 17, 300)]
+LENGTHS += [pytest.param("gemma", n, marks=pytest.mark.real) for n in (1, 2, 17, 300, 700)]
 
 
 @pytest.mark.parametrize(("name", "length"), LENGTHS)
