@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Provider:
-    """name: ONNX Runtime's. device: where weights and cache live, in ONNX Runtime's words.
+    """name: ONNX Runtime's. package: what pip installs it with. device: where weights and cache live, in ONNX Runtime's
+    words.
 
     gpu: whether it needs an NVIDIA GPU, whose memory is then counted apart. libraries: parts of ONNX Runtime to load
     before its first session, because it only logs that one of them is missing and goes on without the provider.
@@ -23,6 +24,7 @@ class Provider:
     """
 
     name: str
+    package: str
     device: str
     dtypes: tuple[str, ...]
     gpu: bool = False
@@ -44,6 +46,7 @@ class Provider:
 PROVIDERS = {
     "cpu": Provider(
         "CPUExecutionProvider",
+        "onnxruntime",
         "cpu",
         ("fp32", "fp16"),
         query_block=128,
@@ -55,6 +58,7 @@ PROVIDERS = {
     ),
     "cuda": Provider(
         "CUDAExecutionProvider",
+        "onnxruntime-gpu",
         "cuda",
         ("fp16", "bf16"),
         gpu=True,

@@ -24,7 +24,7 @@ def find_provider(name: str) -> Provider:
     if provider.name not in ort.get_available_providers():
         raise PopcompileError(
             f"provider {name}: this onnxruntime {ort.__version__} has no {provider.name};"
-            ' pip uninstall onnxruntime, then pip install onnxruntime-gpu, or use provider="cpu"'
+            f' pip uninstall onnxruntime, then pip install {provider.package}, or use provider="cpu"'
         )
     if provider.gpu and not has_gpu():
         raise PopcompileError(
