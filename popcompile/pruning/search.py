@@ -134,14 +134,12 @@ class Search:
         plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
         self._final[tuple(pruned)] = plain
         finished = self._measured(pruned, plain, window)
-        if self._states is None or self._steps == 0 or not refinable(finished.loss):
+        if self._states is None or self._steps == 0 or not plain.maps.projections or not refinable(finished.loss):
             return finished
         maps = refine(
             self._states, pruned, plain.maps, answers=self._answers(), steps=self._steps, seed=self._seed,
             progress=lambda *n: self._progress("refine", *n),
         )  # fmt: skip
-        if maps is plain.maps:
-            return finished
         refined = _Maps(maps, refined=True)
         better = self._measured(pruned, refined, window)
         if better.loss.worst_kl >= finished.loss.worst_kl:
