@@ -58,7 +58,7 @@ class InsertBoundaryRecompute(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
         self.check(self.window >= 1, f"a window of {self.window} tokens has no boundary token")
         self.check("decode" in self.program.graphs, "there is no decode graph to copy layers from")
-        self.check(not find_insertions(graph_module), "the boundary token has its way already")
+        self.check(not find_insertions(graph_module), "boundary recompute is inserted already")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         skips = find(graph_module, op=ops.skip_layers)

@@ -41,7 +41,7 @@ class InsertBypass(Pass):
         unknown = [first for first in self.bypassed if first not in self.runs]
         self.check(not unknown, f"no run of pruned layers begins at {unknown}")
         merged = {layer_of(n) for n in find_insertions(graph_module)}
-        self.check(merged >= {self.runs[first] for first in self.bypassed}, "the boundary token has no way yet")
+        self.check(merged >= {self.runs[first] for first in self.bypassed}, "run InsertBoundaryRecompute first")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         for first in self.bypassed:

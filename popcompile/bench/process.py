@@ -52,12 +52,12 @@ class WorkerProcess:
         reply = json.loads(line)
         if "error" in reply:
             text = " ".join(reply["error"].split())
-            reason = text if reply["mendable"] else f"{text[:300]}; {self._mend}"
+            reason = text if reply["fixable"] else f"{text[:300]}; {self._fix}"
             raise PopcompileError(reason if reason.startswith(self.subject.name) else f"{self.subject.name}: {reason}")
         return reply
 
     @property
-    def _mend(self) -> str:
+    def _fix(self) -> str:
         if (self.subject.path / MANIFEST).is_file():
             return "give shorter --lengths if memory is short, or convert the model again"
         return "build it again, or leave it out of --against" if self.subject.required else "left out"
@@ -71,4 +71,4 @@ class WorkerProcess:
         lines = self._errors.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         ended = f"by signal {-status}" if status < 0 else f"with status {status}"
-        return f"its process ended {ended}{f' ({last[:200]})' if last else ''}; {self._mend}"
+        return f"its process ended {ended}{f' ({last[:200]})' if last else ''}; {self._fix}"

@@ -5,7 +5,7 @@ Requests and replies are JSON, a line each, on stdin and stdout. What libraries 
     {"load": subject, "provider", "threads"}      -> {"seconds", "anonymous", "gpu"}                 (bytes)
     {"turn": ids, "steps"}                        -> {"prefill", "time_to_first_token", "decode"}    (seconds)
     {"warm_up": ids, "steps"}                     -> {"first_token", "anonymous", "peak", "gpu"}
-    whatever fails                                -> {"error": one line, "mendable": whether it says how}
+    whatever fails                                -> {"error": one line, "fixable": whether it says how}
 
 "gpu" is what the request took of the GPU's memory while no other process asked for any.
 """
@@ -37,9 +37,9 @@ def main() -> None:
         try:
             reply = worker.answer(json.loads(line))
         except PopcompileError as error:
-            reply = {"error": str(error), "mendable": True}
+            reply = {"error": str(error), "fixable": True}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}", "mendable": False}
+            reply = {"error": f"{type(error).__name__}: {error}", "fixable": False}
         print(json.dumps(reply), file=replies, flush=True)
 
 

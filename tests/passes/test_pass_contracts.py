@@ -182,14 +182,14 @@ BREACHES = {
     ),
     "InsertBoundaryRecompute": Breach(InsertBoundaryRecompute, no_decode, "there is no decode graph to copy"),
     "InsertBoundaryRecompute, twice": Breach(
-        InsertBoundaryRecompute, nothing, "the boundary token has its way already", at="PruneLMHead"
+        InsertBoundaryRecompute, nothing, "boundary recompute is inserted already", at="PruneLMHead"
     ),
     "InsertBoundaryRecompute, after": Breach(
         InsertBoundaryRecompute, nothing, "still skipped by every token", ensures=True, at="InsertKVProjection"
     ),
     "InsertBypass": Breach(lambda: InsertBypass([1], [0]), nothing, r"no run of pruned layers begins at \[0\]"),
     "InsertBypass, too early": Breach(
-        lambda: InsertBypass([1], [1]), nothing, "the boundary token has no way yet", at="InsertKVProjection"
+        lambda: InsertBypass([1], [1]), nothing, "run InsertBoundaryRecompute first", at="InsertKVProjection"
     ),
     "InsertBypass, after": Breach(lambda: InsertBypass([1], [1]), nothing, "a run lacks its bypass", ensures=True),
     "PruneLMHead": Breach(PruneLMHead, two_heads, "the graph needs one lm_head"),
