@@ -109,8 +109,10 @@ class _Emitter:
 
 
 class _Cut(NamedTuple):
-    """Of a prompt into blocks. size: queries of a whole one, [1]. whole: how many there are before the last one, which
-    may be shorter. last: where it begins, [1].
+    """How a prompt is split into blocks.
+
+    size: queries per full block, int64 [1]. whole: number of full blocks before the last one, which may be shorter,
+    int64 scalar. last: first query of the last block, int64 [1].
     """
 
     size: ir.Value
@@ -300,18 +302,18 @@ class _Blocks:
         self.carried = self.begin(emit)
 
     def begin(self, emit: _Emitter) -> list[ir.Value]:
-        """What the first block takes over."""
+        """The loop-carried values before the first block."""
         return [emit("Slice", past, [0], self.shared.before, [2]) for past in self.past]
 
     def present(self, emit: _Emitter, cache: Sequence[ir.Value]) -> list[ir.Value]:
-        """The whole cache, from what the last block leaves."""
+        """present_key and present_value of all tokens, from the loop-carried values after the last block."""
         return [
             emit("Concat", written, emit("Slice", past, self.shared.after, [_END], [2]), axis=2)
             for written, past in zip(cache, self.past, strict=True)
         ]
 
     def body(self, size: ir.Value) -> ir.Graph:
-        """Of a Loop over whole blocks: (block, go on, *carried) -> (go on, *carried, output [B, size, width])."""
+        """The body of a Loop over full blocks: (block, cond, *carried) -> (cond, *carried, output [B, size, width])."""
         emit = self.shared.emitter(f"{self.attention.name}/block")
 
         def state(name: str, dtype: ir.DataType | None, sizes: Sequence[int | None]) -> ir.Value:
@@ -331,7 +333,7 @@ class _Blocks:
         return ir.Graph([number, go_on, *cache], outputs, nodes=emit.nodes, name="block")
 
     def attend(self, emit: _Emitter, begin: ir.Value, end: ir.Value, cache: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        """Attention of queries [begin, end), [1] each, and what it leaves to the next block."""
+        """Attention of queries [begin, end), int64 [1] each: (output, loop-carried values for the next block)."""
         rows = [t and self.sliced(emit, t, begin, end) for t in self.rows]
         seqlens, total = self.counted(emit, end)
         return self._attention(emit, *rows, *cache, seqlens, total, *self.others)

@@ -213,7 +213,7 @@ def _ratios(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _other_first_tokens(workers: list[_Measured], manifest: Manifest) -> list[str]:
-    """Of each peer that does not answer as the full model does, the first length where it shows."""
+    """For each peer whose first token differs from the full model's: the shortest prompt where it does."""
     _, full, *peers = workers
     found = []
     for peer in peers:

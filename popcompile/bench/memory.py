@@ -13,7 +13,7 @@ _INTERVAL = 0.02  # seconds
 
 
 def anonymous_bytes() -> int | None:
-    """Of this process, now. None where the system does not tell it from a file's pages (only Linux does)."""
+    """Anonymous memory of this process in bytes; None where the system does not report it (only Linux does)."""
     return _status("RssAnon:")
 
 

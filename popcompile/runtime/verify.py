@@ -81,7 +81,7 @@ def _self_check(folder: Path, manifest: Manifest, provider: str) -> float:
 
 
 def _difference(folder: Path, runtime: Runtime, provider: str, seed: int) -> float:
-    """For one random prompt."""
+    """Largest relative difference on one random prompt."""
     manifest = runtime.manifest
     length = min(_PROMPT + manifest.window, manifest.context_length)
     ids = torch.randint(0, manifest.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
