@@ -67,15 +67,16 @@ def _bench(options: argparse.Namespace) -> None:
 
     if options.plot:
         require_plot_path(options.plot)
+    manifest = None
     if options.save:
         require_saveable(options.package)
-    manifest = read_manifest(options.package)
+        manifest = read_manifest(options.package)
     names = ("against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "runtime", "seed")
     with progress_bar(BENCH_STEPS) as progress:
         result = bench(options.package, **{name: getattr(options, name) for name in names}, progress=progress)
     for warning in result["warnings"]:
         say(f"popcompile: {warning}")
-    if options.save:
+    if manifest is not None:
         save_in_report(options.package, manifest, "benchmark", result)
     show(json.dumps(result, indent=2) if options.json else bench_text(result))
     if options.plot:
