@@ -126,8 +126,7 @@ class Search:
     ) -> Candidate:
         """The set with its final maps: of all the text, and refined, if that helps.
 
-        refinable: whether a loss in closed form is one that refinement is worth its time for: it takes a while, and
-        seldom gains much beside a window.
+        refinable: whether a loss in closed form is one that refinement is worth its time for: it takes minutes.
         """
         if (known := self._final.get(tuple(pruned))) is not None:
             return self._measured(pruned, known, window)
