@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from popcompile.package.manifest import Manifest
 
 _LOSSES = tuple(field.name for field in fields(Loss))
-_OPTIONAL = ("first_token_kl_error", "retrieval_found", "retrieval_kl", "retrieval_kept", "retrieval_kl_error")
+_OPTIONAL = (
+    "first_token_kl_error",
+    "retrieval_found",
+    "retrieval_kl",
+    "retrieval_kept",
+    "retrieval_kl_error",
+    "at_least",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class LayerChoice:
     def best(self) -> list[Point]:
         """The set of least KL for each number of layers, ascending."""
         least: dict[int, Point] = {}
-        for point in sorted(self.frontier, key=lambda p: p.loss.worst_kl):
+        for point in sorted(self.frontier, key=lambda p: (p.loss.at_least, p.loss.worst_kl)):
             least.setdefault(len(point.pruned), point)
         return [least[count] for count in sorted(least)]
 
@@ -203,6 +210,7 @@ def _loss(entry: dict[str, Any]) -> Loss:
         retrieval_kl=_number_or_none(entry.get("retrieval_kl")),
         retrieval_kept=_number_or_none(entry.get("retrieval_kept")),
         retrieval_kl_error=_number_or_none(entry.get("retrieval_kl_error")),
+        at_least=bool(entry.get("at_least", False)),
     )
 
 

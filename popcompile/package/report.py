@@ -20,6 +20,7 @@ class Loss:
     Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
     likeliest to the whole model; of these, retrieval_kl, its standard error over rows, and retrieval_kept, the share
     that is the likeliest after pruning as well. None: not measured, or nothing found; the error: in one row at most.
+    at_least: worst_kl is a lower bound, for measuring ended where it was over the budget.
     """
 
     first_token_kl: float
@@ -32,6 +33,7 @@ class Loss:
     retrieval_kl: float | None = None
     retrieval_kept: float | None = None
     retrieval_kl_error: float | None = None
+    at_least: bool = False
 
     @property
     def worst_kl(self) -> float:

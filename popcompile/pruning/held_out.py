@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -99,8 +99,11 @@ class HeldOut:
     def first(self) -> int:
         return self._states.first
 
-    def measure(self, pruned: list[int], calibration: Calibration) -> Loss:
-        """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own."""
+    def measure(self, pruned: list[int], calibration: Calibration, limit: float = math.inf) -> Loss:
+        """The loss of pruning these layers, with the calibrated maps or, where there is none, the layers' own.
+
+        limit: a KL in nats; what is left of the text is not run once the loss is above it for certain.
+        """
         kl, whole, ours, agreement, *_ = self._tails.compare(pruned, calibration)
         after, later = slice(0, self._continued), slice(min(1, self._continued - 1), self._continued)
         first = torch.cat((kl[:, :1], kl[:, self._continued :]), 1).mean(1)
@@ -113,7 +116,11 @@ class HeldOut:
             agreement=float(agreement[:, after].mean()),
             ppl_ratio=float((ours - whole)[:, after].mean().exp()),
         )
-        return self._retrieval.add_to(loss, pruned, calibration) if self._retrieval else loss
+        if self._retrieval is None:
+            return loss
+        if loss.worst_kl > limit:
+            return replace(loss, at_least=True)
+        return self._retrieval.add_to(loss, pruned, calibration, limit)
 
 
 class _Asked(NamedTuple):
@@ -136,12 +143,22 @@ class _HeldOutRetrieval:
         assert count > 0
         measured = asked.int().topk(count, 1).indices.sort(1).values
         self._tails = _Tails(states, context, positions, torch.full_like(positions, context), measured)
+        #: rows, those first that lost most, and the answers that the whole model finds, of which losses are the mean
+        self._order, self._found = torch.arange(len(rows)), math.inf
 
-    def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration) -> Loss:
-        """The loss of pruning these layers, with what it costs here."""
-        compared = self._tails.compare(pruned, calibration)
+    def add_to(self, loss: Loss, pruned: list[int], calibration: Calibration, limit: float) -> Loss:
+        """The loss of pruning these layers, with what it costs here, at least where that is more than `limit`."""
+        parts, lost = [], 0.0
+        for part in self._tails.compared(pruned, calibration, self._order):
+            parts.append(part)
+            lost += float(part.kl[part.full_correct > 0].sum())
+            if lost > limit * self._found:  # no KL is negative, so the other rows take nothing away
+                return replace(loss, retrieval_kl=lost / self._found, at_least=True)
+        compared = _joined(parts)
         found = compared.full_correct > 0
         share = float(compared.full_correct.mean())
+        self._found = int(found.sum()) or math.inf
+        self._order = self._order[(compared.kl * found).sum(1).argsort(descending=True)]
         if not found.any():
             return replace(loss, retrieval_found=share)
         return replace(
@@ -175,6 +192,11 @@ def _pooled_error(values: Tensor, chosen: Tensor) -> float | None:
     return float((off.pow(2).sum() * rows / (rows - 1)).sqrt() / counts.sum())
 
 
+def _joined(parts: Iterable[Comparison]) -> Comparison:
+    """Of the rows of all parts."""
+    return Comparison(*map(torch.cat, zip(*parts, strict=True)))
+
+
 class _Tails:
     """Tails of rows, and what the whole model makes of them.
 
@@ -192,16 +214,19 @@ class _Tails:
 
     def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
         """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
-        parts = []
+        return _joined(self.compared(pruned, calibration, torch.arange(len(self._ids))))
+
+    def compared(self, pruned: list[int], calibration: Calibration, order: Tensor) -> Iterator[Comparison]:
+        """The same of some rows at a time, in this order."""
         begin = pruned[0] if pruned else self._states.first
-        for batch in self._batches():
+        count = max(1, min(_BATCH, _BATCH_TOKENS // self._states.rows.shape[1]))
+        for batch in order.split(count):
             prompts, x = self._prompts(batch), self._states.before(begin)[batch]
             entering = x[:, : self._context], at_positions(x, self._positions[batch])
             y = last_hidden_state(self._states.model, prompts, entering, begin, pruned, calibration)
-            parts.append(self._compare(batch, prompts.tail, at_positions(y, self._measured[batch])))
-        return Comparison(*map(torch.cat, zip(*parts, strict=True)))
+            yield self._compare(batch, prompts.tail, at_positions(y, self._measured[batch]))
 
-    def _compare(self, batch: slice, tokens: Tokens, y: Tensor) -> Comparison:
+    def _compare(self, batch: Tensor, tokens: Tokens, y: Tensor) -> Comparison:
         """Of last hidden states y [B, M, hidden]. A row at a time bounds the logits."""
         rows = []
         for final, ours, following in zip(self._final[batch], y, self._next[batch], strict=True):
@@ -209,12 +234,6 @@ class _Tails:
             rows.append(compare(whole, pruned, following))
         return Comparison(*map(torch.stack, zip(*rows, strict=True)))
 
-    def _batches(self) -> Iterator[slice]:
-        count, tokens = self._states.rows.shape
-        step = max(1, min(_BATCH, _BATCH_TOKENS // tokens))
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-
-    def _prompts(self, batch: slice) -> Prompts:
+    def _prompts(self, batch: Tensor) -> Prompts:
         context = self._states.rows[batch, : self._context]
         return Prompts.of(self._states.model, context, self._ids[batch], self._positions[batch], self._begins[batch])

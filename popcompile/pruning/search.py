@@ -15,6 +15,7 @@ was chosen, where it gains enough for such prompts.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,16 @@ class Budget:
         if self.max_ppl_ratio is not None:
             shares.append(_share(loss.ppl_ratio - 1, self.max_ppl_ratio - 1))
         return max(shares)
+
+    def widened(self, factor: float) -> Budget:
+        """So many times the loss."""
+        return Budget(
+            max_kl=None if self.max_kl is None else self.max_kl * factor,
+            max_ppl_ratio=None if self.max_ppl_ratio is None else 1 + (self.max_ppl_ratio - 1) * factor,
+        )
+
+    def allows(self, loss: Loss) -> bool:
+        return self.spent(loss) <= 1
 
 
 #: what rounding alone does to a loss
@@ -113,13 +124,15 @@ class Search:
         self.measured: list[Candidate] = []
         self._final: dict[tuple[int, ...], _Maps] = {}
 
-    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
-        """The set with maps in closed form, of a part of the text. window: by default held_out's."""
+    def measure(self, pruned: list[int], window: int | None = None, limit: float | None = None) -> Candidate:
+        """The set with maps in closed form, of a part of the text. window: by default held_out's. limit: the KL above
+        which it need not be known.
+        """
         maps = Calibration()
         if self._states is not None:
             few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
             maps = calibrate(few, pruned, products=torch.float32)
-        return self._measured(pruned, _Maps(maps, refined=False), window)
+        return self._measured(pruned, _Maps(maps, refined=False), window, limit)
 
     def finish(
         self, pruned: list[int], window: int | None = None, refinable: Callable[[Loss], bool] = lambda loss: True
@@ -151,10 +164,11 @@ class Search:
         """The maps of a finished candidate."""
         return self._final[tuple(candidate.pruned)].maps
 
-    def _measured(self, pruned: list[int], maps: _Maps, window: int | None) -> Candidate:
+    def _measured(self, pruned: list[int], maps: _Maps, window: int | None, limit: float | None = None) -> Candidate:
         """It takes the place of the same set's, measured with other maps of the same kind."""
         held_out = self._held_out if window is None else self._held_out.at(window)
-        found = Candidate(pruned, held_out.measure(pruned, maps.maps), maps.refined, held_out.window)
+        loss = held_out.measure(pruned, maps.maps, math.inf if limit is None else limit)
+        found = Candidate(pruned, loss, maps.refined, held_out.window)
         same = (found.pruned, found.refined, found.window)
         self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
         self.measured.append(found)
@@ -162,28 +176,26 @@ class Search:
 
     def best(self, count: int, scale: Budget) -> Candidate:
         """`count` layers; finished. scale: the budget whose shares decide which layers are kept."""
-        return self.finish(self._grow(scale, count, lambda loss: 0.0, patience=self.num_layers)[-1].pruned)
+        return self.finish(self._grow(scale, Budget(), count, patience=self.num_layers)[-1].pruned)
 
     def within(self, budget: Budget) -> Candidate:
         """The most layers whose loss is within the budget, else the last layer alone; finished."""
         refines = self._states is not None and self._steps > 0
-
-        def hoped(loss: Loss) -> float:
-            return budget.spent(loss) * (_REFINED if refines else 1.0)
+        within_reach = budget.widened(1 / _REFINED) if refines else budget
 
         def refinable(loss: Loss) -> bool:
-            return budget.spent(loss) > 1 >= hoped(loss)
+            return within_reach.allows(loss) and not budget.allows(loss)
 
         most = min(largest_count(self.num_layers), self.num_layers - self._held_out.first)
-        sets = self._grow(budget, most, hoped, _PATIENCE)
+        sets = self._grow(budget, within_reach, most, _PATIENCE)
         left = None
         for count in range(len(sets) - 1, 0, -1):
             spent = budget.spent(sets[count].loss)
-            if (hoped(sets[count].loss) if left is None else spent * left) > 1:
+            if left is not None and spent * left > 1:
                 continue
             finished = self.finish(sets[count].pruned, refinable=refinable)
             remains = budget.spent(finished.loss)
-            if remains <= 1:
+            if budget.allows(finished.loss):
                 return self._with_smaller_window(finished, sets[: count + 1], budget, refinable)
             if finished.refined:
                 left = remains / max(spent, _ROUNDING)  # of the others' as well, more or less: not each is refined
@@ -202,51 +214,54 @@ class Search:
         for speedup, pruned, window in sorted(pairs, reverse=True):
             if speedup < least:
                 break
-            if pruned != finished.pruned and budget.spent(self.measure(pruned, window).loss) > 1:
+            if pruned != finished.pruned and not budget.allows(self.measure(pruned, window, budget.max_kl).loss):
                 continue
             smaller = self.finish(pruned, window, refinable)
-            if budget.spent(smaller.loss) <= 1:
+            if budget.allows(smaller.loss):
                 return smaller
         return finished
 
-    def _grow(self, budget: Budget, most: int, hoped: Callable[[Loss], float], patience: int) -> list[Candidate]:
+    def _grow(self, scale: Budget, limit: Budget, most: int, patience: int) -> list[Candidate]:
         """Sets of 1 to at most `most` layers, each the one before with one more.
 
-        hoped: the share of the budget that a set with this loss takes at best, at most 1 for each of them.
+        scale: the budget whose shares decide whether a layer is kept. limit: the one that every set keeps to.
         """
         sets = [self.measure([self.num_layers - 1])]
         queue = deque(range(self.num_layers - 2, self._held_out.first - 1, -1))
         count = len(queue)
         rejected: list[_Tried] = []
         ahead: list[_Tried] = []
+
+        def try_layer(layer: int) -> _Tried:
+            before = sets[-1]
+            candidate = self.measure(sorted([layer, *before.pruned]), limit=limit.max_kl)
+            cost = scale.spent(candidate.loss) - scale.spent(before.loss)
+            return _Tried(layer, candidate, cost, limit.allows(candidate.loss))
+
         while queue and len(sets) < most:
             self._progress("choose", count - len(queue), count)
-            tried = self._try(queue.popleft(), sets[-1], budget)
-            if tried.cost <= _STEP and hoped(tried.candidate.loss) <= 1:
+            tried = try_layer(queue.popleft())
+            if tried.cost <= _STEP and tried.allowed:
                 sets.append(tried.candidate)
                 rejected, ahead = rejected + ahead, []
                 continue
             ahead.append(tried)
             if len(ahead) == patience:
                 cheapest = min(ahead, key=lambda t: t.cost)
-                if hoped(cheapest.candidate.loss) > 1:
+                if not cheapest.allowed:
                     break
                 sets.append(cheapest.candidate)
                 ahead.remove(cheapest)
-                queue.extendleft(t.layer for t in reversed(ahead) if hoped(t.candidate.loss) <= 1)
-                rejected, ahead = rejected + [t for t in ahead if hoped(t.candidate.loss) > 1], []
+                queue.extendleft(t.layer for t in reversed(ahead) if t.allowed)
+                rejected, ahead = rejected + [t for t in ahead if not t.allowed], []
         for again in sorted(rejected + ahead, key=lambda t: t.cost):
             if len(sets) == most:
                 break
-            tried = self._try(again.layer, sets[-1], budget)
-            if hoped(tried.candidate.loss) > 1:
+            tried = try_layer(again.layer)
+            if not tried.allowed:
                 break
             sets.append(tried.candidate)
         return sets
-
-    def _try(self, layer: int, before: Candidate, budget: Budget) -> _Tried:
-        candidate = self.measure(sorted([layer, *before.pruned]))
-        return _Tried(layer, candidate, budget.spent(candidate.loss) - budget.spent(before.loss))
 
 
 class _Maps(NamedTuple):
@@ -257,11 +272,12 @@ class _Maps(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """A layer on top of a set. cost: the share of the budget that it adds."""
+    """A layer on top of a set. cost: the share of the budget that it adds. allowed: the set keeps to the limit."""
 
     layer: int
     candidate: Candidate
     cost: float
+    allowed: bool
 
 
 def largest_count(num_layers: int) -> int:

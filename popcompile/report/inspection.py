@@ -25,6 +25,7 @@ from popcompile.report.bench import first_token_words, measured_on
 from popcompile.report.evaluation import evaluation_words
 from popcompile.report.words import (
     Table,
+    answers_cell,
     chosen_by,
     not_measured,
     quality_words,
@@ -217,16 +218,22 @@ def _frontier(choice: LayerChoice) -> str:
     rows = []
     for point in choice.shown():
         loss = point.loss
-        asked = "" if loss.retrieval_kl is None else small(loss.retrieval_kl)
         kept = "" if loss.retrieval_kept is None else share(loss.retrieval_kept)
         cells = [str(len(point.pruned)), format_layers(point.pruned), str(point.window), f"{point.speedup:.2f}x"]
-        cells += [small(loss.first_token_kl), small(loss.kl), asked, ratio(loss.ppl_ratio), kept]
+        cells += [
+            small(loss.first_token_kl),
+            small(loss.kl),
+            answers_cell(loss, error=False),
+            ratio(loss.ppl_ratio),
+            kept,
+        ]
         rows.append([*cells, "*" * point.chosen + "r" * point.refined])
     headers = ["", "pruned layers", "w", "less", "1st", "next", "asks", "ppl", "kept", ""]
     legend = (
         f"w: window; less: times fewer FLOPs for {choice.prompt_tokens} tokens; 1st, next, asks: KL in\n"
         "nats of the first token, of those after it, and of answers in the prompt; ppl:\n"
-        "over the full model's; kept: answers; * chosen, r refined by gradients"
+        "over the full model's; kept: answers; > a lower bound, over the budget;\n"
+        "* chosen, r refined by gradients"
     )
     return f"{_text(Table(headers, rows, 'rlrrrrrrrl'), [None, 20, *[None] * 8])}\n{legend}"
 

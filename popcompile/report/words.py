@@ -115,13 +115,19 @@ LOSS_HEADERS = [
 def loss_cells(loss: Loss) -> list[str]:
     shares = share(loss.first_token_agreement), share(loss.agreement)
     cells = [kl_cell(loss), shares[0], small(loss.kl), shares[1], ratio(loss.ppl_ratio)]
-    if loss.retrieval_kl is None or loss.retrieval_kept is None:
-        return [*cells, "", ""]
-    return [*cells, with_error(loss.retrieval_kl, loss.retrieval_kl_error), share(loss.retrieval_kept)]
+    return [*cells, answers_cell(loss), "" if loss.retrieval_kept is None else share(loss.retrieval_kept)]
 
 
 def kl_cell(loss: Loss) -> str:
     return with_error(loss.first_token_kl, loss.first_token_kl_error)
+
+
+def answers_cell(loss: Loss, error: bool = True) -> str:
+    """The KL of answers; error: with its standard error, where that is known."""
+    if loss.retrieval_kl is None:
+        return ""
+    known = with_error(loss.retrieval_kl, loss.retrieval_kl_error if error else None)
+    return f"> {known}" if loss.at_least else known
 
 
 def with_error(value: float, error: float | None) -> str:

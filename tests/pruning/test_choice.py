@@ -75,7 +75,7 @@ class Canned(Search):
         self._states, self._steps, self._progress = object(), 1 if left < 1 else 0, lambda *_: None
         self._windows, self._speedup = (), None
 
-    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
+    def measure(self, pruned: list[int], window: int | None = None, limit: float | None = None) -> Candidate:
         self.asked.append(pruned)
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned), 1.0))
 
@@ -156,7 +156,7 @@ class OfWindows(Canned):
         self._windows = (32, 16)
         self._speedup = lambda pruned, window: 1 / (1 - len(pruned) / len(costs) * (1 - window / tokens))
 
-    def measure(self, pruned: list[int], window: int | None = None) -> Candidate:
+    def measure(self, pruned: list[int], window: int | None = None, limit: float | None = None) -> Candidate:
         window = window or 64
         return Candidate(pruned, loss(64 / window * sum(self.costs[layer] for layer in pruned), 1.0), window=window)
 

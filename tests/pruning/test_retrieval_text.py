@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from calibrated import Traced, random_maps, reference_maps
 from conftest import tiny_llama, transformers_forward
 from reference import pop_prefill
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.evaluation.questions import DEPTHS, KINDS, questions
 from popcompile.package.report import Loss
+from popcompile.pruning import held_out
 from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.layerwise import LayerwiseModel
+from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
 from popcompile.text.documents import default_texts
 from popcompile.text.lists import RetrievalText, retrieval_text
 
@@ -158,6 +163,38 @@ def test_answers_in_prompts_of_another_length() -> None:
     assert one.first_token_kl == held.measure([1, 2], calibration).first_token_kl
     assert (one.retrieval_found, one.retrieval_kl) == (other.retrieval_found, other.retrieval_kl)
     assert asked.at(4).measure([1, 2], calibration) == one != asked.at(2).measure([1, 2], calibration)
+
+
+def test_measuring_ends_where_the_loss_is_over_the_limit_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lost most in sets before come first; what was seen is a lower bound of the whole loss."""
+    rows = torch.randint(64, (12, 30), generator=torch.Generator().manual_seed(3))
+    answers = torch.zeros_like(rows, dtype=torch.bool)
+    for row in range(12):
+        rows[row, 21] = transformers_forward(traced().model, rows[row : row + 1, :21])[0][0, -1].argmax()
+    answers[:, 21:24] = True
+    held = HeldOut(traced().layers, rows, 1, 20, 0, 5, RetrievalText(rows, answers))
+    calibration = random_maps(traced().model, [1, 2], [1], seed=2)
+    batches: list[int] = []
+
+    def counted(model: LayerwiseModel, prompts: Prompts, *args: Any) -> Tensor:
+        batches.append(len(prompts.tail.positions))
+        return last_hidden_state(model, prompts, *args)
+
+    monkeypatch.setattr(held_out, "last_hidden_state", counted)
+    assert not held.measure([1, 2], calibration, 1e-9).retrieval_kl  # over it by prose alone
+    assert batches == [4, 4, 4]
+    batches.clear()
+    whole = held.measure([1, 2], calibration)
+    assert batches == [4] * 6 and not whole.at_least and whole.retrieval_kl is not None
+    assert held.measure([1, 2], calibration, whole.retrieval_kl * 1.01) == pytest.approx(whole)
+    batches.clear()
+    limit = 1.001 * max(whole.first_token_kl, whole.kl)
+    assert limit < 0.9 * whole.retrieval_kl, "answers are what is over it"
+    stopped = held.measure([1, 2], calibration, limit)
+    assert batches == [4] * (3 + 2), "not the four rows that lose least"
+    assert stopped.at_least and stopped.retrieval_kl is not None
+    assert limit < stopped.retrieval_kl < whole.retrieval_kl
+    assert (stopped.first_token_kl, stopped.ppl_ratio) == (whole.first_token_kl, whole.ppl_ratio)
 
 
 def test_the_worse_loss_decides() -> None:

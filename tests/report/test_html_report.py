@@ -171,6 +171,18 @@ def test_numbers_that_are_no_ordinary_ones(package: Path, cli: Cli) -> None:
     assert "1.0e+12 times full" in cli.run("inspect", package)[1]
 
 
+def test_a_set_that_was_not_measured_to_its_end(package: Path, cli: Cli) -> None:
+    sections = measured()
+    stopped = candidate([0, 3], 0.3)
+    stopped["loss"] |= {"retrieval_kl": 0.75, "at_least": True}
+    sections["choice"] |= {"frontier": [candidate([3], 0.0), stopped]}
+    save(package, {"choice": sections["choice"]})
+    assert "> 0.7500" in Page(html_report(package)).text and "> 0.7500" in cli.run("inspect", package)[1]
+    sections["choice"]["frontier"].append(candidate([1, 3], 0.9))
+    save(package, {"choice": sections["choice"]})
+    assert "> 0.7500" not in Page(html_report(package)).text  # of as many layers one is known
+
+
 def test_nothing_pruned(package: Path) -> None:
     page = Page(html_report(save(package, {}, pruned=[]))).text
     assert "Nothing is pruned: prefill and decode run every layer." in page and "0 of 4 layers: none" in page
