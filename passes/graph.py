@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -109,7 +110,12 @@ def has_symbol(dim: Any, symbol: sympy.Symbol) -> bool:
 
 def evaluate_dim(dim: Any, sizes: dict[sympy.Symbol, int]) -> int:
     """A possibly symbolic dimension as a number, for given sizes of the free dimensions."""
-    return int(dim.node.expr.subs(sizes)) if isinstance(dim, torch.SymInt) else int(dim)
+    return _evaluated(dim.node.expr, tuple(sizes.items())) if isinstance(dim, torch.SymInt) else int(dim)
+
+
+@lru_cache(maxsize=4096)  # a graph has thousands of dimensions, and few different ones
+def _evaluated(dim: sympy.Expr, sizes: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    return int(dim.subs(sizes))
 
 
 # --- building --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ and sizes under the names of the free dimensions (batch, sequence, past, total).
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -78,10 +79,13 @@ def _argument(value: Any, names: dict[str, str]) -> str:
 
 
 def _dim(dim: Any, names: dict[str, str]) -> str:
-    if not isinstance(dim, torch.SymInt):
-        return str(dim)
-    text = dim.node.expr
-    return str(text.subs({s: sympy.Symbol(names.get(str(s), str(s))) for s in text.free_symbols}))
+    return _named(dim.node.expr, tuple(names.items())) if isinstance(dim, torch.SymInt) else str(dim)
+
+
+@lru_cache(maxsize=4096)  # a graph has thousands of dimensions, and few different ones
+def _named(dim: sympy.Expr, names: tuple[tuple[str, str], ...]) -> str:
+    named = dict(names)
+    return str(dim.subs({s: sympy.Symbol(named.get(str(s), str(s))) for s in dim.free_symbols}))
 
 
 def _type(value: Any, names: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read once, w
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from bad_input import Cli, popcompile, save_model
 from filelock import FileLock
 from torch import Tensor, fx
+from traced_once import remembering
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from popcompile.conversion import convert
+from popcompile.frontend import tracing
 from popcompile.frontend.samples import sample_checkpoint, sample_model
 from popcompile.passes import Program
 from popcompile.pruning import execution
@@ -43,6 +45,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_TESTS, _TESTS / "support")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-graphs", action="store_true", help="rewrite the expected texts in tests/passes/graphs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "_traced", remembering(tracing._traced))
+        yield
 
 
 # --- tiny models -----------------------------------------------------------------------------------------------

@@ -189,6 +189,10 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
     """
     config = copy.deepcopy(config)  # building a model writes to its config
     require_positions(config)
+    return _traced(config, dtype, trust_remote_code)
+
+
+def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Program:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
         model = AutoModelForCausalLM.from_config(
