@@ -16,7 +16,7 @@ class Provider:
 
     dtypes: of activations, those that GroupQueryAttention has kernels for; the first one is the default, and what is
     multiplied with quantized weights. genai_options: provider_options of a session in genai_config.json.
-    query_block: queries that the attention of a long prompt takes at a time, at least (cached_attention.py); None: all.
+    query_block: queries that the attention of a long prompt takes at a time, at least (attention_blocks.py); None: all.
     accuracy_level: MatMulNBits' attribute, 4 lets it multiply in int8, which the CPU's kernels are made for.
     int8_products: whether there are kernels for w8a8 (passes/quantize_dynamic.py).
     fp16_products: whether MatMul has a kernel for fp16 (widen_products.py).

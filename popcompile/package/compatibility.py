@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from popcompile.package.manifest import Manifest
 
-#: the first ONNX Runtime whose GroupQueryAttention takes no new keys (export/cached_attention.py)
+#: the first ONNX Runtime whose GroupQueryAttention takes no new keys (export/attention_blocks.py)
 ONNXRUNTIME = "1.27"
 
 

@@ -29,7 +29,7 @@ from steps import Result, Step, assert_close, before, compile_in_steps, rows, ru
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from popcompile.export.cached_attention import _Shared
+from popcompile.export.attention_graph import Shared
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.providers import PROVIDERS
 
@@ -221,7 +221,7 @@ def test_blocks_grow_with_the_prompt(rows: int, tokens: int, sizes: tuple[int, i
         onnx_ir.Value(name=n, type=integers, shape=onnx_ir.Shape(["b", n])) for n in ("input_ids", "attention_mask")
     ]
     graph = onnx_ir.Graph(inputs, [], nodes=[onnx_ir.node("Identity", inputs[:1])], opset_imports={"": 21}, name="g")
-    cuts = _Shared(graph, 128, {False, True}).cuts
+    cuts = Shared(graph, 128, {False, True}).cuts
     for window in (False, True):
         cuts[window].size.type = integers
         graph.outputs.append(cuts[window].size)
