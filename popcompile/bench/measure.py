@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from popcompile.arguments import SEED
 from popcompile.bench.process import WorkerProcess
+from popcompile.bench.settings import BenchSettings
 from popcompile.bench.subjects import Subject, find_peers, package_subject, require_runtime
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
@@ -72,9 +71,10 @@ def bench(
     """
     started, folder = time.perf_counter(), Path(folder)
     report = progress or (lambda step, done, total: None)
-    _require_numbers(lengths, batch, decode_tokens, repeats)
-    SEED.require("--seed", seed)
-    threads = _threads(threads)
+    settings = BenchSettings.of(
+        lengths=lengths, batch=batch, decode_tokens=decode_tokens, repeats=repeats, threads=threads, provider=provider,
+        runtime=runtime, seed=seed,
+    )  # fmt: skip
     require_runtime(runtime)
     find_provider(provider)
     manifest = read_manifest(folder)
@@ -82,9 +82,7 @@ def bench(
     check_package(folder, manifest)
     pop = package_subject("pop", folder, runtime)
     for subject in (pop, *peers):
-        _require_room(subject, lengths, decode_tokens)
-    settings: dict[str, Any] = {"lengths": list(lengths), "batch": batch, "decode_tokens": decode_tokens}
-    settings |= {"repeats": repeats, "threads": threads, "provider": provider, "runtime": runtime, "seed": seed}
+        settings.require_room(subject)
     with tempfile.TemporaryDirectory(prefix="popcompile-") as temporary, ExitStack() as stack:
         report("compile", 0, 1)
         full = package_subject("full", Variants(folder).prune(Path(temporary) / "full", []), runtime)
@@ -93,7 +91,7 @@ def bench(
             report("load", index, len(peers) + 2)
             workers.append(stack.enter_context(_Measured(subject)))
             with workers[-1].may_fail():
-                workers[-1].load(provider, threads)
+                workers[-1].load(provider, settings.threads)
         _take_turns(workers, settings, report)
     warnings = [worker.failure for worker in workers if worker.failure]
     workers = [worker for worker in workers if not worker.failure]
@@ -105,7 +103,7 @@ def bench(
         "num_layers": manifest.num_layers,
         "dtype": manifest.dtype,
         "source": manifest.source["name"],
-        "settings": settings,
+        "settings": settings.to_json(),
         "versions": _versions(),
         "cpu": _cpu(),
         "gpu": gpu_name() if PROVIDERS[provider].gpu else None,
@@ -116,20 +114,20 @@ def bench(
     }
 
 
-def _take_turns(workers: list[_Measured], settings: dict[str, Any], report: Progress) -> None:
+def _take_turns(workers: list[_Measured], settings: BenchSettings, report: Progress) -> None:
     """Every subject once, then again: the first time to warm up, the others to be timed."""
-    lengths, batch, turns = settings["lengths"], settings["batch"], settings["repeats"] + 1
+    lengths, turns = settings.lengths, settings.repeats + 1
     vocabulary = min(worker.subject.vocab_size for worker in workers)
     total, done = sum(lengths) * turns * len(workers), 0
     for length in lengths:
-        generator = np.random.default_rng([settings["seed"], length])
-        ids = generator.integers(vocabulary, size=(batch, length)).tolist()
+        generator = np.random.default_rng([settings.seed, length])
+        ids = generator.integers(vocabulary, size=(settings.batch, length)).tolist()
         for turn in range(turns):
             for worker in workers:
                 report("measure", done, total)
                 if not worker.failure:
                     with worker.may_fail():
-                        worker.turn(length, ids, settings["decode_tokens"], warm_up=turn == 0)
+                        worker.turn(length, ids, settings.decode_tokens, warm_up=turn == 0)
                     time.sleep(_REST)
                 done += length
     report("measure", done, total)
@@ -234,40 +232,7 @@ def _other_first_tokens(workers: list[_Measured], manifest: Manifest) -> list[st
     return found
 
 
-# --- what is asked for, and where ------------------------------------------------------------------------------
-
-
-def _require_numbers(lengths: Sequence[int], batch: int, decode_tokens: int, repeats: int) -> None:
-    if not lengths or len(set(lengths)) < len(lengths):
-        raise PopcompileError(f"--lengths {','.join(map(str, lengths))}: give each length once, and at least one")
-    least = {
-        "lengths": (min(lengths), 1),
-        "batch": (batch, 1),
-        "decode-tokens": (decode_tokens, 1),
-        "repeats": (repeats, 1),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise PopcompileError(f"--{name} {value}: too small; give at least {minimum}")
-
-
-def _require_room(subject: Subject, lengths: Sequence[int], decode_tokens: int) -> None:
-    limit, longest = subject.context_length, max(lengths)
-    if limit is not None and longest + decode_tokens > limit:
-        raise PopcompileError(
-            f"--lengths {longest} and --decode-tokens {decode_tokens} are more than the context of {limit} of"
-            f" {subject.path}; lower one of them"
-        )
-
-
-def _threads(threads: int | None) -> int:
-    """The number of threads, by default the cores that this process may use."""
-    here = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
-    if threads is None:
-        return max(1, min(here, psutil.cpu_count(logical=False) or here))
-    if not 1 <= threads <= here:
-        raise PopcompileError(f"--threads {threads}: this machine has {here}; give 1 to {here}")
-    return threads
+# --- where ------------------------------------------------------------------------------------------------------
 
 
 def _versions() -> dict[str, str | None]:

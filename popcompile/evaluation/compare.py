@@ -14,25 +14,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from popcompile.arguments import SEED
 from popcompile.errors import PopcompileError
-from popcompile.evaluation.bootstrap import CONFIDENCE, RESAMPLES, estimate
 from popcompile.evaluation.code_problems import Problem, complete, passes, read_problems, require_room
 from popcompile.evaluation.metrics import compare
-from popcompile.evaluation.questions import KINDS, Question, is_answered, questions
+from popcompile.evaluation.questions import Question, is_answered, questions
+from popcompile.evaluation.settings import EvaluationSettings
+from popcompile.evaluation.summaries import (
+    PromptScores,
+    code_summary,
+    compared_with_itself,
+    retrieval_summary,
+    summaries,
+)
 from popcompile.package.configs import load_tokenizer
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.progress import Progress
@@ -42,23 +46,6 @@ from popcompile.runtime.providers import find_provider
 from popcompile.runtime.session import Runtime
 from popcompile.text.documents import default_texts, read_texts, windows
 from popcompile.variants import Variants, with_full_model
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """One prompt's comparison with the full model. KL(full || other) in nats: of the first token after the prompt, and
-    the mean of the continuation's others, if it has any. nll: mean negative log-likelihood of the continuation's tokens
-    in nats, agreement: share of its predictions whose most likely token is the full model's.
-
-    greedy: tokens until the two greedy continuations differ, where it was measured.
-    """
-
-    first_kl: float
-    later_kl: float | None
-    agreement: float
-    full_nll: float
-    nll: float
-    greedy: int | None = None
 
 
 def evaluate(
@@ -117,19 +104,19 @@ def evaluate(
     if code_problems is not None and not run_code:
         raise PopcompileError("--code-problems is for --run-code, which runs what a model wrote; give both, or neither")
     problems = read_problems(code_problems) if run_code else []
-    _require_numbers(prompts, prompt_tokens, continuation_tokens, greedy_prompts, greedy_tokens, retrieval_prompts)
-    SEED.require("--seed", seed)
+    settings = EvaluationSettings(
+        prompts=prompts, prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens,
+        greedy_prompts=greedy_prompts, greedy_tokens=greedy_tokens, retrieval_prompts=retrieval_prompts, seed=seed,
+        provider=provider,
+    )  # fmt: skip
+    settings.require()
     documents = require_options(text or (), provider) or default_texts()
     manifest = read_manifest(Path(folder))
-    _require_room(manifest, prompt_tokens, continuation_tokens)
-    if manifest.pruned and prompt_tokens <= manifest.window:
-        raise PopcompileError(
-            f"--prompt-tokens {prompt_tokens}: the package encodes prompts of up to {manifest.window} tokens in full,"
-            " which loses nothing; give more"
-        )
+    settings.require_fit(manifest)
     if baselines and not manifest.pruned:
         raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
     greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
+    settings = replace(settings, greedy_tokens=greedy_tokens)
     report = progress or (lambda *_: None)
 
     with contextlib.ExitStack() as stack:
@@ -177,32 +164,21 @@ def evaluate(
         report("evaluate", total, total)
         del encoders  # Windows removes no file that a session has mapped
 
-    metrics = {variant: _summaries(by_text, seed) for variant, by_text in scores.items()}
+    metrics = {variant: summaries(by_text, seed) for variant, by_text in scores.items()}
     result: dict[str, Any] = {
         "package": str(folder),
         "reference": None if reference is None else str(reference),
         "pruned": manifest.pruned,
         "kv_projection": manifest.kv_projection,
-        "settings": {
-            "prompts": prompts,
-            "prompt_tokens": prompt_tokens,
-            "continuation_tokens": continuation_tokens,
-            "greedy_prompts": greedy_prompts,
-            "greedy_tokens": greedy_tokens,
-            "retrieval_prompts": retrieval_prompts,
-            "seed": seed,
-            "provider": provider,
-            "confidence": CONFIDENCE,
-            "resamples": RESAMPLES,
-        },
+        "settings": settings.to_json(),
         "texts": metrics.pop("pop"),
     }
-    result["retrieval"] = _retrieval(asked, answered, seed)
+    result["retrieval"] = retrieval_summary(asked, answered, seed)
     if code is not None:
         result["code"] = code
     if baselines or metrics:
-        unpruned = {name: [_itself(s) for s in found] for name, found in scores["pop"].items()}
-        result["baselines"] = {"none": _summaries(unpruned, seed), **metrics}
+        unpruned = {name: [compared_with_itself(s) for s in found] for name, found in scores["pop"].items()}
+        result["baselines"] = {"none": summaries(unpruned, seed), **metrics}
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -216,36 +192,6 @@ def require_options(text: Sequence[Path], provider: str) -> dict[str, list[str]]
     """
     find_provider(provider)
     return {str(path): read_texts(path) for path in text}
-
-
-def _require_numbers(
-    prompts: int,
-    prompt_tokens: int,
-    continuation_tokens: int,
-    greedy_prompts: int,
-    greedy_tokens: int,
-    retrieval_prompts: int,
-) -> None:
-    least = {
-        "prompts": (prompts, 1),
-        "prompt-tokens": (prompt_tokens, 1),
-        "continuation-tokens": (continuation_tokens, 1),
-        "greedy-prompts": (greedy_prompts, 0),
-        "greedy-tokens": (greedy_tokens, 1),
-        "retrieval-prompts": (retrieval_prompts, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise PopcompileError(f"--{name} {value}: too small; give at least {minimum}")
-
-
-def _require_room(manifest: Manifest, prompt_tokens: int, continuation_tokens: int) -> None:
-    limit = manifest.context_length
-    if prompt_tokens + continuation_tokens > limit:
-        raise PopcompileError(
-            f"--prompt-tokens {prompt_tokens} and --continuation-tokens {continuation_tokens} are more than the model's"
-            f" context of {limit}; lower one of them"
-        )
 
 
 def _require_same_model(reference: Path, manifest: Manifest) -> None:
@@ -312,11 +258,6 @@ def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None
     )
 
 
-def _itself(scores: PromptScores) -> PromptScores:
-    """The full model compared with itself."""
-    return replace(scores, first_kl=0, later_kl=scores.later_kl and 0.0, agreement=1, nll=scores.full_nll, greedy=None)
-
-
 def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder, Tensor, KVCache], limit: int) -> int:
     """Tokens, at most `limit`, until two greedy continuations differ. Logits are the boundary token's [1, vocabulary];
     both caches grow.
@@ -355,67 +296,4 @@ def _code(
         written(0)
         completions = complete(encoders[name], tokenizer, problems, written)
         solved[name] = [float(passes(p, c)) for p, c in zip(problems, completions, strict=True)]
-    difference = [pop - full for pop, full in zip(solved["pop"], solved["reference"], strict=True)]
-    return {
-        "problems": len(problems),
-        "pass_at_1": {name: estimate(_mean, found, seed) for name, found in solved.items()},
-        "difference": estimate(_mean, difference, seed),
-    }
-
-
-# --- statistics ------------------------------------------------------------------------------------------------
-
-
-def _summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, dict[str, Any]]:
-    """Metrics of every text and, of several, of all together."""
-    found = {name: summarise(scores, seed) for name, scores in by_text.items()}
-    if len(by_text) > 1:
-        found["all"] = summarise([s for scores in by_text.values() for s in scores], seed)
-    return found
-
-
-def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
-    """The metrics of `evaluate` over prompts, and how many prompts they are of."""
-
-    def over_prompts(statistic: Callable[[Any], Any], value: Callable[[PromptScores], float]) -> dict[str, Any]:
-        return estimate(statistic, [value(s) for s in scores], seed)
-
-    metrics: dict[str, Any] = {
-        "prompts": len(scores),
-        "first_token_kl_mean": over_prompts(_mean, lambda s: s.first_kl),
-        "first_token_kl_p95": over_prompts(lambda x: np.quantile(x, 0.95, axis=-1), lambda s: s.first_kl),
-        "top1_agreement": over_prompts(_mean, lambda s: s.agreement),
-        "full_perplexity": over_prompts(_exp_mean, lambda s: s.full_nll),
-        "pop_perplexity": over_prompts(_exp_mean, lambda s: s.nll),
-        "perplexity_ratio": over_prompts(_exp_mean, lambda s: s.nll - s.full_nll),
-    }
-    later = [s.later_kl for s in scores if s.later_kl is not None]
-    if later:
-        metrics["continuation_kl_mean"] = estimate(_mean, later, seed)
-    greedy = [float(s.greedy) for s in scores if s.greedy is not None]
-    if greedy:
-        metrics["greedy_agreement_tokens"] = estimate(_mean, greedy, seed) | {"prompts": len(greedy)}
-    assert all(math.isfinite(m["value"]) for m in metrics.values() if isinstance(m, dict))
-    return metrics
-
-
-def _retrieval(asked: Sequence[Question], answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
-    """By kind of question: how many prompts, the shares that were answered, and what of the full model's is kept."""
-    found: dict[str, Any] = {}
-    for kind in KINDS:
-        rows = [row for question, row in zip(asked, answered, strict=True) if question.kind == kind]
-        if rows:
-            shares = {name: estimate(_mean, [float(row[name]) for row in rows], seed) for name in rows[0]}
-            kept = [float(row["pop"]) for row in rows if row["reference"]]
-            found[kind] = {"prompts": len(rows), "answered": shares}
-            if kept:
-                found[kind]["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
-    return found
-
-
-def _mean(samples: Any) -> Any:
-    return samples.mean(-1)
-
-
-def _exp_mean(samples: Any) -> Any:
-    return np.exp(samples.mean(-1))
+    return code_summary(solved, seed)

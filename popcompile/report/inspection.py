@@ -66,10 +66,11 @@ def inspect_pass(folder: Path, name: str) -> str:
     manifest, report = read_package(folder)
     with readable_report(folder):
         names = [str(record["name"]) for record in report["passes"]]
+        summaries = [str(record["summary"]) for record in report["passes"]]
     matches = [i for i, known in enumerate(names) if known.lower() == name.lower()]
     if not matches:
         raise PopcompileError(f"--pass {name}: no such pass; the passes are {', '.join(dict.fromkeys(names))}")
-    parts = []
+    parts = [f"# {names[matches[0]]}: {summaries[matches[0]]}\n"]
     for index in matches:
         changed = [graph for graph in _pass_graphs(manifest) if (graph.number, graph.name) == (index, names[index])]
         for graph in changed:
@@ -272,9 +273,18 @@ def pass_table(report: dict[str, Any]) -> Table:
         nodes = [f"{record['nodes_before'][s]} -> {record['nodes_after'][s]}" for s in ("prefill", "decode")]
         before, after = record["flops_before"], record["flops_after"]
         flops = [f"{before[s] / 1e9:.2f} -> {after[s] / 1e9:.2f}" for s in ("prefill", "decode")]
-        rows.append([record["name"], record["matches"], *nodes, *flops, f"{record['seconds']:.2f}"])
-    headers = ["pass", "matches", "prefill nodes", "decode nodes", "prefill GFLOPs", "decode GFLOPs", "s"]
-    return Table(headers, rows, "lrrrrrr")
+        rows.append([record["name"], record["summary"], record["matches"], *nodes, *flops, f"{record['seconds']:.2f}"])
+    headers = [
+        "pass",
+        "what it does",
+        "matches",
+        "prefill nodes",
+        "decode nodes",
+        "prefill GFLOPs",
+        "decode GFLOPs",
+        "s",
+    ]
+    return Table(headers, rows, "llrrrrrr")
 
 
 def layer_table(report: dict[str, Any]) -> Table:

@@ -54,7 +54,7 @@ def test_arguments(arguments: list[str], words: str, cli: Cli, package: Path) ->
 
 def test_the_api_checks_its_numbers(package: Path) -> None:
     for arguments in ({"lengths": [0]}, {"batch": 0}, {"decode_tokens": 0}, {"repeats": 0}):
-        with pytest.raises(PopcompileError, match="too small"):
+        with pytest.raises(PopcompileError, match="is not a number of at least 1"):
             bench(package, **{"lengths": [8]} | arguments)  # type: ignore[arg-type]
     for arguments in ({"lengths": []}, {"threads": 0}, {"seed": -1}):
         with pytest.raises(PopcompileError, match=r"give|is not a seed"):

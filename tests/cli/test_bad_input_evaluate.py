@@ -124,7 +124,7 @@ def test_a_place_that_cannot_be_saved_to_is_found_before_any_work(cli: Cli, pack
 
 def test_the_api_checks_its_numbers(package: Path, text: Path) -> None:
     for arguments in ({"prompts": 0}, {"prompt_tokens": -1}, {"seed": -1}, {"greedy_prompts": -1}):
-        with pytest.raises(PopcompileError, match=r"too small|is not a seed"):
+        with pytest.raises(PopcompileError, match=r"is not a number of at least|is not a seed"):
             evaluate(package, [text], **arguments)
 
 

@@ -145,6 +145,7 @@ def test_inspect_options(cli: Cli, package: Path) -> None:
         assert "give one of them" in cli.refuses("inspect", package, "--json", "--pass", name)
     status, out, err = cli.run("inspect", package, "--pass", "pruneprefill")
     assert (status, err) == (0, "") and "# prefill after PrunePrefill" in out
+    assert out.startswith("# PrunePrefill: Let the prompt bypass the pruned layers.\n")
 
 
 def test_json_is_one_document(tiny_package: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.bench.measure import MEASURES
-from popcompile.evaluation.compare import PromptScores, summarise
+from popcompile.evaluation.summaries import PromptScores, summarise
 from popcompile.package.manifest import MANIFEST, read_manifest
 from popcompile.package.saving import save_in_report
 

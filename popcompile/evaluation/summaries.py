@@ -1,0 +1,100 @@
+"""Scores of prompts, summed up with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from popcompile.evaluation.bootstrap import estimate
+from popcompile.evaluation.questions import KINDS, Question
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """One prompt's comparison with the full model. KL(full || other) in nats: of the first token after the prompt, and
+    the mean of the continuation's others, if it has any. nll: mean negative log-likelihood of the continuation's tokens
+    in nats, agreement: share of its predictions whose most likely token is the full model's.
+
+    greedy: tokens until the two greedy continuations differ, where it was measured.
+    """
+
+    first_kl: float
+    later_kl: float | None
+    agreement: float
+    full_nll: float
+    nll: float
+    greedy: int | None = None
+
+
+def compared_with_itself(scores: PromptScores) -> PromptScores:
+    """The full model compared with itself."""
+    return replace(scores, first_kl=0, later_kl=scores.later_kl and 0.0, agreement=1, nll=scores.full_nll, greedy=None)
+
+
+def summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, dict[str, Any]]:
+    """Metrics of every text and, of several, of all together."""
+    found = {name: summarise(scores, seed) for name, scores in by_text.items()}
+    if len(by_text) > 1:
+        found["all"] = summarise([s for scores in by_text.values() for s in scores], seed)
+    return found
+
+
+def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
+    """The metrics of `evaluate` over prompts, and how many prompts they are of."""
+
+    def over_prompts(statistic: Callable[[Any], Any], value: Callable[[PromptScores], float]) -> dict[str, Any]:
+        return estimate(statistic, [value(s) for s in scores], seed)
+
+    metrics: dict[str, Any] = {
+        "prompts": len(scores),
+        "first_token_kl_mean": over_prompts(_mean, lambda s: s.first_kl),
+        "first_token_kl_p95": over_prompts(lambda x: np.quantile(x, 0.95, axis=-1), lambda s: s.first_kl),
+        "top1_agreement": over_prompts(_mean, lambda s: s.agreement),
+        "full_perplexity": over_prompts(_exp_mean, lambda s: s.full_nll),
+        "pop_perplexity": over_prompts(_exp_mean, lambda s: s.nll),
+        "perplexity_ratio": over_prompts(_exp_mean, lambda s: s.nll - s.full_nll),
+    }
+    later = [s.later_kl for s in scores if s.later_kl is not None]
+    if later:
+        metrics["continuation_kl_mean"] = estimate(_mean, later, seed)
+    greedy = [float(s.greedy) for s in scores if s.greedy is not None]
+    if greedy:
+        metrics["greedy_agreement_tokens"] = estimate(_mean, greedy, seed) | {"prompts": len(greedy)}
+    assert all(math.isfinite(m["value"]) for m in metrics.values() if isinstance(m, dict))
+    return metrics
+
+
+def retrieval_summary(asked: Sequence[Question], answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
+    """By kind of question: how many prompts, the shares that were answered, and what of the full model's is kept."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        rows = [row for question, row in zip(asked, answered, strict=True) if question.kind == kind]
+        if rows:
+            shares = {name: estimate(_mean, [float(row[name]) for row in rows], seed) for name in rows[0]}
+            kept = [float(row["pop"]) for row in rows if row["reference"]]
+            found[kind] = {"prompts": len(rows), "answered": shares}
+            if kept:
+                found[kind]["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
+    return found
+
+
+def code_summary(solved: Mapping[str, list[float]], seed: int) -> dict[str, Any]:
+    """Shares of the problems that each encoder solved (1 or 0 each), and what pop's differs by from the reference's."""
+    difference = [pop - full for pop, full in zip(solved["pop"], solved["reference"], strict=True)]
+    return {
+        "problems": len(difference),
+        "pass_at_1": {name: estimate(_mean, found, seed) for name, found in solved.items()},
+        "difference": estimate(_mean, difference, seed),
+    }
+
+
+def _mean(samples: Any) -> Any:
+    return samples.mean(-1)
+
+
+def _exp_mean(samples: Any) -> Any:
+    return np.exp(samples.mean(-1))
