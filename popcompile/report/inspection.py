@@ -284,7 +284,7 @@ def pass_table(report: dict[str, Any]) -> Table:
         "decode GFLOPs",
         "s",
     ]
-    return Table(headers, rows, "llrrrrrr")
+    return Table(headers, rows, "lwrrrrrr")
 
 
 def layer_table(report: dict[str, Any]) -> Table:

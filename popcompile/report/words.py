@@ -14,7 +14,7 @@ from popcompile.package.report import Loss, format_layers
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. align: "l" or "r" for each column. marked: rows that stand out."""
+    """Cells as text. align: "l", "r", or "w" for text that wraps, for each column. marked: rows that stand out."""
 
     headers: list[str]
     rows: list[list[str]]
