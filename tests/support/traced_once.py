@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -23,9 +24,11 @@ def remembering(trace: _Trace) -> _Trace:
         if trust_remote_code:  # the code is not in the config
             return trace(config, dtype, trust_remote_code)
         try:
-            key = type(config), config.to_json_string(use_diff=False), dtype
+            described = json.loads(config.to_json_string(use_diff=False))
         except (TypeError, ValueError):  # a damaged one
             return trace(config, dtype, trust_remote_code)
+        described.pop("_name_or_path", None)  # a temporary folder
+        key = type(config), json.dumps(described), dtype
         if key not in programs:
             programs[key] = trace(config, dtype, trust_remote_code)
             if len(programs) > _KEPT:
