@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -37,6 +39,13 @@ def test_optimum_is_bounded_too() -> None:
     made = next(n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "OPTIMUM")
     for line in ast.literal_eval(made.value):
         assert {s.operator for s in Requirement(line).specifier} == {">=", "<"}, line
+
+
+def test_the_builds_of_onnxruntime_have_one_range() -> None:
+    """Both that pip chooses from, and the one that popcompile/README.md swaps in."""
+    ranges = {str(r.specifier) for r in BOUNDED if r.name in ("onnxruntime", "onnxruntime-gpu")}
+    shown = re.search(r'pip install "onnxruntime(.+?)"', (ROOT / "popcompile/README.md").read_text(encoding="utf-8"))
+    assert shown and {str(SpecifierSet(shown[1]))} == ranges
 
 
 def test_every_import_is_a_dependency() -> None:
