@@ -2,11 +2,13 @@
 
 A set grows from the last layer towards the first ones by a layer at a time: each layer is tried on top of the set so
 far, calibrated in closed form and measured, and it stays in prefill for now if skipping it costs more than a share of
-the budget. Of several such layers in a row the cheapest is skipped all the same, if the budget allows. So a few layers
-that do what the deep ones below them do not, such as copying from far back, are kept, and shallower ones are skipped in
-their place: with the calibrated bypass a kept layer in the middle reads nearly what it did. Layers that were kept are
-tried again at the end, the cheapest first, while the budget allows. Refinement, which takes longer, is for the largest
-sets, where they are over the budget without it.
+the budget. After several such layers in a row, and at the end, the cheapest of all that were kept is skipped all the
+same, as long as the budget allows. As a rule a layer costs more the larger the set is, so layers that cost least when
+they were tried are tried again, until the cheapest is one that was tried on the set as it is.
+
+So a few layers that do what the deep ones below them do not, such as copying from far back, are kept, and shallower
+ones are skipped in their place: with the calibrated bypass a kept layer in the middle reads nearly what it did.
+Refinement, which takes longer, is for the largest sets, where they are over the budget without it.
 
 The longer a prompt, the more of its answers are lost, so the answers that decide stand in prompts of the length that
 the choice is for. A smaller window of tokens that take the whole model is faster and loses more: it is tried on what
@@ -33,7 +35,7 @@ from popcompile.pruning.regression import Calibration, calibrate
 MOST = 0.6
 #: how many of the deep layers `auto` may keep in that
 _KEPT = 4
-#: the share of the budget that skipping a layer may take; and of how many in a row that take more one is skipped
+#: the share of the budget that skipping a layer may take; and after how many in a row that take more one is skipped
 _STEP, _PATIENCE = 0.25, 4
 #: rows of text to calibrate on while a set grows
 _FEW_ROWS = 40
@@ -229,8 +231,8 @@ class Search:
         sets = [self.measure([self.num_layers - 1])]
         queue = deque(range(self.num_layers - 2, self._held_out.first - 1, -1))
         count = len(queue)
-        rejected: list[_Tried] = []
-        ahead: list[_Tried] = []
+        kept: list[_Tried] = []
+        in_a_row = 0
 
         def try_layer(layer: int) -> _Tried:
             before = sets[-1]
@@ -238,29 +240,24 @@ class Search:
             cost = scale.spent(candidate.loss) - scale.spent(before.loss)
             return _Tried(layer, candidate, cost, limit.allows(candidate.loss))
 
-        while queue and len(sets) < most:
-            self._progress("choose", count - len(queue), count)
-            tried = try_layer(queue.popleft())
-            if tried.cost <= _STEP and tried.allowed:
-                sets.append(tried.candidate)
-                rejected, ahead = rejected + ahead, []
-                continue
-            ahead.append(tried)
-            if len(ahead) == patience:
-                cheapest = min(ahead, key=lambda t: t.cost)
-                if not cheapest.allowed:
+        while len(sets) < most:
+            if queue and in_a_row < patience:
+                self._progress("choose", count - len(queue), count)
+                tried = try_layer(queue.popleft())
+                if tried.cost > _STEP or not tried.allowed:
+                    kept.append(tried)
+                    in_a_row += 1
+                    continue
+            else:
+                tried = min(kept, key=lambda t: t.cost, default=None)
+                if tried is None or not tried.allowed:
                     break
-                sets.append(cheapest.candidate)
-                ahead.remove(cheapest)
-                queue.extendleft(t.layer for t in reversed(ahead) if t.allowed)
-                rejected, ahead = rejected + [t for t in ahead if not t.allowed], []
-        for again in sorted(rejected + ahead, key=lambda t: t.cost):
-            if len(sets) == most:
-                break
-            tried = try_layer(again.layer)
-            if not tried.allowed:
-                break
+                kept.remove(tried)
+                if len(tried.candidate.pruned) <= len(sets):  # it was tried on a smaller set
+                    kept.append(try_layer(tried.layer))
+                    continue
             sets.append(tried.candidate)
+            in_a_row = 0
         return sets
 
 

@@ -98,15 +98,19 @@ def test_layers_that_cost_much_are_kept_and_shallower_ones_skipped() -> None:
 
 
 def test_the_cheapest_of_several_layers_that_cost_much_is_skipped() -> None:
-    """And the growth goes on from there, with those of them that the budget still has room for."""
+    """Of all that were kept, also long before; what was tried on a smaller set is tried again first."""
     costs = [9.0, 9.0, 9.0, 9.0, 0.001, 0.001, 9.0, 0.04, 0.027, 0.03, 0.5, 0.0]
     search = Canned(costs)
     assert search.within(Budget(max_kl=0.1)).pruned == [4, 5, 7, 8, 9, 11]
     tried = [sorted(set(pruned) - {11}) for pruned in search.asked[1:]]
-    assert tried[:4] == [[10], [9], [8], [7]]  # four in a row
-    assert tried[4:6] == [[8, 9], [7, 8]]  # 8 was the cheapest; the others again, but for 10
+    assert tried[:5] == [[10], [9], [8], [7], [6, 8]]  # after four in a row, 8, which was the cheapest
+    assert tried[-2:] == [[4, 5, 8, 9], [4, 5, 7, 8, 9]]  # the others again at the end, but for 10, 6, 3 and 2
     search = Canned([9.0, 9.0, 9.0, 9.0, 0.001, 0.001, 9.0, 9.0, 0.5, 0.4, 0.5, 0.0])
-    assert search.within(Budget(max_kl=0.1)).pruned == [11] and len(search.asked) == 1 + 4 + 1
+    assert search.within(Budget(max_kl=0.1)).pruned == [11] and len(search.asked) == 1 + 4
+    # 9 costs more than a share, but less than four below it
+    search = Canned([9.0, 9.0, 9.0, 9.0, 0.05, 0.05, 0.05, 0.05, 0.001, 0.03, 0.001, 0.0])
+    assert search.within(Budget(max_kl=0.1)).pruned == [7, 8, 9, 10, 11]
+    assert [8, 9, 10, 11] in search.asked and [4, 8, 10, 11] in search.asked
 
 
 class CostlierOnAllText(Canned):
