@@ -240,7 +240,7 @@ class Search:
             cost = scale.spent(candidate.loss) - scale.spent(before.loss)
             return _Tried(layer, candidate, cost, limit.allows(candidate.loss))
 
-        while len(sets) < most:
+        while len(sets) < most and (queue or kept):
             if queue and in_a_row < patience:
                 self._progress("choose", count - len(queue), count)
                 tried = try_layer(queue.popleft())
@@ -249,8 +249,8 @@ class Search:
                     in_a_row += 1
                     continue
             else:
-                tried = min(kept, key=lambda t: t.cost, default=None)
-                if tried is None or not tried.allowed:
+                tried = min(kept, key=lambda t: t.cost)
+                if not tried.allowed:
                     break
                 kept.remove(tried)
                 if len(tried.candidate.pruned) <= len(sets):  # it was tried on a smaller set
