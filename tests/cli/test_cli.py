@@ -82,7 +82,7 @@ def test_a_prompt_file_that_is_not_text(
     assert "not UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["smollm2", "gemma"])
+@pytest.mark.parametrize("model", ["smollm2", pytest.param("gemma", marks=pytest.mark.real)])
 def test_verify(model: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
     package = request.getfixturevalue(f"{model}_package")
     assert main(["verify", str(package)]) == 0

@@ -150,6 +150,7 @@ def test_two_tokens_are_enough(family: str) -> None:
 # --- starts of sampled texts -----------------------------------------------------------------------------------
 
 
+@pytest.mark.real
 def test_starts_are_ordinary_tokens(smollm2_checkpoint: Path, gemma_checkpoint: Path) -> None:
     """Gemma's tokenizer adds BOS by itself, SmolLM2's does not."""
     for folder, first in ((smollm2_checkpoint, []), (gemma_checkpoint, [2])):

@@ -163,6 +163,7 @@ def test_all_of_the_text_is_used_where_it_is_short(smollm2_tokenizer: PreTrained
         windows(smollm2_tokenizer, [text], 1, len(ids) + 1, 0, "test")
 
 
+@pytest.mark.real
 def test_bos_where_the_tokenizer_adds_it(gemma_tokenizer: PreTrainedTokenizerBase) -> None:
     bos = gemma_tokenizer.bos_token_id
     assert gemma_tokenizer("text")["input_ids"][0] == bos  # what the test relies on

@@ -114,6 +114,7 @@ def test_same_greedy_tokens(name: str, share: bool, request: pytest.FixtureReque
     assert genai(package, conversations, share) == [ours(model, turns) for turns in conversations]
 
 
+@pytest.mark.real
 def test_chat_is_streamed(unified_package: Path) -> None:
     """The package's tokenizer files and chat template mean the same to genai, and a stream is the whole answer."""
     messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "What is a B-tree?"}]
