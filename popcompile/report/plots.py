@@ -291,7 +291,8 @@ def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
         label = _plain(subject["name"])
         tokens = [row["tokens"] for row in rows]
         axes.errorbar(tokens, medians, yerr=(low, high), label=label, markersize=5, elinewidth=0.8, capsize=3, **style)
-    axes.set_title(_plain(f"Prefill, {result['source']}"), loc="left")
+    model = str(result["source"]).rstrip("/").rpartition("/")[2]  # of a path, of a hub id
+    axes.set_title(_plain(f"Prefill, {model}, {result['dtype']}"), loc="left")
     axes.set_xlabel("prompt (tokens)")
     axes.set_ylabel("prefill (ms)")
     axes.set_xlim(left=0)
