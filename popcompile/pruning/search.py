@@ -45,6 +45,10 @@ _REFINED = 0.7
 _WORTH = 1.05
 
 
+#: what rounding alone does to a loss
+_ROUNDING = 1e-5
+
+
 @dataclass(frozen=True)
 class Budget:
     """The loss that is allowed: KL in nats, of a first token, of those after it and of answers that stand in the prompt
@@ -73,9 +77,10 @@ class Budget:
     def allows(self, loss: Loss) -> bool:
         return self.spent(loss) <= 1
 
-
-#: what rounding alone does to a loss
-_ROUNDING = 1e-5
+    @property
+    def limit(self) -> float:
+        """The KL in nats above which no loss is allowed."""
+        return math.inf if self.max_kl is None else max(self.max_kl, _ROUNDING)
 
 
 def _share(loss: float, allowed: float) -> float:
@@ -126,7 +131,7 @@ class Search:
         self.measured: list[Candidate] = []
         self._final: dict[tuple[int, ...], _Maps] = {}
 
-    def measure(self, pruned: list[int], window: int | None = None, limit: float | None = None) -> Candidate:
+    def measure(self, pruned: list[int], window: int | None = None, limit: float = math.inf) -> Candidate:
         """The set with maps in closed form, of a part of the text. window: by default held_out's. limit: the KL above
         which it need not be known.
         """
@@ -166,10 +171,10 @@ class Search:
         """The maps of a finished candidate."""
         return self._final[tuple(candidate.pruned)].maps
 
-    def _measured(self, pruned: list[int], maps: _Maps, window: int | None, limit: float | None = None) -> Candidate:
+    def _measured(self, pruned: list[int], maps: _Maps, window: int | None, limit: float = math.inf) -> Candidate:
         """It takes the place of the same set's, measured with other maps of the same kind."""
         held_out = self._held_out if window is None else self._held_out.at(window)
-        loss = held_out.measure(pruned, maps.maps, math.inf if limit is None else limit)
+        loss = held_out.measure(pruned, maps.maps, limit)
         found = Candidate(pruned, loss, maps.refined, held_out.window)
         same = (found.pruned, found.refined, found.window)
         self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
@@ -216,7 +221,7 @@ class Search:
         for speedup, pruned, window in sorted(pairs, reverse=True):
             if speedup < least:
                 break
-            if pruned != finished.pruned and not budget.allows(self.measure(pruned, window, budget.max_kl).loss):
+            if pruned != finished.pruned and not budget.allows(self.measure(pruned, window, budget.limit).loss):
                 continue
             smaller = self.finish(pruned, window, refinable)
             if budget.allows(smaller.loss):
@@ -236,7 +241,7 @@ class Search:
 
         def try_layer(layer: int) -> _Tried:
             before = sets[-1]
-            candidate = self.measure(sorted([layer, *before.pruned]), limit=limit.max_kl)
+            candidate = self.measure(sorted([layer, *before.pruned]), limit=limit.limit)
             cost = scale.spent(candidate.loss) - scale.spent(before.loss)
             return _Tried(layer, candidate, cost, limit.allows(candidate.loss))
 

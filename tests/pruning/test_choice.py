@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,17 @@ def test_budgets(budget: Budget, kl: float, ratio: float, spent: float) -> None:
     assert budget.spent(loss(kl, ratio)) == pytest.approx(spent)
 
 
+def test_no_loss_above_the_limit_is_allowed() -> None:
+    for budget in (
+        Budget(max_kl=0.0),
+        Budget(max_kl=0.05),
+        Budget(max_kl=0.0).widened(2),
+        Budget(0.05, 1.1).widened(2),
+    ):
+        assert budget.allows(loss(budget.limit, 1.0)) and not budget.allows(loss(budget.limit * 1.01, 1.0))
+    assert Budget(max_ppl_ratio=1.1).limit == math.inf
+
+
 class Canned(Search):
     """Searches among losses that are given: a KL for each layer, which add up, and what refinement leaves of them."""
 
@@ -75,7 +87,7 @@ class Canned(Search):
         self._states, self._steps, self._progress = object(), 1 if left < 1 else 0, lambda *_: None
         self._windows, self._speedup = (), None
 
-    def measure(self, pruned: list[int], window: int | None = None, limit: float | None = None) -> Candidate:
+    def measure(self, pruned: list[int], window: int | None = None, limit: float = math.inf) -> Candidate:
         self.asked.append(pruned)
         return Candidate(pruned, loss(sum(self.costs[layer] for layer in pruned), 1.0))
 
@@ -160,7 +172,7 @@ class OfWindows(Canned):
         self._windows = (32, 16)
         self._speedup = lambda pruned, window: 1 / (1 - len(pruned) / len(costs) * (1 - window / tokens))
 
-    def measure(self, pruned: list[int], window: int | None = None, limit: float | None = None) -> Candidate:
+    def measure(self, pruned: list[int], window: int | None = None, limit: float = math.inf) -> Candidate:
         window = window or 64
         return Candidate(pruned, loss(64 / window * sum(self.costs[layer] for layer in pruned), 1.0), window=window)
 
