@@ -43,8 +43,6 @@ _FEW_ROWS = 40
 _REFINED = 0.7
 #: how many times sooner the prefill has to be for a smaller window to be taken: it costs quality within the budget
 _WORTH = 1.05
-
-
 #: what rounding alone does to a loss
 _ROUNDING = 1e-5
 
@@ -78,7 +76,7 @@ class Budget:
         return self.spent(loss) <= 1
 
     @property
-    def limit(self) -> float:
+    def highest_kl(self) -> float:
         """The KL in nats above which no loss is allowed."""
         return math.inf if self.max_kl is None else max(self.max_kl, _ROUNDING)
 
@@ -221,7 +219,7 @@ class Search:
         for speedup, pruned, window in sorted(pairs, reverse=True):
             if speedup < least:
                 break
-            if pruned != finished.pruned and not budget.allows(self.measure(pruned, window, budget.limit).loss):
+            if pruned != finished.pruned and not budget.allows(self.measure(pruned, window, budget.highest_kl).loss):
                 continue
             smaller = self.finish(pruned, window, refinable)
             if budget.allows(smaller.loss):
@@ -241,7 +239,7 @@ class Search:
 
         def try_layer(layer: int) -> _Tried:
             before = sets[-1]
-            candidate = self.measure(sorted([layer, *before.pruned]), limit=limit.limit)
+            candidate = self.measure(sorted([layer, *before.pruned]), limit=limit.highest_kl)
             cost = scale.spent(candidate.loss) - scale.spent(before.loss)
             return _Tried(layer, candidate, cost, limit.allows(candidate.loss))
 

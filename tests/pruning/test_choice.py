@@ -73,8 +73,8 @@ def test_no_loss_above_the_limit_is_allowed() -> None:
         Budget(max_kl=0.0).widened(2),
         Budget(0.05, 1.1).widened(2),
     ):
-        assert budget.allows(loss(budget.limit, 1.0)) and not budget.allows(loss(budget.limit * 1.01, 1.0))
-    assert Budget(max_ppl_ratio=1.1).limit == math.inf
+        assert budget.allows(loss(budget.highest_kl, 1.0)) and not budget.allows(loss(budget.highest_kl * 1.01, 1.0))
+    assert Budget(max_ppl_ratio=1.1).highest_kl == math.inf
 
 
 class Canned(Search):
