@@ -123,8 +123,12 @@ class PassManager:
         self.progress = progress
 
     def run(self, program: Program) -> list[PassRecord]:
-        """Transform `program` in place and return one record per pass. Raises ContractError."""
+        """Transform `program` in place and return one record per pass. Raises ContractError.
+
+        The code of a graph module, which calls of it run, is made anew once, after the last pass.
+        """
         records: list[PassRecord] = []
+        modified: set[str] = set()
         nodes, flops = self._measure(program.graphs)
         texts = {stage: print_graph(gm, stage) for stage, gm in program.graphs.items()} if self.observe else {}
         for index, compiler_pass in enumerate(self.passes):
@@ -142,7 +146,6 @@ class PassManager:
                     if name == stage or graph_module is not before.get(name):
                         compiler_pass.check_form(graph_module)
                         if result.modified:
-                            graph_module.recompile()
                             changed[name] = graph_module
             seconds = time.perf_counter() - started
             nodes_changed, flops_changed = self._measure(changed)
@@ -160,6 +163,7 @@ class PassManager:
                 )
             )
             nodes, flops = nodes_after, flops_after
+            modified |= changed.keys()
             if self.observe:
                 texts_after = {
                     stage: print_graph(gm, stage) if stage in changed else texts[stage]
@@ -168,6 +172,8 @@ class PassManager:
                 for stage, text in texts_after.items():
                     self.observe(index, compiler_pass, stage, texts.get(stage, texts.get("model", "")), text)
                 texts = texts_after
+        for stage in modified & program.graphs.keys():
+            program.graphs[stage].recompile()
         return records
 
     def _measure(self, graphs: Mapping[str, fx.GraphModule]) -> tuple[dict[str, int], dict[str, int]]:

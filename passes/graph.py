@@ -11,7 +11,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from popcompile.upstream import OpOverload, operator_name, symbolic_dispatch
+from popcompile.upstream import OpOverload, operator_name
+
+from .fake_values import fake_value
 
 
 def layer_of(node: fx.Node) -> int | None:
@@ -150,8 +152,7 @@ def set_value(node: fx.Node) -> None:
     """Recompute a call's fake value from those of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
     assert callable(node.target)
-    with fake_mode_of(node.graph), symbolic_dispatch(), torch.no_grad():
-        node.meta["val"] = node.target(*args, **kwargs)
+    node.meta["val"] = fake_value(fake_mode_of(node.graph), node.target, args, kwargs)
 
 
 def emit_sizes(graph: fx.Graph, x: fx.Node) -> list[int | fx.Node]:
