@@ -292,7 +292,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torc
 
 def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bool, trust_remote_code: bool) -> Source:
     from popcompile.frontend.gguf import GgufSource, inner_name  # they build on this module
-    from popcompile.frontend.text_decoder import TextDecoderSource
+    from popcompile.frontend.text_decoder import text_decoder
 
     path = local_path(model)
     local = path is not None
@@ -316,7 +316,7 @@ def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bo
     kind = "folder" if local else "hub"
     source: Source = FolderSource(model, kind, path, trust_remote_code, random_weights, text_only)
     if text_only and not random_weights:
-        source = TextDecoderSource(source)
+        source = text_decoder(source)
     if not random_weights:  # headers only: a broken checkpoint is reported before any work
         config_schema.check_tensors(model, source.config, {name: info.shape for name, info in source.tensors().items()})
     return source

@@ -27,21 +27,10 @@ from popcompile.frontend.tensor_names import empty_module
 class TextDecoderSource(Source):
     """The tensors of another source that are its text decoder's, by transformers' names of the decoder alone."""
 
-    def __init__(self, base: Source) -> None:
-        """Raises PopcompileError where `base` has no tensors of a decoder that its config describes."""
+    def __init__(self, base: Source, stored: dict[str, str]) -> None:
+        """stored: the decoder's tensors by their names here -> their names in `base`."""
         super().__init__(base.name, base.kind, base.config, base.generation_config, base.whole)
-        self._base, stored = base, base.tensors()
-        config_schema.check_tensors(base.name, base.config, {name: info.shape for name, info in stored.items()})
-        try:
-            module = empty_module(base.config)
-        except PopcompileError as error:
-            raise PopcompileError(f"{base.name}: {error}") from error
-        self._stored = decoder_names(stored, module)
-        if not self._stored:
-            raise PopcompileError(
-                f"{base.name}: the checkpoint has no tensors of a {base.config.model_type}; its config describes"
-                " another model, or files are missing"
-            )
+        self._base, self._stored = base, stored
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         stored = self._base.tensors()
@@ -57,6 +46,29 @@ class TextDecoderSource(Source):
 
     def fingerprint(self) -> dict[str, str]:
         return self._base.fingerprint()
+
+
+def text_decoder(source: Source) -> Source:
+    """The text decoder that the config of `source` describes; the source itself where its tensors are that already.
+
+    Raises PopcompileError where it has no tensors of such a decoder.
+    """
+    stored = source.tensors()
+    config_schema.check_tensors(source.name, source.config, {name: info.shape for name, info in stored.items()})
+    try:
+        module = empty_module(source.config)
+    except PopcompileError as error:
+        raise PopcompileError(f"{source.name}: {error}") from error
+    names = decoder_names(stored, module)
+    if not names:
+        raise PopcompileError(
+            f"{source.name}: the checkpoint has no tensors of a {source.config.model_type}; its config describes"
+            " another model, or files are missing"
+        )
+    base = f"{module.base_model_prefix}."
+    if source.whole is None and all(there in (name, name.removeprefix(base)) for name, there in names.items()):
+        return source
+    return TextDecoderSource(source, names)
 
 
 def decoder_names(stored: Iterable[str], module: PreTrainedModel) -> dict[str, str]:
