@@ -201,7 +201,6 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a number": (edit(text_config=7), "config.json: text_config is"),
     "no known type": (edit(text_config={"model_type": "no_such"}), "the text decoder's model type no_such"),
     "no type at all": (edit(text_config={"model_type": 3}), "the text decoder's model type 3"),
-    "an encoder": (edit(text_config={"model_type": "clip_text_model"}), "config.json"),
     "an odd field": (edit(text_config={"hidden_size": "wide"}), 'text_config: hidden_size is "wide"'),
     "quantized": (edit(text_config={"quantization_config": {"quant_method": "awq"}}), "(quant_method awq)"),
     "one missing": (lambda m: change_tensor(m, NORM, lambda t: None), "has no tensor model.layers.1.input_layernorm"),
