@@ -152,7 +152,8 @@ def _table_nodes(roots: list[fx.Node], inputs: list[fx.Node]) -> set[fx.Node]:
 
 def _switches(roots: list[fx.Node], positions: fx.Node) -> list[fx.Node]:
     """The truths about all positions, scalars, that the values depend on."""
-    candidates = [n for n in _table_nodes(roots, [positions]) if shape_of(n) == () and value_of(n).dtype is torch.bool]
+    nodes = [n for n in _table_nodes(roots, [positions]) if isinstance(value_of(n), torch.Tensor)]
+    candidates = [n for n in nodes if shape_of(n) == () and value_of(n).dtype is torch.bool]
     return sorted(n for n in candidates if positions in dependencies([n], lambda _: True))
 
 
@@ -163,7 +164,8 @@ def _apart(body: list[fx.Node], positions: fx.Node) -> bool:
     for node in body:
         if dependent & set(node.all_input_nodes):
             dependent.add(node)
-            if not any(has_symbol(d, sequence) for d in shape_of(node)):
+            values = value_of(node) if isinstance(value_of(node), list | tuple) else [value_of(node)]
+            if not all(any(has_symbol(d, sequence) for d in value.shape) for value in values):
                 return False
     return True
 

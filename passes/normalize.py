@@ -6,11 +6,15 @@ concatenation that are empty:
     to = aten.to(x, float32)  # x is float32   ->   x
     cat = aten.cat([x, x[..., 16:]], -1)  # x has 16 features   ->   x
     div_ = aten.div_(x, y)                     ->   div = aten.div(x, y), which is read where x was from there on
+    part = aten.select(x, 0, 0)                     part = aten.select(x, 0, 0)
+    copy_ = aten.copy_(part, y)                ->   copy = aten.copy(part, y); x' = aten.select_scatter(x, copy, 0, 0)
 
 An operator that changes its input counts as read: it would keep the layer that it is in from being pruned.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -19,7 +23,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from popcompile.upstream import changes_its_input, operator_name, overload_name, shares_its_input
 
 from .base import Pass
-from .graph import call_nodes, replace, set_value, shape_of
+from .graph import call_nodes, emit, replace, set_value, shape_of
 
 aten = torch.ops.aten
 
@@ -41,6 +45,8 @@ _IDENTITIES = {
     aten.view.default,
     aten.reshape.default,
 }
+#: views of a part of a tensor -> the operators that put a part back, with the same arguments after the part
+_PUT_BACK = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
 _ASSERTIONS = {aten._assert_tensor_metadata.default}
 
 
@@ -80,13 +86,25 @@ class Normalize(Pass):
         )
 
     def _make_functional(self, node: fx.Node) -> None:
-        changed = node.args[0]
-        shared = [n for n in (changed, *changed.users) if n < node and _is_view(n)]
+        parts = [node.args[0]]  # what is changed, and what that is a part of
+        while parts[-1].target in _PUT_BACK:
+            parts.append(parts[-1].args[0])
+        shared = [parts[-1]] if _is_view(parts[-1]) else [n for n in _views(parts, node) if n not in parts]
         self.check(not shared, f"{node.name} changes what {[n.name for n in shared]} show")
         name, overload = operator_name(node.target), overload_name(node.target)
         node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
         set_value(node)
-        changed.replace_all_uses_with(node, lambda user: user > node)
+        later = {part: [user for user in part.users if user > node] for part in parts}
+        value = node
+        for part, whole in pairwise(parts):
+            with node.graph.inserting_after(value):
+                value = emit(node.graph, _PUT_BACK[part.target], whole, value, *part.args[1:], like=part)
+        for part in reversed(parts):  # a part is shown again, for it may be changed again
+            if part is not parts[-1]:
+                with node.graph.inserting_after(value):
+                    value = emit(node.graph, part.target, value, *part.args[1:], like=part)
+            for user in later[part]:
+                user.replace_input_with(part, value)
 
     @staticmethod
     def _is_identity(node: fx.Node) -> bool:
@@ -106,6 +124,16 @@ def _parts(cat: fx.Node) -> list[fx.Node]:
 
 def _is_in_place(node: fx.Node) -> bool:
     return changes_its_input(node.target)
+
+
+def _views(tensors: list[fx.Node], node: fx.Node) -> list[fx.Node]:
+    """What shows memory of the tensors, was made before `node`, and is read after it."""
+    views, stack = [], list(tensors)
+    while stack:
+        made = [n for n in stack.pop().users if n < node and _is_view(n)]
+        views += [n for n in made if any(user > node for user in n.users)]
+        stack += made
+    return views
 
 
 def _is_view(node: fx.Node) -> bool:

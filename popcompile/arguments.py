@@ -101,6 +101,10 @@ def numbers(text: str) -> list[float]:
         ) from None
 
 
+#: help of the option, of every command that reads a model
+TEXT_ONLY = "take the text decoder of a multimodal model; a model of text alone is taken as it is"
+
+
 # --- paths -----------------------------------------------------------------------------------------------------
 
 

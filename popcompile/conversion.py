@@ -54,6 +54,7 @@ def convert(
     dtype: str | None = None,
     block_size: int = BLOCK_SIZE,
     provider: str = "cpu",
+    text_only: bool = False,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
     random_weights: bool = False,
@@ -92,6 +93,7 @@ def convert(
         force: replace a package at `out`.
 
     The model:
+        text_only: take the text decoder of a multimodal model; a model of text alone is taken as it is.
         adapter: a PEFT adapter (LoRA), hub id or folder, to merge into the weights first.
         gguf_file: which GGUF file of a folder or a hub id.
         random_weights: take the config alone; by default a third of the layers is skipped then, with their own
@@ -129,7 +131,11 @@ def convert(
     started = time.perf_counter()
     report_progress = StepTimes(progress)
     source = open_source(
-        str(model), gguf_file=gguf_file, random_weights=random_weights, trust_remote_code=trust_remote_code
+        str(model),
+        text_only=text_only,
+        gguf_file=gguf_file,
+        random_weights=random_weights,
+        trust_remote_code=trust_remote_code,
     )
     merged = Adapter(str(adapter)) if adapter is not None else None
     request, options = asked.for_model(source.config)

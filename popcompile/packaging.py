@@ -18,6 +18,7 @@ from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
 from popcompile.frontend.adapter import Adapter
 from popcompile.frontend.checkpoint import Checkpoint
+from popcompile.frontend.decoders import architecture
 from popcompile.frontend.source import Source
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.integrity import CODE_FIELDS
@@ -131,6 +132,8 @@ class PackageWriter:
         """What the manifest says of the model."""
         source, adapter = self._source, self._adapter
         described = {"name": source.name, "kind": source.kind, **source.fingerprint()}
+        if source.whole is not None:
+            described["text_decoder_of"] = architecture(source.whole)
         return described | ({"adapter": adapter.name, "adapter_sha256": adapter.sha256} if adapter else {})
 
     def _require_readable(self, manifest: Manifest) -> None:

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     CACHE: str
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CACHE", "OTHER_CACHE", "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor",
     "FakeTensorMode", "OpOverload", "WeightConverter", "WeightRenaming", "disable_current_modes", "dot_natural_key",
-    "get_model_conversion_mapping", "rename_source_key", "tree_leaves",
+    "get_checkpoint_conversion_mapping", "get_model_conversion_mapping", "rename_source_key", "tree_leaves",
 ]  # fmt: skip
 
 
@@ -75,6 +75,7 @@ NAMES = (
     Private("transformers.integrations.moe:_default_apply_gate", "which experts are plain SwiGLU", "5.10"),
     Private("transformers:PreTrainedModel._init_weights", "values of buffers that no checkpoint has", "5.10"),
     Private("transformers:GenerationConfig._mask_length", "the columns of a mask that was dropped", "5.12"),
+    Private("transformers:PreTrainedModel._tied_weights_keys", "tie a head that is put over a text model", "5.10"),
     Private("transformers:PreTrainedModel._is_hf_initialized", "a flag on parameters that hold values", "5.10"),
     Private("numpy:memmap._mmap", "give the pages of weights back", "2.0"),
     Private("transformers.core_model_loading:WeightConverter", "rules that merge or split tensors", "5.10"),
@@ -82,6 +83,7 @@ NAMES = (
     Private("transformers.core_model_loading:rename_source_key", "the parameter that a tensor is loaded to", "5.10"),
     Private("transformers.core_model_loading:dot_natural_key", "the order in which tensors are loaded", "5.10"),
     Private("transformers.conversion_mapping:get_model_conversion_mapping", "those rules for a module", "5.10"),
+    Private("transformers.conversion_mapping:get_checkpoint_conversion_mapping", "those for a model type", "5.10"),
     Private("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected", "tensors that are left out", "5.10"),
     Private("transformers.models.gpt_oss.modeling_gpt_oss:GptOssExperts._apply_gate", "gpt-oss' SwiGLU", "5.10"),
     Private(
@@ -107,6 +109,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 _LAZY = {
+    "get_checkpoint_conversion_mapping": "transformers.conversion_mapping",
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "WeightConverter": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
@@ -157,6 +160,14 @@ def ignored_tensors(module: PreTrainedModel) -> list[str]:
 def tied_parameters(module: PreTrainedModel) -> dict[str, str]:
     """Parameters that the module's config ties, by name; since transformers 5.10."""
     return dict(module.all_tied_weights_keys)
+
+
+def tie(module: PreTrainedModel, names: dict[str, str]) -> None:
+    """Say which parameters of a module are one where its config ties them, before its `post_init`; since 5.10.
+
+    names: each parameter's to that of the one that it is.
+    """
+    module._tied_weights_keys = names
 
 
 def has_default_gate(experts: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import json
 import shlex
 from typing import Any
 
-from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED, command, name, path
+from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED, TEXT_ONLY, command, name, path
 from popcompile.terminal import say, show
 
 
@@ -98,6 +98,7 @@ def add_convert(commands: Any) -> None:
     )
 
     source = parser.add_argument_group("the model")
+    source.add_argument("--text-only", action="store_true", help=TEXT_ONLY)
     source.add_argument(
         "--adapter", metavar="DIR", type=name, help="a PEFT adapter (LoRA) to merge into the weights, or a hub id"
     )
@@ -135,6 +136,7 @@ def _convert(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             block_size=options.block_size,
             provider=options.provider,
+            text_only=options.text_only,
             adapter=options.adapter,
             gguf_file=options.gguf_file,
             random_weights=options.random_weights,

@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WRITE_TEXT
 
 from popcompile.errors import PopcompileError
+from popcompile.frontend.causal_lm import is_headless
 
 SUPPORTED = "popcompile supports decoder-only causal LMs of transformers with attention in every layer"
 
@@ -69,33 +71,36 @@ PARTS_OF_DECODERS = frozenset({"attn_config", "ffn_config"})
 """Configs inside a decoder's config that are no models of their own."""
 
 
-def require_decoder(model: str, config: PretrainedConfig) -> None:
+def require_decoder(model: str, config: PretrainedConfig, whole: PretrainedConfig | None = None) -> None:
     """Refuse a config that popcompile cannot compile.
 
     Args:
         model: what the user wrote, for the message.
         config: the checkpoint's config. Remote code counts as a causal LM if its `auto_map` names one.
+        whole: of the multimodal model whose text decoder `config` describes, if it is one.
 
     Raises:
         PopcompileError: naming the architecture, what it is, and what is supported.
     """
     kind = config.model_type
-    architectures = getattr(config, "architectures", None)
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else kind
-    named = f"{model}: {architecture}" + (f" (model type {kind})" if architecture != kind else "")
+    called = architecture(config)
+    named = f"{model}: {called}" + (f" (model type {kind})" if called != kind else "")
     if config.is_encoder_decoder:
         raise PopcompileError(f"{named} is an encoder-decoder; {SUPPORTED}")
     if kind in OTHER_TYPES:
         raise PopcompileError(f"{named} is {OTHER_TYPES[kind]}; {SUPPORTED}")
     text = getattr(getattr(config, "text_config", None), "model_type", None)
     causal = kind in CAUSAL_LMS or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if text in CAUSAL_LMS or (causal and any(_parts(config))):
-        decoder = f", here of model type {text}" if text else ""
+    if _is_text_decoder(text, config):
         raise PopcompileError(
-            f"{named} takes more than text; popcompile supports the text decoder alone: "
-            f"give a checkpoint of the text decoder{decoder}"
+            f"{named} takes more than text; popcompile supports the text decoder alone, here of model type {text}:"
+            " add --text-only"
         )
-    if not causal:
+    if causal and any(_parts(config)):
+        raise PopcompileError(
+            f"{named} takes more than text; popcompile supports the text decoder alone: give a checkpoint of it"
+        )
+    if not causal and not (whole and _is_text_decoder(kind, whole)):
         raise PopcompileError(f"{named} has no causal language model; {SUPPORTED}")
     if getattr(config, "is_decoder", None) is False and kind not in DECODER_ANYWAY:
         raise PopcompileError(f"{named} is an encoder (config.is_decoder is false); {SUPPORTED}")
@@ -107,6 +112,20 @@ def require_decoder(model: str, config: PretrainedConfig) -> None:
         for place, holder in (("config", config), ("config.attn_config", getattr(config, "attn_config", None))):
             if asks(getattr(holder, field, None)):
                 raise PopcompileError(f"{named} has {what} ({place}.{field}); {SUPPORTED}")
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """The class that a config names, or its model type where it names none."""
+    names = getattr(config, "architectures", None)
+    return str(names[0]) if isinstance(names, list) and names else str(config.model_type)
+
+
+def _is_text_decoder(kind: str | None, whole: PretrainedConfig) -> bool:
+    """Whether transformers has a causal LM of the type or, in a model that writes text, a text model without its head.
+
+    whole: of that model.
+    """
+    return kind in CAUSAL_LMS or (kind is not None and is_headless(kind) and whole.model_type in WRITE_TEXT)
 
 
 def _parts(config: PretrainedConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from popcompile import config_schema
 from popcompile.errors import PopcompileError
 from popcompile.frontend.decoders import SUPPORTED, require_decoder
+from popcompile.frontend.text_config import check_text_config, text_config
 from popcompile.loading import TABLE_BYTES, read_file, read_json, reading, require_regular
 
 TOKENIZER_FILES = [
@@ -26,8 +27,14 @@ TOKENIZER_FILES = [
 ]
 
 
-def folder_config(model: str, folder: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The checked config of a decoder, and the plain config.json. Raises PopcompileError."""
+def folder_config(
+    model: str, folder: Path, trust_remote_code: bool, text_only: bool = False
+) -> tuple[PretrainedConfig, PretrainedConfig | None, dict[str, Any]]:
+    """The checked config of a decoder, that of the multimodal model that it is a part of, and the plain config.json.
+
+    text_only: take the text decoder's config out of a multimodal model's; otherwise that is refused. Raises
+    PopcompileError.
+    """
     require_regular(model, folder / "config.json")
     if not (folder / "config.json").is_file():
         hint = f"; to read {ggufs[0]} give --gguf-file {ggufs[0]}" if (ggufs := files_in(folder, "*.gguf")) else ""
@@ -49,6 +56,9 @@ def folder_config(model: str, folder: Path, trust_remote_code: bool) -> tuple[Pr
     config_schema.check_names(subject, raw, cls)
     config_schema.check_fields(subject, raw, config_schema.config_hints(cls))
     config_schema.check_end(subject, raw)
+    if text_only:
+        check_text_config(subject, raw)
+    whole = None
     with reading(model, "config.json is malformed"):
         if remote and trust_remote_code:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
@@ -56,10 +66,12 @@ def folder_config(model: str, folder: Path, trust_remote_code: bool) -> tuple[Pr
             with private_copy(model, folder, []) as copy:
                 config = AutoConfig.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
             vars(config).pop("auto_map", None)  # it would make readers of the package ask for code
-        require_decoder(model, config)
+        if text_only and (text := text_config(config)) is not None:
+            config, whole = text, config
+        require_decoder(model, config, whole)
         config_schema.check_sizes(subject, config)
         config.to_json_string()  # what the package will hold
-    return config, raw
+    return config, whole, raw
 
 
 def generation_config(model: str, folder: Path, config: PretrainedConfig) -> GenerationConfig:
@@ -96,6 +108,19 @@ def private_copy(model: str, folder: Path, patterns: list[str] = TOKENIZER_FILES
             else:
                 (copy / name).write_bytes(read_file(model, folder / name, TABLE_BYTES))
         yield copy
+
+
+def processor_template(model: str, folder: Path) -> str | None:
+    """The chat template that a multimodal model's processor keeps beside the tokenizer's, if it does, in a file that
+    tokenizers do not read. Raises PopcompileError.
+    """
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    template = read_json(model, file, TABLE_BYTES).get("chat_template")
+    if not isinstance(template, str):
+        raise PopcompileError(f"{model}: {file.name} has no chat_template; fix it, or remove the file")
+    return template
 
 
 def _tokenizer_config(model: str, file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ holds llama.cpp's names and quantized blocks.
     open_source("org/name")                     the hub, or its local cache; "org/name@revision" too
     open_source("folder")                       config.json + model.safetensors, or shards and their index
     open_source("model.gguf")                   also open_source("folder", gguf_file="model.gguf")
+    open_source("folder", text_only=True)       the text decoder of a multimodal checkpoint
     open_source("folder", random_weights=True)  config.json alone is enough
 """
 
@@ -27,7 +28,14 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from popcompile import config_schema
 from popcompile.errors import PopcompileError
 from popcompile.files import require_utf8
-from popcompile.frontend.folder_configs import TOKENIZER_FILES, files_in, folder_config, generation_config, private_copy
+from popcompile.frontend.folder_configs import (
+    TOKENIZER_FILES,
+    files_in,
+    folder_config,
+    generation_config,
+    private_copy,
+    processor_template,
+)
 from popcompile.frontend.hub import download, local_path
 from popcompile.loading import (
     CONFIG_BYTES,
@@ -62,13 +70,22 @@ class Source(ABC):
         kind: "hub", "folder", "gguf" or "random".
         config: the text decoder's config, without `quantization_config`.
         generation_config: the checkpoint's own, or the one that transformers derives from the config.
+        whole: the config of the multimodal model whose text decoder this is, or None.
     """
 
-    def __init__(self, name: str, kind: str, config: PretrainedConfig, generation_config: GenerationConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig,
+        whole: PretrainedConfig | None = None,
+    ) -> None:
         self.name = name
         self.kind = kind
         self.config = config
         self.generation_config = generation_config
+        self.whole = whole
 
     @abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -102,17 +119,20 @@ class Source(ABC):
 class FolderSource(Source):
     """A folder, the user's or a snapshot in the hub's cache: config.json, safetensors, tokenizer files."""
 
-    def __init__(self, name: str, kind: str, folder: Path, trust_remote_code: bool, random_weights: bool) -> None:
+    def __init__(
+        self, name: str, kind: str, folder: Path, trust_remote_code: bool, random_weights: bool, text_only: bool = False
+    ) -> None:
+        """text_only: where the config is of a multimodal model, take the one of its text decoder."""
         require_utf8(folder)
         self._folder = folder
         self._trust_remote_code = trust_remote_code
-        config, raw = folder_config(name, folder, trust_remote_code)
-        quantization = raw.get("quantization_config") or raw.get("compression_config")
+        config, whole, raw = folder_config(name, folder, trust_remote_code, text_only)
+        quantization = _quantization(raw) or (_quantization(raw.get("text_config") or {}) if whole else None)
         if quantization and not random_weights:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise PopcompileError(f"{name}: quantized checkpoint (quant_method {method}); give the unquantized one")
         plain(config)
-        super().__init__(name, kind, config, generation_config(name, folder, config))
+        super().__init__(name, kind, config, generation_config(name, folder, config), whole)
 
     @cached_property
     def _shards(self) -> dict[str, Any]:
@@ -186,10 +206,11 @@ class FolderSource(Source):
     def save_tokenizer(self, folder: Path) -> list[str]:
         if not files_in(self._folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
             return []
+        template = processor_template(self.name, self._folder) if self.whole else None
         if self._trust_remote_code:
-            return write_tokenizer(self.name, self._folder, folder, trust_remote_code=True)
+            return write_tokenizer(self.name, self._folder, folder, template=template, trust_remote_code=True)
         with private_copy(self.name, self._folder) as copy:
-            return write_tokenizer(self.name, copy, folder)
+            return write_tokenizer(self.name, copy, folder, template=template)
 
     def fingerprint(self) -> dict[str, str]:
         config = read_file(self.name, self._folder / "config.json", CONFIG_BYTES)
@@ -211,7 +232,7 @@ class RandomSource(Source):
     """Another source's config and tokenizer without its weights: the caller takes them from `random_tensor`."""
 
     def __init__(self, base: Source) -> None:
-        super().__init__(base.name, "random", base.config, base.generation_config)
+        super().__init__(base.name, "random", base.config, base.generation_config, base.whole)
         self._base = base
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -229,12 +250,18 @@ class RandomSource(Source):
 
 
 def open_source(
-    model: str, *, gguf_file: str | None = None, random_weights: bool = False, trust_remote_code: bool = False
+    model: str,
+    *,
+    text_only: bool = False,
+    gguf_file: str | None = None,
+    random_weights: bool = False,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Find `model` and read its config and headers; no tensor data is read yet.
 
     Args:
         model: a folder, a .gguf file, or a hub id such as "org/name" or "org/name@revision".
+        text_only: take the text decoder of a multimodal model; a model of text alone is taken as it is.
         gguf_file: the .gguf file to read inside the folder or hub repository.
         random_weights: ask for no weight file; the caller fills tensors with `random_tensor`.
         trust_remote_code: run the Python code that a checkpoint brings along.
@@ -245,7 +272,7 @@ def open_source(
     """
     with quiet():
         try:
-            source = _open(model, gguf_file, random_weights, trust_remote_code)
+            source = _open(model, text_only, gguf_file, random_weights, trust_remote_code)
         except PermissionError as error:
             raise PopcompileError(
                 f"{model}: permission denied reading {error.filename}; make it readable for this user"
@@ -263,8 +290,9 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     return torch.empty(shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _open(model: str, gguf_file: str | None, random_weights: bool, trust_remote_code: bool) -> Source:
-    from popcompile.frontend.gguf import GgufSource, inner_name  # it builds on this module
+def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bool, trust_remote_code: bool) -> Source:
+    from popcompile.frontend.gguf import GgufSource, inner_name  # they build on this module
+    from popcompile.frontend.text_decoder import text_decoder
 
     path = local_path(model)
     local = path is not None
@@ -285,20 +313,33 @@ def _open(model: str, gguf_file: str | None, random_weights: bool, trust_remote_
         wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
         wanted += [] if random_weights else ["model*.safetensors", "model.safetensors.index.json"]
         path = download(model, wanted=[*wanted, "*.py"] if trust_remote_code else wanted)
-    source = FolderSource(model, "folder" if local else "hub", path, trust_remote_code, random_weights)
+    kind = "folder" if local else "hub"
+    source: Source = FolderSource(model, kind, path, trust_remote_code, random_weights, text_only)
+    if text_only and not random_weights:
+        source = text_decoder(source)
     if not random_weights:  # headers only: a broken checkpoint is reported before any work
         config_schema.check_tensors(model, source.config, {name: info.shape for name, info in source.tensors().items()})
     return source
 
 
 def write_tokenizer(
-    model: str, source: Path, folder: Path, *, trust_remote_code: bool = False, **options: Any
+    model: str,
+    source: Path,
+    folder: Path,
+    *,
+    template: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> list[str]:
-    """Load the tokenizer of `source` (`options` are AutoTokenizer's) and write it; the names of its files."""
+    """Load the tokenizer of `source` (`options` are AutoTokenizer's) and write it; the names of its files.
+
+    template: the chat template of a tokenizer that has none of its own.
+    """
     with quiet(), reading(model, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
+        tokenizer.chat_template = tokenizer.chat_template or template
         folder.mkdir(parents=True, exist_ok=True)
         written = tokenizer.save_pretrained(folder)
         _for_other_readers(folder / "tokenizer_config.json", tokenizer, trust_remote_code)
@@ -323,6 +364,11 @@ def plain(config: PretrainedConfig) -> None:
     for field in ("quantization_config", "compression_config", "_model_name_or_path"):
         if field in vars(config):
             delattr(config, field)
+
+
+def _quantization(config: Mapping[str, Any]) -> Any:
+    """What a config.json, or a part of it, says of how the checkpoint is quantized, if it does."""
+    return config.get("quantization_config") or config.get("compression_config")
 
 
 def no_tensor(model: str, name: str) -> PopcompileError:

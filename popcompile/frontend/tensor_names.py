@@ -17,9 +17,10 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from popcompile.errors import PopcompileError
+from popcompile.frontend.causal_lm import causal_lm
 from popcompile.frontend.source import Source
 from popcompile.loading import one_line
 from popcompile.quiet import errors_only
@@ -27,6 +28,7 @@ from popcompile.upstream import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
     ignored_tensors,
     rename_source_key,
@@ -95,7 +97,7 @@ class TensorNames:
     def __init__(self, source: Source) -> None:
         """Raises PopcompileError where two tensors are one parameter."""
         self._source = source
-        self.module = _module(source.config)
+        self.module = empty_module(source.config)
         self.found: dict[str, str | Converted] = {}
         self.unused: list[str] = []
         self._resolve(source.tensors())
@@ -132,7 +134,7 @@ class TensorNames:
 
     def _resolve(self, stored: Iterable[str]) -> None:
         state = self.module.state_dict()
-        mapping = get_model_conversion_mapping(self.module)
+        mapping = [*get_model_conversion_mapping(self.module), *_converters_of_the_whole(self._source)]
         renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -180,7 +182,7 @@ class TensorNames:
                 if tensor.endswith("." + ending):
                     return PopcompileError(
                         f"{model}: the checkpoint's tensors stand under {tensor.removesuffix(ending)}, as a part of"
-                        " another model; save this decoder alone (transformers: from_pretrained, then save_pretrained)"
+                        " another model: add --text-only"
                     )
         return self.missing(name)
 
@@ -202,16 +204,25 @@ def settle_ties(source: Source) -> None:
         source.config.tie_word_embeddings = False
 
 
-def _module(config: PretrainedConfig) -> PreTrainedModel:
+def empty_module(config: PretrainedConfig) -> PreTrainedModel:
     """transformers' module without storage."""
     own_code = type(config).__module__.startswith("transformers_modules")  # it ran already, to read the config
     try:
         with torch.device("meta"), errors_only("transformers"):
-            return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=own_code)
+            return causal_lm(deepcopy(config), trust_remote_code=own_code)
     except Exception as error:
         raise PopcompileError(
             f"{config.model_type}: transformers cannot build the model from its config: {one_line(error)}"
         ) from error
+
+
+def _converters_of_the_whole(source: Source) -> list[WeightConverter]:
+    """What the multimodal model that a text decoder is a part of merges, splits or turns of the checkpoint's tensors.
+
+    Its renamings are of prefixes, which the source has taken away.
+    """
+    rules = (get_checkpoint_conversion_mapping(source.whole.model_type) or ()) if source.whole else ()
+    return [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def _ignored(module: PreTrainedModel) -> list[str]:

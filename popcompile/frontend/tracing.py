@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.initialization import no_init_weights
@@ -29,6 +29,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
+from popcompile.frontend.causal_lm import causal_lm
 from popcompile.frontend.masks import SUPPORTED, Mask, causal_mask
 from popcompile.frontend.positions import context_length, require_positions, require_positions_from_zero
 from popcompile.loading import one_line
@@ -195,7 +196,7 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
 def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Program:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = causal_lm(
             config,
             attn_implementation=_IMPLEMENTATION,
             experts_implementation=_IMPLEMENTATION,

@@ -92,6 +92,7 @@ def analyze(
     tokens: int = TOKENS,
     text: Path | None = None,
     seed: int = 0,
+    text_only: bool = False,
     gguf_file: str | None = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -100,8 +101,8 @@ def analyze(
     """Importance of every layer of `model` (hub id, folder or GGUF file), or of its blocks (per="block").
 
     texts, tokens: how many texts, and tokens of each, the last of which is the boundary token. They are sampled from
-    the model itself, or taken from the file `text`. adapter: a PEFT adapter to merge into the weights first.
-    progress(step, done, total). Raises PopcompileError.
+    the model itself, or taken from the file `text`. text_only: take a multimodal model's text decoder. adapter: a PEFT
+    adapter to merge into the weights first. progress(step, done, total). Raises PopcompileError.
     """
     started = time.perf_counter()
     report = progress or (lambda *_: None)
@@ -114,7 +115,7 @@ def analyze(
         raise PopcompileError(f"--tokens {tokens}: give at least 2, a context token and the boundary token")
     SEED.require("--seed", seed)
     documents = read_texts(text) if text is not None else None
-    source = open_source(str(model), gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    source = open_source(str(model), text_only=text_only, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     merged = Adapter(str(adapter)) if adapter is not None else None
     if tokens > (positions := context_length(source.config)):
         raise PopcompileError(f"--tokens {tokens}: {source.name} has {positions} positions; give fewer")

@@ -146,6 +146,7 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
     size = sum(f["size"] for f in manifest.files.values()) / 1e6
     rows = [
         ("model", f"{manifest.source['name']} ({manifest.model_type}, {manifest.num_layers} layers)"),
+        *([("part", f"the text decoder of a {whole}")] if (whole := manifest.source.get("text_decoder_of")) else []),
         *([("adapter", f"{adapter}, merged")] if (adapter := manifest.source.get("adapter")) else []),
         ("package", f"{folder} ({manifest.layout} layout, {manifest.dtype}, {size:.0f} MB)"),
         ("pruned in prefill", f"{len(pruned)} of {manifest.num_layers} layers: {format_layers(pruned)}"),

@@ -25,6 +25,8 @@ class Table:
 def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
     """The command that measures it, for each of "quality", "time", "importance" and "frontier" that is not measured."""
     out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
+    if "text_decoder_of" in manifest.source:
+        source += " --text-only"
     if adapter := manifest.source.get("adapter"):
         source += f" --adapter {shlex.quote(str(adapter))}"
     commands = {}

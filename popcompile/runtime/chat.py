@@ -84,13 +84,29 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], r
     if tokenizer.chat_template and not raw:
         try:
             encoded: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                _as_the_template_reads(tokenizer, messages),
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise PopcompileError(f"the chat template refuses the prompt ({error}); try --raw") from error
         return encoded["input_ids"]
     text = "\n".join(m["content"] for m in messages)
     return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(torch.int64)  # type: ignore[union-attr]
+
+
+def _as_the_template_reads(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The messages, in parts where the template leaves out what is plain text: some multimodal models' templates do."""
+
+    def shows(conversation: list[dict[str, Any]]) -> bool:
+        try:
+            return messages[-1]["content"].strip() in str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        except Exception:  # raised again where the conversation is encoded
+            return False
+
+    in_parts: list[dict[str, Any]] = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    return in_parts if not shows([*messages]) and shows(in_parts) else [*messages]
 
 
 def generate(

@@ -23,7 +23,7 @@ REFUSED = {
     "recurrent_gemma": "is a hybrid of recurrence and attention",
     "lfm2": "is a hybrid of convolution and attention",
     "qwen3_next": "has layers of type linear_attention",
-    "gemma3": "takes more than text; popcompile supports the text decoder alone: give a checkpoint of the text decoder",
+    "gemma3": "takes more than text; popcompile supports the text decoder alone, here of model type gemma3_text: add",
     "llava": "takes more than text",
     "no_such_type": "does not know model type no_such_type",
 }

@@ -120,8 +120,8 @@ def family_config(name: str) -> PreTrainedConfig:
 
 
 def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The one list of as many modules as the model has layers."""
-    count = model.config.num_hidden_layers
+    """The one list of as many modules as the model has layers, or the text decoder of a multimodal model."""
+    count = model.config.get_text_config().num_hidden_layers
     return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
 
 
