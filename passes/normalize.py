@@ -6,11 +6,14 @@ concatenation that are empty:
     to = aten.to(x, float32)  # x is float32   ->   x
     cat = aten.cat([x, x[..., 16:]], -1)  # x has 16 features   ->   x
     div_ = aten.div_(x, y)                     ->   div = aten.div(x, y), which is read where x was from there on
+    copy_ = aten.copy_(x[0][..., 1:6:3], y)    ->   x with y in that place, by slice_scatter and select_scatter
 
 An operator that changes its input counts as read: it would keep the layer that it is in from being pruned.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import fx
@@ -19,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from popcompile.upstream import changes_its_input, operator_name, overload_name, shares_its_input
 
 from .base import Pass
-from .graph import call_nodes, replace, set_value, shape_of
+from .graph import call_nodes, emit, replace, set_value, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -42,6 +45,8 @@ _IDENTITIES = {
     aten.reshape.default,
 }
 _ASSERTIONS = {aten._assert_tensor_metadata.default}
+#: a view of a part of a tensor -> the tensor with another value of that part
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
 
 class Normalize(Pass):
@@ -66,7 +71,10 @@ class Normalize(Pass):
                     node.update_arg(0, parts)
                 self.matches += 1
             elif _is_in_place(node):
-                self._make_functional(node)
+                if node.target == aten.copy_.default and node.args[0].target in _SCATTERS:
+                    self._scatter(node)
+                else:
+                    self._make_functional(node)
                 self.matches += 1
         graph_module.graph.eliminate_dead_code()
         return PassResult(graph_module, self.matches > 0)
@@ -88,6 +96,29 @@ class Normalize(Pass):
         set_value(node)
         changed.replace_all_uses_with(node, lambda user: user > node)
 
+    def _scatter(self, node: fx.Node) -> None:
+        """Write the copy into a part of a tensor as the tensor with that part replaced, which is read from there on.
+
+        So are the views of it, made anew.
+        """
+        whole, value = node.args[:2]
+        same = shape_of(whole) == shape_of(value) and value_of(whole).dtype == value_of(value).dtype
+        self.check(same and len(node.args) == 2, f"{node.name} copies {value.name} with another shape or dtype")
+        with node.graph.inserting_before(node):
+            while whole.target in _SCATTERS:
+                part, (whole, *place) = whole, whole.args
+                value = emit(node.graph, _SCATTERS[part.target], whole, value, *place, like=part)
+            self.check(not _is_view(whole), f"{node.name} changes what {[whole.name]} show")
+            changed = {whole: value}
+            for view in _views_before(node):
+                if view.args[0] in changed:
+                    base = changed[view.args[0]]
+                    changed[view] = emit(node.graph, view.target, base, *view.args[1:], like=view, **view.kwargs)
+        changed[node] = changed[node.args[0]]
+        for before, after in changed.items():
+            before.replace_all_uses_with(after, lambda user: user > node)
+        node.graph.erase_node(node)
+
     @staticmethod
     def _is_identity(node: fx.Node) -> bool:
         if node.target == aten.dropout.default:
@@ -102,6 +133,11 @@ def _parts(cat: fx.Node) -> list[fx.Node]:
     """What a concatenation joins, without what is empty."""
     parts, dim = list(cat.args[0]), cat.args[1] if len(cat.args) > 1 else 0
     return [part for part in parts if shape_of(part)[dim] != 0] or parts
+
+
+def _views_before(node: fx.Node) -> list[fx.Node]:
+    """What may share memory with another value, in graph order."""
+    return [n for n in node.graph.nodes if n < node and (_is_view(n) or n.target is operator.getitem)]
 
 
 def _is_in_place(node: fx.Node) -> bool:
