@@ -327,6 +327,24 @@ def _token_positions(w: Writer, node: fx.Node) -> Any:
     return w("Add", w("Unsqueeze", past, w.constant([1])), w("Unsqueeze", new, w.constant([0])))
 
 
+@rule(ops.rope_positions)
+def _rope_positions(w: Writer, node: fx.Node) -> Any:
+    return w("Transpose", w[node.args[0]], perm=[1, 2, 0])
+
+
+@rule(ops.rotary_rows)
+def _rotary_rows(w: Writer, node: fx.Node) -> Any:
+    positions, axes = node.args
+    rows = w("Gather", w[positions], w.constant(list(axes)), axis=2)
+    return w("Reshape", rows, w.constant([-1, len(axes)]))
+
+
+@rule(ops.token_rows)
+def _token_rows(w: Writer, node: fx.Node) -> Any:
+    sizes = [w.dimension(node.args[0], axis) for axis in range(2)]
+    return w("Reshape", _counted(w, w("Mul", *sizes)), w("Concat", *sizes, axis=0))
+
+
 @rule(ops.last_position)
 def _last_position(w: Writer, node: fx.Node) -> Any:
     mask, tokens = node.args

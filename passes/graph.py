@@ -54,8 +54,11 @@ def inputs_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
 
 
-#: what a decoder's tokens come in as: ids [batch, sequence], or the embeddings of them [batch, sequence, hidden]
+#: what a decoder's tokens come in as: ids [batch, sequence], or embeddings [batch, sequence, width], which may hold
+#: more than what the first layer reads
 TOKENS, MASK = ("input_ids", "inputs_embeds"), "attention_mask"
+#: positions that RoPE reads, and nothing else, [axes, batch, sequence]: where tokens have more of them than their slot
+POSITIONS = "position_ids"
 
 
 def tokens_of(gm: fx.GraphModule) -> fx.Node:
@@ -71,6 +74,11 @@ def mask_of(gm: fx.GraphModule) -> fx.Node:
 def cache_of(gm: fx.GraphModule) -> list[fx.Node]:
     """The placeholders of the cache, key and value of every layer [batch, kv_heads, past, head]."""
     return [node for name, node in inputs_of(gm).items() if name.startswith("past_key_values")]
+
+
+def position_ids_of(gm: fx.GraphModule) -> fx.Node | None:
+    """The placeholder of the positions that RoPE reads [axes, batch, sequence], where a token has several."""
+    return inputs_of(gm).get(POSITIONS)
 
 
 def output_of(gm: fx.GraphModule) -> fx.Node:
@@ -208,12 +216,15 @@ def walk_back(node: fx.Node, stop: Callable[[fx.Node], bool]) -> fx.Node | None:
     return current
 
 
-def runs(layers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive numbers: [1, 2, 5] -> (1, 2), (5, 5)."""
+def runs(layers: Iterable[int], joined: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive numbers: [1, 2, 5] -> (1, 2), (5, 5).
+
+    joined: whether a number and the next one may be in one run; asked only where both are there.
+    """
     ordered = sorted(layers)
     start = 0
     for i, layer in enumerate(ordered):
-        if i + 1 == len(ordered) or ordered[i + 1] != layer + 1:
+        if i + 1 == len(ordered) or ordered[i + 1] != layer + 1 or not joined(layer):
             yield ordered[start], layer
             start = i + 1
 

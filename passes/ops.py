@@ -302,6 +302,55 @@ def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> 
     return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1)
 
 
+def _axes_last_shape(position_ids: Tensor) -> Tensor:
+    axes, batch, sequence = position_ids.shape
+    return position_ids.new_empty((batch, sequence, axes))
+
+
+@operator("rope_positions(Tensor position_ids) -> Tensor", _axes_last_shape)
+def rope_positions(position_ids: Tensor) -> Tensor:
+    """position_ids [A, B, S] as [B, S, A]: the A positions that RoPE gives each token, M-RoPE's time, height and width.
+
+    Tokens are dimension 1, as everywhere. Slots of the cache are token_positions' affair.
+    """
+    return position_ids.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+
+
+def _rows_shape(positions: Tensor, axes: list[int]) -> Tensor:
+    return positions.new_empty((positions.shape[0] * positions.shape[1], len(axes)))
+
+
+@operator("rotary_rows(Tensor positions, int[] axes) -> Tensor", _rows_shape)
+def rotary_rows(positions: Tensor, axes: list[int]) -> Tensor:
+    """The row of RoPE's tables that pair i of each token reads, positions[..., axes[i]]: [B, S, A] -> [B S, R/2]."""
+    return positions[:, :, list(axes)].flatten(0, 1)
+
+
+def _token_rows_shape(tokens: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+
+
+@operator("token_rows(Tensor tokens) -> Tensor", _token_rows_shape)
+def token_rows(tokens: Tensor) -> Tensor:
+    """Each token's row in [B S, ...], [B, S] int64; of tokens [B, S, ...] only the shape is read."""
+    batch, count = tokens.shape[:2]
+    return torch.arange(batch * count, device=tokens.device).view(batch, count)
+
+
+@operator(
+    "rotary_embedding_axes(Tensor x, Tensor positions, Tensor cos, Tensor sin, int[] axes) -> Tensor", _like_first
+)
+def rotary_embedding_axes(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, axes: list[int]) -> Tensor:
+    """rotary_embedding of x [B, H, S, D] whose pair i turns by the position positions[..., axes[i]] of [B, S, A]."""
+    rows = REFERENCE[rotary_rows](positions, axes)
+    gathered = (torch.gather(table, 0, rows) for table in (cos, sin))
+    return REFERENCE[rotary_embedding](x, REFERENCE[token_rows](positions), *gathered)
+
+
+#: rotations, of one position for each token or of several; both read x first
+ROTATIONS = (rotary_embedding, rotary_embedding_axes)
+
+
 # --- mixtures of experts ---------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from .fold_parameters import FoldParameters
 from .fuse_rms_norm import FuseRMSNorm
 from .fuse_rotary_embedding import FuseRotaryEmbedding
 from .fuse_skip_rms_norm import FuseSkipRMSNorm
+from .gather_rotary_rows import GatherRotaryRows
 from .insert_boundary_recompute import InsertBoundaryRecompute
 from .insert_bypass import InsertBypass
 from .insert_kv_projection import InsertKVProjection
@@ -71,6 +72,7 @@ def lowering(
     """
     return [
         PadHeads(attention),
+        GatherRotaryRows(),
         LowerAttention(),
         PackQKV(),
         LowerRotaryEmbedding(),

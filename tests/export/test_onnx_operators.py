@@ -44,6 +44,11 @@ def insert_tail(ids: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return ops.insert_tail(x, tail * 3, start(ids, mask))
 
 
+def axes_first(ids: Tensor) -> Tensor:
+    """Two positions for each token [2, B, S]."""
+    return torch.cat((ids[None], ids[None] + 100))
+
+
 #: tokens [B, S] int64, mask [B, T], x [B, S, FEATURES] -> a tensor, or several
 OURS: dict[str, Function] = {
     "token_positions": lambda ids, mask, x: positions(ids, mask),
@@ -58,6 +63,9 @@ OURS: dict[str, Function] = {
     "select_tail": lambda ids, mask, x: ops.select_tail(x, start(ids, mask), WINDOW),
     "select_tail of positions": lambda ids, mask, x: ops.select_tail(positions(ids, mask), start(ids, mask), WINDOW),
     "insert_tail": insert_tail,
+    "rope_positions": lambda ids, mask, x: ops.rope_positions(axes_first(ids)),
+    "rotary_rows": lambda ids, mask, x: ops.rotary_rows(ops.rope_positions(axes_first(ids)), [1, 0, 1, 1, 0]),
+    "token_rows": lambda ids, mask, x: ops.token_rows(x),
     "replace_sink": lambda ids, mask, x: ops.replace_sink(x, x[0, 0] * 5, positions(ids, mask)),
 }
 PYTORCHS: dict[str, Function] = {
