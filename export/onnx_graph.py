@@ -47,7 +47,7 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
 
 def _written(program: Program, stage: str) -> ir.Model:
     """The graph of a stage, written down."""
-    inputs, outputs = input_names(program.num_layers), output_names(program.num_layers)
+    inputs, outputs = input_names(program.num_layers, program.inputs), output_names(program.num_layers)
     model = ir.Model(write_graph(program.graphs[stage], stage, inputs, outputs), ir_version=_IR_VERSION)
     for rewrite in (CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         rewrite(model)

@@ -83,6 +83,11 @@ NAMES = (
     Private("transformers.core_model_loading:dot_natural_key", "the order in which tensors are loaded", "5.10"),
     Private("transformers.conversion_mapping:get_model_conversion_mapping", "those rules for a module", "5.10"),
     Private("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected", "tensors that are left out", "5.10"),
+    Private(
+        "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLTextModel._deepstack_process",
+        "how a decoder adds image features between layers",
+        "5.24",
+    ),
     Private("transformers.models.gpt_oss.modeling_gpt_oss:GptOssExperts._apply_gate", "gpt-oss' SwiGLU", "5.10"),
     Private(
         "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -171,6 +176,17 @@ def has_gpt_oss_gate(experts: nn.Module) -> bool:
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
     return getattr(type(experts), "_apply_gate", None) is GptOssExperts._apply_gate
+
+
+def add_features_to_all_tokens(decoder: nn.Module) -> None:
+    """Let a decoder add DeepStack's image features to the hidden states of all tokens, both [batch, sequence, hidden].
+
+    It is given them of image tokens alone, one after the other, and picks these by a mask. Raises AttributeError for a
+    decoder that adds them in another way.
+    """
+    own = decoder._deepstack_process  # so that another way is noticed
+    assert callable(own)
+    decoder._deepstack_process = lambda hidden_states, _, features: hidden_states + features  # type: ignore[assignment]
 
 
 def initialize_buffers(model: Any, module: nn.Module) -> None:
