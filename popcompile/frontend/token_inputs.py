@@ -28,8 +28,9 @@ SUPPORTED = "popcompile supports vision-language models whose decoder takes embe
 _FEATURES = "deepstack_visual_embeds"
 #: what the modules of a vision-language model may be given. Whatever else they take would change what is computed.
 _UNDERSTOOD = {
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache",
-    "cache_position", "output_attentions", "output_hidden_states", "return_dict", "labels", "logits_to_keep", "kwargs",
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "kwargs",
+    "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "labels",
+    "logits_to_keep",
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "rope_deltas",
     "mm_token_type_ids", "mm_encoder_outputs", "visual_pos_masks", _FEATURES,
 }  # fmt: skip
@@ -82,12 +83,14 @@ class Ids(TokenInputs):
 
 
 class Embeddings(TokenInputs):
-    """hidden: features of a hidden state. features: D, that follow each embedding. axes: of M-RoPE's positions."""
+    """hidden: features of a hidden state. features: D, the number of such that follow each embedding."""
 
     names = (TOKENS[1], MASK, POSITIONS)
 
-    def __init__(self, hidden: int, features: int, axes: int) -> None:
-        self.hidden, self.features, self.axes = hidden, features, axes
+    def __init__(self, hidden: int, features: int) -> None:
+        self.hidden, self.features = hidden, features
+        #: of M-RoPE's positions, as the model that was built has them
+        self.axes = 0
 
     @property
     def width(self) -> int:
@@ -95,13 +98,17 @@ class Embeddings(TokenInputs):
         return (1 + self.features) * self.hidden
 
     def build(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """Raises PopcompileError for a model that takes more than these inputs of its images."""
+        """Raises PopcompileError for a model that takes more of its images than these, or that has no M-RoPE."""
         model = AutoModelForImageTextToText.from_config(config, **options)
         decoder = self.decoder(model)
         for module in (model, decoder):
             other = sorted(set(inspect.signature(module.forward).parameters) - _UNDERSTOOD)
             if other:
                 raise PopcompileError(f"{type(module).__name__} takes {other[0]}, which is not supported; {SUPPORTED}")
+        sections = [section for m in decoder.modules() if (section := getattr(m, "mrope_section", None))]
+        if not sections:
+            raise PopcompileError(f"{type(decoder).__name__} has one position for each token; {SUPPORTED}")
+        self.axes = len(sections[0])
         if (_FEATURES in inspect.signature(decoder.forward).parameters) != bool(self.features):
             raise PopcompileError(f"{type(decoder).__name__} and its config disagree about DeepStack; fix the config")
         if self.features:
@@ -123,7 +130,7 @@ class Embeddings(TokenInputs):
 
     def logits(self, model: PreTrainedModel, given: list[Tensor], slots: Tensor, cache: Any) -> Tensor:
         embeddings, _, position_ids = given
-        own, *features = embeddings.split(self.hidden, dim=2)
+        own, *features = embeddings.split(self.hidden, dim=2) if self.features else (embeddings,)
         named = {cache_argument(model.forward): cache}
 
         def with_features(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -139,19 +146,11 @@ class Embeddings(TokenInputs):
 
 
 def token_inputs(config: PretrainedConfig) -> TokenInputs:
-    """What the decoder of this config is given.
-
-    Raises PopcompileError for a vision-language model whose decoder has no M-RoPE.
-    """
+    """What the decoder of this config is given."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return Ids()
-    text = decoder_config(config)
-    section = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
-    if not section:
-        raise PopcompileError(f"{config.model_type}: its decoder has one position for each token; {SUPPORTED}")
-    features = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    return Embeddings(text.hidden_size, features, axes=len(section))
+    return Embeddings(decoder_config(config).hidden_size, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
 
 
 def decoder_config(config: PretrainedConfig) -> PretrainedConfig:
