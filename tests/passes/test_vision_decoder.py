@@ -19,17 +19,31 @@ import torch
 import vision_reference as reference
 from calibrated import random_maps, reference_maps
 from conftest import cache_tensors, materialise
+from steps import GRAPHS, numbered
 from torch import Tensor, fx
+from torch.nn.functional import pad
 from transformers import AutoConfig, PreTrainedModel
 from vision_reference import HIDDEN, LAYERS, Given, Visual, given_of, make_prompt, next_token, qwen2_5_vl, qwen3_vl
 
 from popcompile.export.onnx_graph import to_onnx
 from popcompile.export.weights import write_weights
 from popcompile.frontend.tracing import trace
-from popcompile.passes import ContractError, PassManager, Program, canonicalization, lowering, ops, pruning
+from popcompile.passes import (
+    ContractError,
+    InsertVirtualGates,
+    PassManager,
+    Program,
+    canonicalization,
+    lowering,
+    ops,
+    pruning,
+)
+from popcompile.passes.drop_layers import DropLayers
 from popcompile.passes.fuse_rotary_embedding import _axis_of_each_pair
 from popcompile.passes.graph import find
 from popcompile.passes.layers import runs_of
+from popcompile.passes.printing import print_graph
+from popcompile.passes.split_stages import SplitStages
 
 CONFIGS = {"qwen3_vl": qwen3_vl(), "qwen2_5_vl": qwen2_5_vl(num_hidden_layers=4)}
 SMALL, WIDE, TALL = Visual(4, 4), Visual(4, 6), Visual(8, 4)
@@ -173,6 +187,22 @@ def test_text_alone_is_the_text_model_bit_for_bit(family: str, text_type: str) -
     assert not torch.equal(run(graph(family, "prefill", (1, 2)), moved, cache)[1][0], expected[1])
 
 
+@pytest.mark.parametrize(
+    "name", ["FuseRotaryEmbedding.model", "InsertBoundaryRecompute.prefill", "GatherRotaryRows.decode"]
+)
+def test_graph_after(name: str, request: pytest.FixtureRequest) -> None:
+    """As text: three layers, features behind the first, of which the first two are pruned."""
+    program = trace(qwen3_vl([0], num_hidden_layers=3))
+    compiler_pass, stage = name.split(".")
+    passes = [*canonicalization(), *pruning((0, 1)), *lowering()]
+    last = next(i for i, p in enumerate(passes) if p.name == compiler_pass)
+    PassManager(passes[: last + 1]).run(program)
+    text, file = print_graph(program.graphs[stage], stage), GRAPHS / f"vision-{name}.txt"
+    if request.config.getoption("--update-graphs"):
+        file.write_text(text, encoding="utf-8")
+    assert numbered(text).splitlines() == numbered(file.read_text(encoding="utf-8")).splitlines()
+
+
 # --- the whole model ---------------------------------------------------------------------------------------------
 
 
@@ -278,32 +308,67 @@ def test_calibrated_maps_and_bypasses(window: int) -> None:
 
 
 def test_a_bypass_begins_where_a_run_does() -> None:
-    """Layers 1 and 2 are two runs: features are added between them."""
-    program = canonical("qwen3_vl").clone()
-    program.constants |= random_maps(model_of("qwen3_vl").model.language_model, (), (1,), seed=1).constants()
-    PassManager(pruning((1, 2), bypassed=(1,))).run(program)
+    """Layers 1 and 2 are in two runs, for features are added between them; 2 and 3 are in one."""
+    PassManager(pruning((1, 2, 3), bypassed=(1, 2))).run(canonical("qwen3_vl").clone())
     with pytest.raises(ContractError, match=r"no run of pruned layers begins at \[3\]"):
         PassManager(pruning((1, 2, 3), bypassed=(3,))).run(canonical("qwen3_vl").clone())
 
 
+class Batch:
+    """Rows of other images and lengths, padded on the right with what nobody may read, and what is expected of each."""
+
+    def __init__(self, pruned: tuple[int, ...], window: int) -> None:
+        rows = [given("qwen3_vl", prompt) for prompt in ("two of different size", "no image", "image last")]
+        self.lengths = [row.embeddings.shape[1] for row in rows]
+        spare = [max(self.lengths) - length for length in self.lengths]
+        wide = [pad(row.wide, (0, 0, 0, more), value=9.0) for row, more in zip(rows, spare, strict=True)]
+        positions = [pad(row.positions, (0, more), value=77) for row, more in zip(rows, spare, strict=True)]
+        mask = (torch.arange(max(self.lengths))[None] < torch.tensor(self.lengths)[:, None]).long()
+        empty = empty_cache(canonical("qwen3_vl"), len(rows))
+        self.inputs = [torch.cat(wide), mask, torch.cat(positions, 1), *empty]
+        self.expected = [reference.pop_prefill(model_of("qwen3_vl"), row, pruned, window=window) for row in rows]
+
+    def require(self, logits: Tensor, cache: Sequence[Tensor]) -> None:
+        for i, (length, (expected, kv)) in enumerate(zip(self.lengths, self.expected, strict=True)):
+            ours = [logits[i : i + 1], *(t[i : i + 1, :, :length] for t in cache)]
+            assert difference(ours, [expected, *cache_tensors(kv)]) < TOLERANCE
+
+
 @pytest.mark.parametrize(("pruned", "window"), [((0, 1, 3), 1), ((0, 1, 3), 5), ((), 1)])
 def test_batch_of_unequal_prompts(pruned: tuple[int, ...], window: int) -> None:
-    """Rows with other images, of other lengths, padded on the right with what nobody may read."""
-    model, program = model_of("qwen3_vl"), compiled("qwen3_vl", pruned, window)
-    rows = [given("qwen3_vl", prompt) for prompt in ("two of different size", "no image", "image last")]
-    lengths = [row.embeddings.shape[1] for row in rows]
-    longest = max(lengths)
-    wide = torch.cat([torch.nn.functional.pad(r.wide, (0, 0, 0, longest - r.wide.shape[1]), value=9.0) for r in rows])
-    positions = torch.cat(
-        [torch.nn.functional.pad(r.positions, (0, longest - r.positions.shape[2]), value=77) for r in rows], 1
-    )
-    mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
+    batch = Batch(pruned, window)
     with torch.no_grad():
-        logits, *cache = graph("qwen3_vl", "prefill", pruned, window)(wide, mask, positions, *empty_cache(program, 3))
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        expected, kv = reference.pop_prefill(model, row, pruned, window=window)
-        ours = [logits[i : i + 1], *(t[i : i + 1, :, :length] for t in cache)]
-        assert difference(ours, [expected, *cache_tensors(kv)]) < TOLERANCE
+        logits, *cache = graph("qwen3_vl", "prefill", pruned, window)(*batch.inputs)
+    batch.require(logits, cache)
+
+
+# --- gates and dropped layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruned", [(), (0, 3), (1, 2)])
+def test_closed_prefill_gates_prune(pruned: tuple[int, ...]) -> None:
+    """A layer whose prefill gate is 0 adds nothing to context tokens, and the features behind it are added still."""
+    program, tokens = canonical("qwen3_vl").clone(), given("qwen3_vl", "two of different size")
+    PassManager([InsertVirtualGates()]).run(program)
+    gated = materialise(program.graphs["model"], program, model_of("qwen3_vl").state_dict())
+    gates = torch.ones(LAYERS, 2)
+    gates[list(pruned), 0] = 0
+    with torch.no_grad():
+        logits, *cache = gated(*inputs_of(tokens, empty_cache(program)), gates)
+    expected, kv = reference.pop_prefill(model_of("qwen3_vl"), tokens, pruned)
+    assert difference([logits[:, -1:], *cache], [expected, *cache_tensors(kv)]) < TOLERANCE
+
+
+def test_dropped_layers_keep_the_features_behind_them() -> None:
+    """transformers' module whose dropped layers hand their input on, for every token."""
+    program, tokens = canonical("qwen3_vl").clone(), given("qwen3_vl", "two of different size")
+    PassManager([SplitStages(), DropLayers([0, 1, 3])]).run(program)
+    dropped = materialise(program.graphs["decode"], program, model_of("qwen3_vl").state_dict())
+    model = deepcopy(model_of("qwen3_vl"))
+    for layer in (0, 1, 3):
+        model.model.language_model.layers[layer].register_forward_hook(lambda module, args, out: args[0])
+    expected = reference.full_logits(model, make_prompt(PROMPTS["two of different size"]))
+    assert difference([run(dropped, tokens, empty_cache(program))[0]], [expected]) < TOLERANCE
 
 
 # --- in ONNX Runtime ---------------------------------------------------------------------------------------------
@@ -311,7 +376,7 @@ def test_batch_of_unequal_prompts(pruned: tuple[int, ...], window: int) -> None:
 
 def sessions(
     folder: Path, family: str, pruned: tuple[int, ...], window: int
-) -> tuple[Program, dict[str, onnxruntime.InferenceSession]]:
+) -> dict[str, onnxruntime.InferenceSession]:
     """Both graphs of a split package."""
     program, weights = compiled(family, pruned, window).clone(), model_of(family).state_dict()
     PassManager(lowering()).run(program)
@@ -325,7 +390,7 @@ def sessions(
         found[stage] = onnxruntime.InferenceSession(
             folder / f"{stage}.onnx", options, providers=["CPUExecutionProvider"]
         )
-    return program, found
+    return found
 
 
 def run_session(
@@ -346,7 +411,7 @@ def test_onnx_graphs_compute_what_fx_graphs_do(
     family: str, pruned: tuple[int, ...], window: int, tmp_path: Path
 ) -> None:
     """Prompts of one and of several blocks of attention, and tokens after them."""
-    _, onnx = sessions(tmp_path, family, pruned, window)
+    onnx = sessions(tmp_path, family, pruned, window)
     images: list[reference.Part] = [3, Visual(16, 16), Visual(8, 12), 60]
     for parts in (PROMPTS["two of different size"], PROMPTS["image last"], PROMPTS["no image"], images):
         tokens = given_of(model_of(family), make_prompt(parts))
@@ -356,11 +421,22 @@ def test_onnx_graphs_compute_what_fx_graphs_do(
         assert difference([ours[0], *ours[1]], [theirs[0], *theirs[1]]) < TOLERANCE
         whole = run_session(onnx["decode"], tokens, empty), run(graph(family, "decode", pruned, window), tokens, empty)
         assert difference([whole[0][0], *whole[0][1]], [whole[1][0], *whole[1][1]]) < TOLERANCE
-        for _ in range(3):
+        for stage in ("decode", "prefill", "decode"):  # the prefill graph is the whole model for one token: unified
             token = next_token(model_of(family), int(theirs[0][0, -1].argmax()), ours[1][0].shape[2], tokens)
-            ours = run_session(onnx["decode"], token, ours[1])
+            ours = run_session(onnx[stage], token, ours[1])
             theirs = run(graph(family, "decode", pruned, window), token, theirs[1])
             assert difference([ours[0], *ours[1]], [theirs[0], *theirs[1]]) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_batch_in_onnx(window: int, tmp_path: Path) -> None:
+    """A row's tokens read their own rows of the tables."""
+    batch = Batch((0, 1, 3), window)
+    session = sessions(tmp_path, "qwen3_vl", (0, 1, 3), window)["prefill"]
+    names = [value.name for value in session.get_inputs()]
+    found = session.run(None, dict(zip(names, (t.numpy() for t in batch.inputs), strict=True)))
+    logits, *cache = map(torch.from_numpy, found)
+    batch.require(logits, cache)
 
 
 def test_onnx_gathers_rows_of_tables_once() -> None:
