@@ -186,7 +186,11 @@ def add_features_to_all_tokens(decoder: nn.Module) -> None:
     """
     own = decoder._deepstack_process  # so that another way is noticed
     assert callable(own)
-    decoder._deepstack_process = lambda hidden_states, _, features: hidden_states + features  # type: ignore[assignment]
+
+    def add(hidden_states: Tensor, _: Any, features: Tensor) -> Tensor:
+        return hidden_states + features
+
+    decoder._deepstack_process = add  # type: ignore[assignment]  # torch's Module may hold modules and tensors only
 
 
 def initialize_buffers(model: Any, module: nn.Module) -> None:
