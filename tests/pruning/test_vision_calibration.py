@@ -13,6 +13,7 @@ import torch
 import vision_reference as reference
 from conftest import materialise
 from torch import Tensor
+from transformers import DynamicCache
 from vision_reference import Given, Visual, given_of, make_prompt
 
 from popcompile.frontend.tracing import trace
@@ -28,7 +29,7 @@ CONFIG = reference.qwen3_vl()
 MODEL = cache(lambda: reference.random_model(deepcopy(CONFIG)))
 PARTS: list[reference.Part] = [2, Visual(4, 6), 3, Visual(8, 4), 4]
 #: features are added between the first two. Layer 0 is not among them: equal tokens are equal vectors before it
-PRUNED = [1, 2, 4]
+PRUNED = (1, 2, 4)
 TOLERANCE = 1e-4
 
 
@@ -58,15 +59,16 @@ def causal(count: int) -> Tensor:
     return torch.ones(1, count, count, dtype=torch.bool).tril()
 
 
-def prefill(pruned: list[int], calibration: Calibration, window: int = 1) -> Tensor:
-    """The boundary token's logits, by the prefill graph."""
+def prefill(pruned: tuple[int, ...], calibration: Calibration, window: int = 1) -> tuple[Tensor, list[Tensor]]:
+    """The boundary token's logits and the cache, by the prefill graph."""
     program, given = canonical().clone(), prompt()
     program.constants |= calibration.constants()
     PassManager(pruning(pruned, calibration.projections, calibration.bypasses, window)).run(program)
     gm = materialise(program.graphs["prefill"], program, MODEL().state_dict())
     mask = torch.ones(given.wide.shape[:2], dtype=torch.int64)
     with torch.no_grad():
-        return gm(given.wide, mask, given.positions, *[torch.zeros(1, 2, 0, 16)] * 12)[0]
+        logits, *cache = gm(given.wide, mask, given.positions, *[torch.zeros(1, 2, 0, 16)] * 12)
+    return logits, cache
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -103,35 +105,50 @@ def test_what_is_handed_on_has_the_features() -> None:
 @torch.no_grad()
 def test_pruned_prefill_before_it_is_compiled_is_the_graph(window: int) -> None:
     """With maps and bypasses, and what refinement runs."""
-    pruned, given = PRUNED, prompt()
+    given = prompt()
     count = given.wide.shape[1] - window
     context, tail = given.part(0, count), given.part(count)
     prompts = Prompts(tokens_of(context), tokens_of(tail, count), tokens_of(given), causal(given.wide.shape[1]))
-    for maps in (Calibration(), fitted()):
+    found = []
+    for maps in (Calibration(), fitted(PRUNED)):
         entering = (context.embeddings, tail.embeddings)
-        y = last_hidden_state(layers(), prompts, entering, 0, pruned, maps)
-        ours = layers().logits(y, prompts.tail)[:, -1:]
-        assert difference(ours, prefill(pruned, maps, window)) < TOLERANCE
-    assert difference(prefill(pruned, fitted(), window), prefill(pruned, Calibration(), window)) > 0.01
-
-
-@torch.no_grad()
-def test_maps_are_fitted_to_what_layers_add() -> None:
-    """And to no features: of a prompt with fewer tokens than a hidden state has features, maps reproduce the model.
-
-    They would not if a bypass learned features that are added behind it, or if the next run were fitted without them.
-    """
-    assert set(fitted().projections) == {2, 4} and set(fitted().bypasses) == {1, 2, 4}
-    expected = reference.full_logits(MODEL(), make_prompt(PARTS))[:, -1:]
-    assert difference(prefill(PRUNED, fitted()), expected) < 1e-2
-    assert difference(prefill(PRUNED, Calibration()), expected) > 0.1
+        y = last_hidden_state(layers(), prompts, entering, 0, list(PRUNED), maps)
+        found.append(layers().logits(y, prompts.tail)[:, -1:])
+        assert difference(found[-1], prefill(PRUNED, maps, window)[0]) < TOLERANCE
+    assert difference(*found) > 0.01
 
 
 @cache
-def fitted() -> Calibration:
+def fitted(pruned: tuple[int, ...], bypass: bool = True) -> Calibration:
+    """To a prompt with fewer tokens than a hidden state has features: on it maps make what layers do."""
     with torch.no_grad():
         states = HiddenStates(layers(), prompt().wide, 0, position_ids=prompt().positions)
-        return calibrate(states, PRUNED, ridge=1e-9)
+        return calibrate(states, list(pruned), bypass=bypass, ridge=1e-9)
+
+
+@torch.no_grad()
+def test_a_bypass_learns_what_layers_add() -> None:
+    """And not the features behind them, which are added to it: the kept layers after it then read what they did."""
+    pruned = (1, 4)
+    assert set(fitted(pruned).bypasses) == {1, 4}
+    expected = reference.full_logits(MODEL(), make_prompt(PARTS))[:, -1:]
+    assert difference(prefill(pruned, fitted(pruned))[0], expected) < 1e-2
+    assert difference(prefill(pruned, Calibration())[0], expected) > 0.1
+
+
+@torch.no_grad()
+def test_projections_read_the_features_of_the_layers_before_them() -> None:
+    """Without bypasses the maps of all runs make the cache entries of the whole model."""
+    kv = DynamicCache()
+    reference.forward(MODEL(), prompt(), kv)
+    maps = fitted(PRUNED, bypass=False)
+    assert not maps.bypasses and set(maps.projections) == {2, 4}  # layer 1 has its own, of its own input
+    cache, own = (prefill(PRUNED, m)[1] for m in (maps, Calibration()))
+    for layer in PRUNED:
+        for entry, expected in enumerate((kv.layers[layer].keys, kv.layers[layer].values)):
+            context = expected[:, :, :-1]
+            assert difference(cache[2 * layer + entry][:, :, :-1], context) < 1e-2
+            assert layer == 1 or difference(own[2 * layer + entry][:, :, :-1], context) > 0.1
 
 
 def test_reports_know_the_runs() -> None:
