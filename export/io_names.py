@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: of the graphs around a decoder whose inputs are embeddings; their inputs have the names of the traced ones
+IMAGE_OUTPUTS = {"vision": ["image_features"], "embedding": ["inputs_embeds"]}
+
 
 def input_names(num_layers: int) -> list[str]:
     cache = [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]

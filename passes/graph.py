@@ -46,7 +46,12 @@ def value_of(node: fx.Node) -> Any:
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
+    return tuple(map(settled, node.meta["val"].shape))
+
+
+def settled(size: Any) -> Any:
+    """A dimension as a number where it is one: a quotient of free dimensions may come out as one that is not free."""
+    return int(size.node.expr) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
 
 
 def inputs_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
@@ -92,8 +97,14 @@ def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 # --- symbolic sizes --------------------------------------------------------------------------------------------
 
 
+#: where a graph that is no decoder's says in its meta which free dimensions it has: name -> sympy symbol
+DIMENSIONS = "dimensions"
+
+
 def dimension_symbols(gm: fx.GraphModule) -> dict[str, sympy.Symbol]:
-    """The graph's free dimensions: batch, sequence, total (= past + sequence) and past, as sympy symbols."""
+    """A graph's free dimensions as sympy symbols: of a decoder batch, sequence, total (= past + sequence) and past."""
+    if DIMENSIONS in gm.meta:
+        return dict(gm.meta[DIMENSIONS])
     tokens, mask = shape_of(tokens_of(gm)), shape_of(mask_of(gm))
     past = next(map(shape_of, cache_of(gm)), None)
     dims = {"batch": tokens[0], "sequence": tokens[1], "total": mask[1], "past": past[2] if past else 0}

@@ -302,6 +302,41 @@ def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> 
     return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1)
 
 
+# --- images ----------------------------------------------------------------------------------------------------
+
+
+@operator("rotate_tokens(Tensor x, Tensor cos, Tensor sin) -> Tensor", _like_first)
+def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of x [N, H, D]; a token's angles are its own row of cos, sin [N, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+@operator("packed_attention(Tensor query, Tensor key, Tensor value, Tensor length, float scale) -> Tensor", _like_first)
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
+    """Attention without a mask among each `length` tokens in turn: frames of one size, behind one another.
+
+    query, key, value [N, H, D]; length [] int64, a divisor of N. Returns [N, H, D]. Frames are a batch, so that no
+    mask [N, N] is needed to keep them apart, and kernels that never hold all scores can be used.
+    """
+    heads, size = query.shape[1:]
+    q, k, v = (t.reshape(-1, int(length), heads, size).transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(query.shape)
+
+
+@operator("scatter_features(Tensor x, Tensor places, Tensor features) -> Tensor", _like_first)
+def scatter_features(x: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """x [B, S, W] with the rows of features [n, W], in order, where places [B, S] bool holds; x itself if n is 0.
+
+    Of n > 0 features, all have a place, and every place has one: another number is an error.
+    """
+    out = x.clone()
+    if len(features):
+        out[places] = features
+    return out
+
+
 # --- mixtures of experts ---------------------------------------------------------------------------------------
 
 

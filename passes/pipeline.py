@@ -55,6 +55,21 @@ def pruning(
     ]
 
 
+#: the graphs around a decoder whose inputs are embeddings: the vision tower, and the embedding of tokens and images
+IMAGE_GRAPHS = ("vision", "embedding")
+
+
+def image_lowering() -> list[Pass]:
+    """The passes that bring the graphs around a decoder, as they were traced, to ONNX Runtime's operators.
+
+    They read the program's other graphs to see who shares a parameter, and are to run before those are lowered.
+    """
+    passes = [Normalize(), FuseRMSNorm(), LowerRMSNorm(), LowerLinear(), FoldParameters(), Cleanup()]
+    for one in passes:
+        one.stages = IMAGE_GRAPHS
+    return passes
+
+
 def transformations(pruned: Iterable[int], window: int = 1) -> list[Pass]:
     """From a traced graph to two stages."""
     return [*canonicalization(), *pruning(pruned, window=window)]
