@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +75,7 @@ NAMES = (
     Private("transformers.integrations.moe:_default_apply_gate", "which experts are plain SwiGLU", "5.10"),
     Private("transformers:PreTrainedModel._init_weights", "values of buffers that no checkpoint has", "5.10"),
     Private("transformers:GenerationConfig._mask_length", "the columns of a mask that was dropped", "5.12"),
+    Private("transformers:PretrainedConfig._attn_implementation", "attention as it was before tracing", "5.10"),
     Private("transformers:PreTrainedModel._is_hf_initialized", "a flag on parameters that hold values", "5.10"),
     Private("numpy:memmap._mmap", "give the pages of weights back", "2.0"),
     Private("transformers.core_model_loading:WeightConverter", "rules that merge or split tensors", "5.10"),
@@ -181,6 +182,17 @@ def initialize_buffers(model: Any, module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model._init_weights(module)
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model, or a part of one, attend by the function that AttentionInterface knows as `name`, then as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def mask_length(generation_config: Any) -> int | None:

@@ -224,7 +224,7 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: boo
             for name, value in exported.constants.items()
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
         }
-        constants |= _computed_buffers(model)
+        constants |= buffer_values(model)
     _require_values(config, gm, constants)
     if any(getattr(n.meta.get("val"), "dtype", None) in _COMPLEX for n in gm.graph.nodes):
         raise PopcompileError(f"{config.model_type}: computes with complex numbers, which ONNX has no operators for")
@@ -300,7 +300,7 @@ def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
     return flat
 
 
-def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def buffer_values(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Real values of buffers that no checkpoint holds: transformers recomputes them from the config.
 
     This is what from_pretrained does, which builds every model on the meta device.
