@@ -23,19 +23,15 @@ class Patches:
         """grid [images, 3] int64: frames, rows and columns in patches; rows and columns are alike in all images, and
         multiples of `merge`. count: patches of all frames together.
         """
-        # ONNX Runtime ends the process on a division by zero, and grids are an input
-        self.rows, self.columns = grid[0, 1].clamp(min=1), grid[0, 2].clamp(min=1)
+        self.rows, self.columns = grid[0, 1], grid[0, 2]
+        #: patches of a frame, [] int64. Grids are an input, and a division by zero may end the process
+        self.per_frame = (self.rows * self.columns).clamp(min=1)
         across = (self.columns // merge).clamp(min=1)
         place = torch.arange(count, device=grid.device) % self.per_frame
         block, inside = place // merge**2, place % merge**2
         #: of every patch in its frame, [count] int64
         self.row = block // across * merge + inside // merge
         self.column = block % across * merge + inside % merge
-
-    @property
-    def per_frame(self) -> Tensor:
-        """Patches of a frame, [] int64."""
-        return self.rows * self.columns
 
     def interpolated(self, table: Tensor) -> Tensor:
         """Position embeddings [count, hidden] in fp32 of a square table [side * side, hidden] that is stretched to the

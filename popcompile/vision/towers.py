@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,15 +101,39 @@ def _attention(
 AttentionInterface.register(_IMPLEMENTATION, _attention)
 
 
+class Input(NamedTuple):
+    """shape: of an example. free: axis -> the name of a size, and how many times that the axis is as long."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    free: Mapping[int, tuple[str, int]]
+
+
+def _qwen3_vl_inputs(config: Any) -> dict[str, Input]:
+    vision = config.vision_config
+    merged = vision.spatial_merge_size**2
+    features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "pixel_values": Input((12 * merged, features), torch.float32, {0: ("num_image_tokens", merged)}),
+        "image_grid_thw": Input((2, 3), torch.int64, {0: ("num_images", 1)}),
+    }
+
+
+def _gemma3_inputs(config: Any) -> dict[str, Input]:
+    side = config.vision_config.image_size
+    return {"pixel_values": Input((2, 3, side, side), torch.float32, {0: ("num_images", 1)})}
+
+
 @dataclass(frozen=True)
 class VisionFamily:
-    """What differs between families.
+    """What differs between families, each made of the config, or of the whole model.
 
-    tower: the module that is traced, made of the whole model. more_columns: how many image features have beside the
+    tower: the module that is traced. inputs: of it, by name. more_columns: how many image features have beside the
     decoder's H. image_tokens: ids that images' and videos' features take the place of.
     """
 
     tower: Callable[[PreTrainedModel], nn.Module]
+    inputs: Callable[[Any], dict[str, Input]]
     more_columns: Callable[[Any], int]
     image_tokens: Callable[[Any], tuple[int, ...]]
 
@@ -118,10 +142,11 @@ class VisionFamily:
 FAMILIES: Mapping[str, VisionFamily] = {
     "qwen3_vl": VisionFamily(
         Qwen3VLTower,
+        _qwen3_vl_inputs,
         lambda config: len(config.vision_config.deepstack_visual_indexes) * config.text_config.hidden_size,
         lambda config: (config.image_token_id, config.video_token_id),
     ),
-    "gemma3": VisionFamily(Gemma3Tower, lambda config: 1, lambda config: (config.image_token_id,)),
+    "gemma3": VisionFamily(Gemma3Tower, _gemma3_inputs, lambda config: 1, lambda config: (config.image_token_id,)),
 }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +25,7 @@ from popcompile.passes.base import Program
 from popcompile.passes.graph import DIMENSIONS, inputs_of, shape_of
 from popcompile.upstream import FakeTensor, FakeTensorMode, rename
 from popcompile.vision.embedding import Embedding
-from popcompile.vision.towers import embedding_width, vision_family
+from popcompile.vision.towers import Input, embedding_width, vision_family
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -46,72 +45,55 @@ def trace_images(model: PreTrainedModel) -> Program:
     family, width = vision_family(model.config), embedding_width(model.config)
     embedding = Embedding(model, family.image_tokens(model.config), width)
     graphs = {
-        "vision": _traced(model, family.tower(model), _vision_inputs(model.config)),
+        "vision": _traced(model, family.tower(model), family.inputs(model.config)),
         "embedding": _traced(model, embedding, _embedding_inputs(width, embedding.embed.weight.dtype)),
     }
     return Program(graphs, num_layers=0, max_positions=0, constants=_constants(model, graphs))
 
 
-class _Input(NamedTuple):
-    """shape: of an example. free: axis -> the name of a size, and how many times that the axis is as long."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    free: Mapping[int, tuple[str, int]]
-
-
-def _vision_inputs(config: Any) -> dict[str, _Input]:
-    vision = config.vision_config
-    if config.model_type == "gemma3":
-        shape = (2, 3, vision.image_size, vision.image_size)
-        return {"pixel_values": _Input(shape, torch.float32, {0: ("num_images", 1)})}
-    merged = vision.spatial_merge_size**2
-    features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+def _embedding_inputs(width: int, dtype: torch.dtype) -> dict[str, Input]:
     return {
-        "pixel_values": _Input((12 * merged, features), torch.float32, {0: ("num_image_tokens", merged)}),
-        "image_grid_thw": _Input((2, 3), torch.int64, {0: ("num_images", 1)}),
+        "input_ids": Input((2, 5), torch.int64, {0: ("batch_size", 1), 1: ("sequence_length", 1)}),
+        "image_features": Input((3, width), dtype, {0: ("num_image_tokens", 1)}),
     }
 
 
-def _embedding_inputs(width: int, dtype: torch.dtype) -> dict[str, _Input]:
-    return {
-        "input_ids": _Input((2, 5), torch.int64, {0: ("batch_size", 1), 1: ("sequence_length", 1)}),
-        "image_features": _Input((3, width), dtype, {0: ("num_image_tokens", 1)}),
-    }
-
-
-def _traced(model: PreTrainedModel, module: nn.Module, inputs: Mapping[str, _Input]) -> fx.GraphModule:
+def _traced(model: PreTrainedModel, module: nn.Module, inputs: Mapping[str, Input]) -> fx.GraphModule:
     """The graph of a module whose parts are the model's, over the model's names of parameters."""
-    parameter = next(model.parameters())
-    mode = parameter.fake_mode if isinstance(parameter, FakeTensor) else contextlib.nullcontext()
+    graph = _exported(model, module, inputs)
+    for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], inputs, strict=True):
+        node.target = name
+        rename(node, name)
+    names = {part: name for name, part in model.named_modules()}
+    places = {name: names[part] for name, part in module.named_children()}
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        part, _, rest = node.target.partition(".")
+        node.target = f"{places[part]}.{rest}"
+    gm = fx.GraphModule(model, graph)
+    gm.graph.eliminate_dead_code()
+    gm.meta[DIMENSIONS] = {
+        name: next(iter(shape_of(placeholder)[axis].node.expr.free_symbols))
+        for placeholder, each in zip(inputs_of(gm).values(), inputs.values(), strict=True)
+        for axis, (name, _) in each.free.items()
+    }
+    return gm
+
+
+def _exported(model: PreTrainedModel, module: nn.Module, inputs: Mapping[str, Input]) -> fx.Graph:
+    """What torch.export makes of a module, flat."""
     dims = {name: Dim(name) for each in inputs.values() for name, _ in each.free.values()}
     shapes = tuple(
         {axis: times * dims[name] if times > 1 else dims[name] for axis, (name, times) in each.free.items()}
         for each in inputs.values()
     )
-    with mode:
+    parameter = next(model.parameters())
+    with parameter.fake_mode if isinstance(parameter, FakeTensor) else contextlib.nullcontext():
         arguments = tuple(torch.zeros(each.shape, dtype=each.dtype) for each in inputs.values())
     with torch.no_grad():
         exported = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
     graph = exported.module(check_guards=False).graph
     graph.set_codegen(fx.graph.CodeGen())
-    for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], inputs, strict=True):
-        node.target = name
-        rename(node, name)
-    names = {id(part): name for name, part in model.named_modules(remove_duplicate=False) if name}
-    owners = {name: names[id(part)] for name, part in module.named_children()}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            owner, _, rest = node.target.partition(".")
-            node.target = f"{owners[owner]}.{rest}"
-    gm = fx.GraphModule(model, graph)
-    gm.graph.eliminate_dead_code()
-    gm.meta[DIMENSIONS] = {
-        name: next(iter(shape_of(inputs_of(gm)[placeholder])[axis].node.expr.free_symbols))
-        for placeholder, each in inputs.items()
-        for axis, (name, _) in each.free.items()
-    }
-    return gm
+    return graph
 
 
 def _constants(model: PreTrainedModel, graphs: Mapping[str, fx.GraphModule]) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+from torch.utils.flop_counter import FlopCounterMode
 from vision import (
     MERGE,
     Graphs,
@@ -26,7 +27,9 @@ from vision import (
 
 from popcompile.errors import PopcompileError
 from popcompile.package.graph_operators import OPERATORS
+from popcompile.passes.flops import flops_by_layer
 from popcompile.passes.printing import print_graph
+from popcompile.upstream import attention_implementation
 from popcompile.vision.towers import embedding_width
 from popcompile.vision.tracing import build_model, trace_images
 
@@ -128,7 +131,7 @@ def test_packages_may_have_these_graphs(family: str, request: pytest.FixtureRequ
 
 @torch.no_grad()
 def test_fp16(qwen: Any, gemma: Any, tmp_path: Path) -> None:
-    """Of features as large as trained ones: weights of 0.2 in a sum of 48 leave rounding of 1e-2 after three blocks."""
+    """Half a thousandth is what a number is rounded by; after three blocks features are off by twice as much."""
     grids = torch.tensor([[1, 6, 8]] * 2)
     for name, model, pixels, given in (
         ("qwen", qwen, patches(grids), grids),
@@ -142,7 +145,22 @@ def test_fp16(qwen: Any, gemma: Any, tmp_path: Path) -> None:
         else:
             expected = side_by_side(model.model.get_image_features(pixels, given, return_dict=True))
         found = graphs.features(pixels, given)
-        assert found.dtype == np.float16 and close(found.astype(np.float32), expected, 2e-2)
+        assert found.dtype == np.float16 and close(found.astype(np.float32), expected, 3e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+@torch.no_grad()
+def test_flops(family: str, qwen: Any, gemma: Any) -> None:
+    """Those that PyTorch counts while transformers' model runs, without fused attention, which it does not count."""
+    images, patch = 2, 64
+    grids = torch.tensor([[1, 8, 8]] * images)
+    inputs = (patches(grids), grids) if family == "qwen" else (torch.randn(images, 3, 32, 32),)
+    model = qwen if family == "qwen" else gemma
+    with attention_implementation(model, "eager"), FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(*inputs)
+    sizes = {"num_image_tokens": images * patch // MERGE**2, "num_images": images, "total": patch}
+    counted = flops_by_layer(trace_images(model).graphs["vision"], "vision", sizes)
+    assert sum(counted.values()) == counter.get_total_flops()
 
 
 def test_a_model_with_weights_gives_the_same_graphs(qwen: Any) -> None:
@@ -164,7 +182,7 @@ def test_tracing_leaves_the_model_as_it_was(gemma: Any) -> None:
 def test_a_bad_grid_does_not_end_the_process(qwen_graphs: Graphs, grid: list[int]) -> None:
     """By a division by zero, or a place outside of the table of positions: callers check grids, and some forget it."""
     found = np.zeros(1)
-    with contextlib.suppress(RuntimeException, InvalidArgument):
+    with contextlib.suppress(Fail, InvalidArgument, RuntimeException):
         found = qwen_graphs.features(patches(torch.tensor([[1, 4, 6]])), torch.tensor([grid]))
     assert np.isfinite(found).all()
 
