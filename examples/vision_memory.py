@@ -76,8 +76,7 @@ def make(work: Path, layers: int) -> None:
 
     vision = VISION | {"depth": layers, "deepstack_visual_indexes": [i for i in (5, 11, 17) if i < layers]}
     text = {"hidden_size": 2048, "num_hidden_layers": 1, "vocab_size": 1000}
-    tokens = {"image_token_id": 990, "video_token_id": 991}
-    model = build_model(Qwen3VLConfig(vision_config=vision, text_config=text, **tokens))
+    model = build_model(Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=990, video_token_id=991))
     started = time.perf_counter()
     program = trace_images(model)
     del program.graphs["embedding"]
