@@ -69,6 +69,7 @@ class Graphs:
     """A model's graphs around the decoder in ONNX Runtime, made from its config, and then its weights."""
 
     def __init__(self, model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.folder = folder
         self.program = trace_images(build_model(model.config, dtype))
         PassManager(image_lowering()).run(self.program)
         self.models = images_to_onnx(self.program, "cpu")
