@@ -9,12 +9,12 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from torch import fx
 
 from popcompile.passes import Program
-from popcompile.passes.graph import is_size
+from popcompile.passes.graph import inputs_of, is_size
 
 from .branches import choose_by_tokens
 from .cached_attention import attend_to_prompts
 from .foreign import write_foreign
-from .io_names import input_names, output_names
+from .io_names import IMAGE_OUTPUTS, input_names, output_names
 from .operators import RULES
 from .providers import PROVIDERS
 from .widen_products import widen_products
@@ -45,10 +45,29 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
     return models
 
 
+def images_to_onnx(program: Program, provider: str) -> dict[str, ir.Model]:
+    """The graphs around a decoder, those that the program has, as ONNX models whose parameters have no value yet.
+
+    provider: one of PROVIDERS.
+    """
+    models = {}
+    for stage, outputs in IMAGE_OUTPUTS.items():
+        if stage in program.graphs:
+            gm = program.graphs[stage]
+            models[stage] = _model(gm, stage, list(inputs_of(gm)), outputs)
+            if not PROVIDERS[provider].fp16_products:
+                widen_products(models[stage])
+    return models
+
+
 def _written(program: Program, stage: str) -> ir.Model:
-    """The graph of a stage, written down."""
-    inputs, outputs = input_names(program.num_layers), output_names(program.num_layers)
-    model = ir.Model(write_graph(program.graphs[stage], stage, inputs, outputs), ir_version=_IR_VERSION)
+    """The graph of a decoder's stage, written down."""
+    layers = program.num_layers
+    return _model(program.graphs[stage], stage, input_names(layers, program.inputs), output_names(layers))
+
+
+def _model(gm: fx.GraphModule, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    model = ir.Model(write_graph(gm, name, inputs, outputs), ir_version=_IR_VERSION)
     for rewrite in (CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         rewrite(model)
     return model

@@ -17,6 +17,7 @@ from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from popcompile.passes import ops
 from popcompile.passes.graph import shape_of, value_of
+from popcompile.passes.onnx_ops import CONTRIB
 
 from .writer import Rule, Writer, reshape, same_size
 
@@ -85,11 +86,50 @@ def _binary(op: str) -> Rule:
 
 for _target, _op in {
     aten.abs: "Abs", aten.cos: "Cos", aten.sin: "Sin", aten.log: "Log", aten.sigmoid: "Sigmoid", aten.tanh: "Tanh",
-    aten.bitwise_not: "Not",
+    aten.bitwise_not: "Not", aten.neg: "Neg", aten.floor: "Floor",
 }.items():  # fmt: skip
     RULES[_target.default] = _unary(_op)
 for _target, _op in {aten.add: "Add", aten.sub: "Sub", aten.mul: "Mul", aten.div: "Div"}.items():
     RULES[_target.Tensor] = _binary(_op)
+RULES[aten.logical_or.default] = _binary("Or")
+
+
+def _whole(op: str) -> Rule:
+    """Of integers that are not negative, by positive ones."""
+
+    def written(w: Writer, node: fx.Node) -> Any:
+        if _dtype(node).is_floating_point:
+            return NotImplemented
+        return w(op, *(w.operand(argument, _dtype(node)) for argument in node.args))
+
+    return written
+
+
+@rule(aten.rsub.Scalar)
+def _subtracted_from(w: Writer, node: fx.Node) -> Any:
+    if len(node.args) > 2:
+        return NotImplemented
+    x, number = node.args
+    return w("Sub", w.operand(number, _dtype(node)), w[x], dtype=_dtype(node))
+
+
+RULES |= {aten.floor_divide.default: _whole("Div")}
+RULES |= {aten.remainder.Tensor: _whole("Mod"), aten.remainder.Scalar: _whole("Mod")}
+
+
+@rule(aten.clamp.default)
+def _clamp(w: Writer, node: fx.Node) -> Any:
+    x, least, most = _arguments(node, self=None, min=None, max=None)
+    value = w[x]
+    for op, bound in (("Max", least), ("Min", most)):
+        value = value if bound is None else w(op, value, w.operand(bound, _dtype(node)))
+    return value
+
+
+@rule(aten.eq.Scalar)
+def _equal(w: Writer, node: fx.Node) -> Any:
+    x, other = node.args
+    return w("Equal", w[x], w.operand(other, _dtype(x)), dtype=torch.bool)
 
 
 @rule(aten.silu.default)
@@ -250,6 +290,25 @@ def _full(w: Writer, node: fx.Node) -> Any:
     return w("Expand", filled, w.sizes(sizes)) if sizes else filled
 
 
+@rule(aten.arange.default)
+def _arange(w: Writer, node: fx.Node) -> Any:
+    (end,) = node.args
+    if isinstance(end, float) or _dtype(node) != torch.int64:
+        return NotImplemented
+    return _counted(w, w.size(end))
+
+
+@rule(aten.pad.default)
+def _pad(w: Writer, node: fx.Node) -> Any:
+    x, sizes, mode, value = _arguments(node, self=None, pad=None, mode="constant", value=None)
+    if mode != "constant" or not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    axes = [-1 - i for i in range(len(sizes) // 2)]
+    return w(
+        "Pad", w[x], w.constant([*sizes[::2], *sizes[1::2]]), w.constant(value or 0.0, _dtype(node)), w.constant(axes)
+    )
+
+
 @rule(aten.full_like.default, aten.zeros_like.default)
 def _full_like(w: Writer, node: fx.Node) -> Any:
     x, value = _arguments(node, self=None, fill_value=0)
@@ -282,6 +341,12 @@ def _scatter_value(w: Writer, node: fx.Node) -> Any:
     x, axis, index, value = node.args
     source = w("Expand", w.constant(value, _dtype(node)), w.sizes_of(w[index]))
     return w("ScatterElements", w[x], w[index], source, axis=axis)
+
+
+@rule(aten.select.int)
+def _select(w: Writer, node: fx.Node) -> Any:
+    x, axis, index = node.args
+    return w("Gather", w[x], w.constant(index), axis=axis)
 
 
 # --- positions, boundary tokens and tails ------------------------------------------------------------------------
@@ -325,6 +390,24 @@ def _token_positions(w: Writer, node: fx.Node) -> Any:
     mask, tokens = node.args
     past, new = _past_length(w, mask, tokens), _counted(w, w.dimension(tokens, 1))
     return w("Add", w("Unsqueeze", past, w.constant([1])), w("Unsqueeze", new, w.constant([0])))
+
+
+@rule(ops.rope_positions)
+def _rope_positions(w: Writer, node: fx.Node) -> Any:
+    return w("Transpose", w[node.args[0]], perm=[1, 2, 0])
+
+
+@rule(ops.rotary_rows)
+def _rotary_rows(w: Writer, node: fx.Node) -> Any:
+    positions, axes = node.args
+    rows = w("Gather", w[positions], w.constant(list(axes)), axis=2)
+    return w("Reshape", rows, w.constant([-1, len(axes)]))
+
+
+@rule(ops.token_rows)
+def _token_rows(w: Writer, node: fx.Node) -> Any:
+    sizes = [w.dimension(node.args[0], axis) for axis in range(2)]
+    return w("Reshape", _counted(w, w("Mul", *sizes)), w("Concat", *sizes, axis=0))
 
 
 @rule(ops.last_position)
@@ -429,3 +512,74 @@ def _replace_sink(w: Writer, node: fx.Node) -> Any:
         lambda: w("Unsqueeze", w("Equal", w[positions], w.constant(0), dtype=torch.bool), w.constant([-1])),
     )
     return w("Where", first, w[sink], w[x], dtype=_dtype(node))
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.conv2d.padding)
+def _conv2d(w: Writer, node: fx.Node) -> Any:
+    x, weight, bias, stride, padding, dilation, groups = _arguments(
+        node, input=None, weight=None, bias=None, stride=(1,), padding="valid", dilation=(1,), groups=1
+    )
+    if padding != "valid":
+        return NotImplemented
+    inputs = [w[x], w[weight], *([] if bias is None else [w[bias]])]
+    return w("Conv", *inputs, strides=_pair(stride), dilations=_pair(dilation), group=groups)
+
+
+@rule(aten.avg_pool2d.default)
+def _avg_pool2d(w: Writer, node: fx.Node) -> Any:
+    x, kernel, stride, padding, up, *_ = _arguments(
+        node, self=None, kernel_size=None, stride=(), padding=(0,), ceil_mode=False, count_include_pad=True
+    )
+    if len(node.args) > 5 or node.kwargs or any(padding) or up:
+        return NotImplemented
+    return w("AveragePool", w[x], kernel_shape=_pair(kernel), strides=_pair(stride or kernel))
+
+
+def _pair(sizes: list[int]) -> list[int]:
+    """A size along height and width, which may be given once for both."""
+    return [*sizes, *sizes][:2]
+
+
+def _side_by_side(w: Writer, x: fx.Node, length: ir.Value) -> ir.Value:
+    """x [N, H, D] as [N / length, length, H x D]; length [1]."""
+    _, heads, size = shape_of(x)
+    shape = w.kept(
+        ("frames", length, heads * size),
+        lambda: w("Concat", w.constant([-1]), length, w.constant([heads * size]), axis=0),
+    )
+    return w("Reshape", w[x], shape)
+
+
+@rule(ops.rotate_tokens)
+def _rotate_tokens(w: Writer, node: fx.Node) -> Any:
+    x, cos, sin = node.args
+    _, heads, size = shape_of(x)
+    tokens = w.dimension(x, 0)
+    positions = w.kept(("positions", tokens), lambda: w("Unsqueeze", _counted(w, tokens), w.constant([0])))
+    tables = (w.cast(w[table], _dtype(x)) for table in (cos, sin))
+    row = w("Reshape", w[x], w.constant([1, -1, heads * size]))
+    rotated = w("RotaryEmbedding", row, positions, *tables, domain=CONTRIB, num_heads=heads)
+    return w("Reshape", rotated, w.constant([-1, heads, size]))
+
+
+@rule(ops.packed_attention)
+def _packed_attention(w: Writer, node: fx.Node) -> Any:
+    query, key, value, length, scale = node.args
+    _, heads, size = shape_of(query)
+    tokens = w.kept(("length", length), lambda: w("Reshape", w[length], w.constant([1])))
+    frames = (_side_by_side(w, x, tokens) for x in (query, key, value))
+    attended = w("MultiHeadAttention", *frames, domain=CONTRIB, num_heads=heads, scale=scale)
+    return w("Reshape", attended, w.constant([-1, heads, size]))
+
+
+@rule(ops.scatter_features)
+def _scatter_features(w: Writer, node: fx.Node) -> Any:
+    x, places, features = node.args
+    found = w("Transpose", w("NonZero", w[places], dtype=torch.int64), perm=[1, 0])
+    count = w("Shape", found, start=0, end=1)
+    given = w("Min", w.dimension(features, 0), w.constant([1]))
+    taken = w("Slice", found, w.constant([0]), w("Mul", count, given), w.constant([0]))
+    return w("ScatterND", w[x], taken, w[features])

@@ -23,6 +23,7 @@ from popcompile.passes.graph import (
     is_size,
     mask_of,
     outputs_of,
+    settled,
     shape_of,
     tokens_of,
     value_of,
@@ -58,9 +59,11 @@ class Writer:
 
     def __init__(self, gm: fx.GraphModule, name: str, input_names: Sequence[str]) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
-        free = {symbol: _FREE[name] for name, symbol in dimension_symbols(gm).items()}
+        symbols = dimension_symbols(gm)
+        free = {symbol: _FREE[name] for name, symbol in symbols.items() if name in _FREE}
         self._free = {symbol: (source(gm), axis) for symbol, (_, source, axis) in free.items()}
-        self._names = {symbol: type(symbol)(known, integer=True) for symbol, (known, *_) in free.items()}
+        known = {symbol: name for name, symbol in symbols.items()} | {s: of[0] for s, of in free.items()}
+        self._names = {symbol: type(symbol)(name, integer=True) for symbol, name in known.items()}
         self._values: dict[fx.Node, Any] = {}
         self._constants: dict[tuple[str, ir.DataType], ir.Value] = {}
         self._kept: dict[Any, ir.Value] = {}
@@ -253,6 +256,7 @@ class Writer:
         return value
 
     def _dimension(self, size: Any) -> int | str:
+        size = settled(size)
         return str(size.node.expr.xreplace(self._names)) if isinstance(size, torch.SymInt) else int(size)
 
 

@@ -8,10 +8,11 @@ from .contract import ContractError
 from .insert_virtual_gates import InsertVirtualGates
 from .lower_experts import ExpertKernels
 from .pad_heads import AttentionKernels
-from .pipeline import canonicalization, lowering, pruning, transformations
+from .pipeline import IMAGE_GRAPHS, canonicalization, image_lowering, lowering, pruning, transformations
 from .quantize_linear import Quantization
 
 __all__ = [
+    "IMAGE_GRAPHS",
     "AttentionKernels",
     "ContractError",
     "ExpertKernels",
@@ -22,6 +23,7 @@ __all__ = [
     "Program",
     "Quantization",
     "canonicalization",
+    "image_lowering",
     "lowering",
     "pruning",
     "transformations",

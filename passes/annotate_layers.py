@@ -95,7 +95,7 @@ class AnnotateLayers(Pass):
                 node.meta["role"] = f"{'key' if role == 'k' else 'value'}_cache"
                 node = node.args[1]
                 continue
-            if node.target == ops.rotary_embedding:
+            if node.target in ops.ROTATIONS:
                 node.meta["role"] = "rope"
             elif _is_norm(node):
                 node.meta["role"] = f"{role}_norm"

@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .contract import ContractError
 from .flops import total_flops
-from .graph import call_nodes, clone_module, is_size
+from .graph import cache_of, call_nodes, clone_module, inputs_of, is_size
 from .parameters import Derived
 from .printing import print_graph
 
@@ -35,6 +35,13 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     #: initializers that are computed from checkpoint tensors or constants when weights are written
     derived: dict[str, Derived] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the graphs' inputs, in order, but for those of the cache, which follow them."""
+        gm = next(iter(self.graphs.values()))
+        cache = cache_of(gm)
+        return [name for name, node in inputs_of(gm).items() if node not in cache]
 
     def clone(self) -> Program:
         """A copy that passes may change. Values of constants are shared."""

@@ -5,6 +5,8 @@ of the experts that a token is given to. Attention is counted by its formula too
 the causal mask and the sliding window leave: a query at position p of a full layer reads p + 1 keys. Element-wise work
 is not counted (below 1% in a decoder).
 
+Of a vision tower, whose attention is counted whole, `total` is the number of patches of an image.
+
 Reference sizes: prefill is one prompt of 1,024 tokens without a past, decode is one token after 1,024.
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils.flop_counter import addmm_flop, bmm_flop, flop_registry, mm_flop, sdpa_flop_count
+from torch.utils.flop_counter import addmm_flop, bmm_flop, conv_flop_count, flop_registry, mm_flop, sdpa_flop_count
 
 from . import ops
 from .contract import ContractError
@@ -115,6 +117,12 @@ def _lowered_attention(node: fx.Node, shape: _Shapes, total: int) -> int:
     return attention_flops((batch, heads, new, head_size), head_size, total, window)
 
 
+def _packed_attention(node: fx.Node, shape: _Shapes, total: int) -> int:
+    tokens, heads, size = shape(node.args[0])
+    frames = (tokens // total, heads, total, size)
+    return sdpa_flop_count(frames, frames, frames)
+
+
 _OF_TORCH: dict[Any, _Formula] = {
     aten.linear.default: _linear,
     aten.mm.default: lambda node, shape, _: mm_flop(*map(shape, node.args[:2])),
@@ -123,6 +131,8 @@ _OF_TORCH: dict[Any, _Formula] = {
     aten.matmul.default: _products,
     ops.experts: _experts,
     ops.attention: _attention,
+    ops.packed_attention: _packed_attention,
+    aten.conv2d.padding: lambda node, shape, _: conv_flop_count(*map(shape, (*node.args[:2], node))),
 }
 _OF_ONNX: dict[str, _Formula] = {
     "MatMul": _products,

@@ -48,7 +48,12 @@ def value_of(node: fx.Node) -> Any:
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
+    return tuple(map(settled, node.meta["val"].shape))
+
+
+def settled(size: Any) -> Any:
+    """A dimension as a number where it is one: a quotient of free dimensions may come out as one that is not free."""
+    return int(size.node.expr) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
 
 
 def inputs_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
@@ -56,8 +61,11 @@ def inputs_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
 
 
-#: what a decoder's tokens come in as: ids [batch, sequence], or the embeddings of them [batch, sequence, hidden]
+#: what a decoder's tokens come in as: ids [batch, sequence], or embeddings [batch, sequence, width], which may hold
+#: more than what the first layer reads
 TOKENS, MASK = ("input_ids", "inputs_embeds"), "attention_mask"
+#: positions that RoPE reads, and nothing else, [axes, batch, sequence]: where tokens have more of them than their slot
+POSITIONS = "position_ids"
 
 
 def tokens_of(gm: fx.GraphModule) -> fx.Node:
@@ -73,6 +81,11 @@ def mask_of(gm: fx.GraphModule) -> fx.Node:
 def cache_of(gm: fx.GraphModule) -> list[fx.Node]:
     """The placeholders of the cache, key and value of every layer [batch, kv_heads, past, head]."""
     return [node for name, node in inputs_of(gm).items() if name.startswith("past_key_values")]
+
+
+def position_ids_of(gm: fx.GraphModule) -> fx.Node | None:
+    """The placeholder of the positions that RoPE reads [axes, batch, sequence], where a token has several."""
+    return inputs_of(gm).get(POSITIONS)
 
 
 def output_of(gm: fx.GraphModule) -> fx.Node:
@@ -94,8 +107,14 @@ def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 # --- symbolic sizes --------------------------------------------------------------------------------------------
 
 
+#: where a graph that is no decoder's says in its meta which free dimensions it has: name -> sympy symbol
+DIMENSIONS = "dimensions"
+
+
 def dimension_symbols(gm: fx.GraphModule) -> dict[str, sympy.Symbol]:
-    """The graph's free dimensions: batch, sequence, total (= past + sequence) and past, as sympy symbols."""
+    """A graph's free dimensions as sympy symbols: of a decoder batch, sequence, total (= past + sequence) and past."""
+    if DIMENSIONS in gm.meta:
+        return dict(gm.meta[DIMENSIONS])
     tokens, mask = shape_of(tokens_of(gm)), shape_of(mask_of(gm))
     past = next(map(shape_of, cache_of(gm)), None)
     dims = {"batch": tokens[0], "sequence": tokens[1], "total": mask[1], "past": past[2] if past else 0}
@@ -209,12 +228,15 @@ def walk_back(node: fx.Node, stop: Callable[[fx.Node], bool]) -> fx.Node | None:
     return current
 
 
-def runs(layers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive numbers: [1, 2, 5] -> (1, 2), (5, 5)."""
+def runs(layers: Iterable[int], joined: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive numbers: [1, 2, 5] -> (1, 2), (5, 5).
+
+    joined: whether a number and the next one may be in one run; asked only where both are there.
+    """
     ordered = sorted(layers)
     start = 0
     for i, layer in enumerate(ordered):
-        if i + 1 == len(ordered) or ordered[i + 1] != layer + 1:
+        if i + 1 == len(ordered) or ordered[i + 1] != layer + 1 or not joined(layer):
             yield ordered[start], layer
             start = i + 1
 

@@ -17,8 +17,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .base import Pass
-from .graph import emit, find, layer_of, role_of, runs, shape_of
-from .layers import emit_affine
+from .graph import emit, find, layer_of, role_of, shape_of
+from .layers import emit_affine, runs_of
 from .tail import find_insertions
 
 aten = torch.ops.aten
@@ -34,10 +34,14 @@ class InsertBypass(Pass):
 
     def __init__(self, layers: Iterable[int], bypassed: Iterable[int] = ()) -> None:
         super().__init__()
-        self.runs = dict(runs(set(layers)))
+        self.layers = sorted(set(layers))
+        #: first layer of each run -> its last one
+        self.runs: dict[int, int] = {}
         self.bypassed = sorted(set(bypassed))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
+        self.check("decode" in self.program.graphs, "there is no decode graph, whose layers are whole")
+        self.runs = dict(runs_of(self.program.graphs["decode"], self.layers))
         unknown = [first for first in self.bypassed if first not in self.runs]
         self.check(not unknown, f"no run of pruned layers begins at {unknown}")
         merged = {layer_of(n) for n in find_insertions(graph_module)}

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 import torch
 from torch import fx
 
 from . import ops
 from .contract import ContractError
-from .graph import call_nodes, emit, emit_parameter, find, layer_of, mask_of, role_of, shape_of, tokens_of, value_of
+from .graph import (
+    call_nodes,
+    emit,
+    emit_parameter,
+    find,
+    layer_of,
+    mask_of,
+    role_of,
+    runs,
+    shape_of,
+    tokens_of,
+    value_of,
+)
 
 #: the weight of the norm that calibrated maps read, ones: their weights have the norm's scale
 UNIT_NORM = "kv_projection.norm.weight"
@@ -40,11 +55,28 @@ def layer_input(gm: fx.GraphModule, layer: int) -> fx.Node:
         for node in call_nodes(gm)
         if layer_of(node) == layer
         for n in node.all_input_nodes
-        if n.op == "call_function" and layer_of(n) != layer and _is_stream(n, shape)
+        if n.op in ("call_function", "placeholder") and layer_of(n) != layer and _is_stream(n, shape)
     )
     if len(found) != 1:
         raise ContractError(f"layer {layer} reads {len(found)} hidden states: {[n.name for n in found]}")
     return next(iter(found))
+
+
+def hands_on_directly(gm: fx.GraphModule, layer: int) -> bool:
+    """Whether the next layer reads what a layer hands on, and nothing is added to it between them.
+
+    gm: a graph that has both layers whole.
+    """
+    return layer_input(gm, layer + 1) is layer_output(gm, layer)
+
+
+def runs_of(gm: fx.GraphModule, layers: Iterable[int]) -> list[tuple[int, int]]:
+    """Maximal runs (first, last) of these layers, each of which reads what the one before it hands on.
+
+    A run ends where something is added to the residual stream between two layers, as DeepStack's image features are:
+    whoever handed the stream past both would lose it. gm: a graph that has these layers whole.
+    """
+    return list(runs(layers, partial(hands_on_directly, gm)))
 
 
 def _is_stream(node: fx.Node, shape: tuple[object, ...]) -> bool:

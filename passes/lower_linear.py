@@ -1,8 +1,8 @@
 """Lower linear layers to MatMul with the weight stored as [in, out].
 
 MatMul is what ONNX Runtime's fusions and quantizers look for. The transpose is folded into the initializer, except
-where the same parameter is also read as it is (embeddings tied to the LM head): there com.microsoft FusedMatMul
-transposes on the fly, so the parameter is stored once.
+where the same parameter is also read as it is (embeddings tied to the LM head), in whichever graph of the program:
+there com.microsoft FusedMatMul transposes on the fly, so the parameter is stored once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ class LowerLinear(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
-        folded = foldable(graph_module)
-        shared = {
-            n.target
-            for n in graph.nodes
-            if n.op == "get_attr" and any(u.target != aten.linear.default and u not in folded for u in n.users)
-        }
+        shared = set().union(*(_read_as_is(gm) for gm in self.program.graphs.values()))
         for node in find(graph_module, op=aten.linear.default):
             x, weight = node.args[:2]
             bias = node.args[2] if len(node.args) > 2 else None
@@ -56,3 +51,13 @@ class LowerLinear(Pass):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         self.check(not find(graph_module, op=aten.linear.default), "a linear is left")
+
+
+def _read_as_is(gm: fx.GraphModule) -> set[str]:
+    """Parameters that something else than linear layers and expressions of parameters reads."""
+    folded = foldable(gm)
+    return {
+        str(n.target)
+        for n in gm.graph.nodes
+        if n.op == "get_attr" and any(u.target != aten.linear.default and u not in folded for u in n.users)
+    }

@@ -6,15 +6,14 @@ concatenation that are empty:
     to = aten.to(x, float32)  # x is float32   ->   x
     cat = aten.cat([x, x[..., 16:]], -1)  # x has 16 features   ->   x
     div_ = aten.div_(x, y)                     ->   div = aten.div(x, y), which is read where x was from there on
-    part = aten.select(x, 0, 0)                     part = aten.select(x, 0, 0)
-    copy_ = aten.copy_(part, y)                ->   copy = aten.copy(part, y); x' = aten.select_scatter(x, copy, 0, 0)
+    copy_ = aten.copy_(x[0][..., 1:6:3], y)    ->   x with y in that place, by slice_scatter and select_scatter
 
 An operator that changes its input counts as read: it would keep the layer that it is in from being pruned.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+import operator
 
 import torch
 from torch import fx
@@ -23,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from popcompile.upstream import changes_its_input, operator_name, overload_name, shares_its_input
 
 from .base import Pass
-from .graph import call_nodes, emit, replace, set_value, shape_of
+from .graph import call_nodes, emit, replace, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -45,9 +44,9 @@ _IDENTITIES = {
     aten.view.default,
     aten.reshape.default,
 }
-#: views of a part of a tensor -> the operators that put a part back, with the same arguments after the part
-_PUT_BACK = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
 _ASSERTIONS = {aten._assert_tensor_metadata.default}
+#: views of a part of a tensor -> the tensor with another value of that part
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
 
 class Normalize(Pass):
@@ -86,25 +85,25 @@ class Normalize(Pass):
         )
 
     def _make_functional(self, node: fx.Node) -> None:
-        parts = [node.args[0]]  # what is changed, and what that is a part of
-        while parts[-1].target in _PUT_BACK:
-            parts.append(parts[-1].args[0])
-        shared = [parts[-1]] if _is_view(parts[-1]) else [n for n in _views(parts, node) if n not in parts]
-        self.check(not shared, f"{node.name} changes what {[n.name for n in shared]} show")
-        name, overload = operator_name(node.target), overload_name(node.target)
-        node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
-        set_value(node)
-        later = {part: [user for user in part.users if user > node] for part in parts}
-        value = node
-        for part, whole in pairwise(parts):
-            with node.graph.inserting_after(value):
-                value = emit(node.graph, _PUT_BACK[part.target], whole, value, *part.args[1:], like=part)
-        for part in reversed(parts):  # a part is shown again, for it may be changed again
-            if part is not parts[-1]:
-                with node.graph.inserting_after(value):
-                    value = emit(node.graph, part.target, value, *part.args[1:], like=part)
-            for user in later[part]:
-                user.replace_input_with(part, value)
+        """Write a change of a tensor, or of a part of one, as a function of it, which is read from there on.
+
+        So are the tensor that the part is of, and what shows it: their views are made anew.
+        """
+        with node.graph.inserting_before(node):
+            value, whole = _changed(node), node.args[0]
+            while whole.target in _SCATTERS:
+                part, (whole, *place) = whole, whole.args
+                value = emit(node.graph, _SCATTERS[part.target], whole, value, *place, like=part)
+            self.check(not _is_view(whole), f"{node.name} changes what {whole.name} shows")
+            changed = {whole: value}
+            for view in _views_before(node):
+                if view.args[0] in changed:
+                    base = changed[view.args[0]]
+                    changed[view] = emit(node.graph, view.target, base, *view.args[1:], like=view, **view.kwargs)
+        changed[node] = changed[node.args[0]]
+        for before, after in changed.items():
+            before.replace_all_uses_with(after, lambda user: user > node)
+        node.graph.erase_node(node)
 
     @staticmethod
     def _is_identity(node: fx.Node) -> bool:
@@ -122,18 +121,24 @@ def _parts(cat: fx.Node) -> list[fx.Node]:
     return [part for part in parts if shape_of(part)[dim] != 0] or parts
 
 
+def _changed(node: fx.Node) -> fx.Node:
+    """What an in-place operator makes of its input, by the operator that leaves the input as it is."""
+    if node.target == aten.copy_.default:
+        part, value = node.args[:2]
+        if shape_of(part) == shape_of(value) and value_of(part).dtype == value_of(value).dtype:
+            return value
+    name, overload = operator_name(node.target), overload_name(node.target)
+    function = getattr(getattr(aten, name.removesuffix("_")), overload)
+    return emit(node.graph, function, *node.args, like=node, **node.kwargs)
+
+
+def _views_before(node: fx.Node) -> list[fx.Node]:
+    """What may share memory with another value, in graph order."""
+    return [n for n in node.graph.nodes if n < node and (_is_view(n) or n.target is operator.getitem)]
+
+
 def _is_in_place(node: fx.Node) -> bool:
     return changes_its_input(node.target)
-
-
-def _views(tensors: list[fx.Node], node: fx.Node) -> list[fx.Node]:
-    """What shows memory of the tensors, was made before `node`, and is read after it."""
-    views, stack = [], list(tensors)
-    while stack:
-        made = [n for n in stack.pop().users if n < node and _is_view(n)]
-        views += [n for n in made if any(user > node for user in n.users)]
-        stack += made
-    return views
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -302,6 +302,90 @@ def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> 
     return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1)
 
 
+def _axes_last_shape(position_ids: Tensor) -> Tensor:
+    axes, batch, sequence = position_ids.shape
+    return position_ids.new_empty((batch, sequence, axes))
+
+
+@operator("rope_positions(Tensor position_ids) -> Tensor", _axes_last_shape)
+def rope_positions(position_ids: Tensor) -> Tensor:
+    """position_ids [A, B, S] as [B, S, A]: the A positions that RoPE gives each token, M-RoPE's time, height and width.
+
+    Tokens are dimension 1, as everywhere. Slots of the cache are token_positions' affair.
+    """
+    return position_ids.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+
+
+def _rows_shape(positions: Tensor, axes: list[int]) -> Tensor:
+    return positions.new_empty((positions.shape[0] * positions.shape[1], len(axes)))
+
+
+@operator("rotary_rows(Tensor positions, int[] axes) -> Tensor", _rows_shape)
+def rotary_rows(positions: Tensor, axes: list[int]) -> Tensor:
+    """The row of RoPE's tables that pair i of each token reads, positions[..., axes[i]]: [B, S, A] -> [B S, R/2]."""
+    return positions[:, :, list(axes)].flatten(0, 1)
+
+
+def _token_rows_shape(tokens: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+
+
+@operator("token_rows(Tensor tokens) -> Tensor", _token_rows_shape)
+def token_rows(tokens: Tensor) -> Tensor:
+    """Each token's row in [B S, ...], [B, S] int64; of tokens [B, S, ...] only the shape is read."""
+    batch, count = tokens.shape[:2]
+    return torch.arange(batch * count, device=tokens.device).view(batch, count)
+
+
+@operator(
+    "rotary_embedding_axes(Tensor x, Tensor positions, Tensor cos, Tensor sin, int[] axes) -> Tensor", _like_first
+)
+def rotary_embedding_axes(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, axes: list[int]) -> Tensor:
+    """rotary_embedding of x [B, H, S, D] whose pair i turns by the position positions[..., axes[i]] of [B, S, A]."""
+    rows = REFERENCE[rotary_rows](positions, axes)
+    gathered = (torch.gather(table, 0, rows) for table in (cos, sin))
+    return REFERENCE[rotary_embedding](x, REFERENCE[token_rows](positions), *gathered)
+
+
+#: rotations, of one position for each token or of several; both read x first
+ROTATIONS = (rotary_embedding, rotary_embedding_axes)
+
+
+# --- images ----------------------------------------------------------------------------------------------------
+
+
+@operator("rotate_tokens(Tensor x, Tensor cos, Tensor sin) -> Tensor", _like_first)
+def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of x [N, H, D]; a token's angles are its own row of cos, sin [N, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+@operator("packed_attention(Tensor query, Tensor key, Tensor value, Tensor length, float scale) -> Tensor", _like_first)
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
+    """Attention without a mask among each `length` tokens in turn: frames of one size, behind one another.
+
+    query, key, value [N, H, D]; length [] int64, a divisor of N. Returns [N, H, D]. Frames are a batch, so that no
+    mask [N, N] is needed to keep them apart, and kernels that never hold all scores can be used.
+    """
+    heads, size = query.shape[1:]
+    q, k, v = (t.reshape(-1, int(length), heads, size).transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(query.shape)
+
+
+@operator("scatter_features(Tensor x, Tensor places, Tensor features) -> Tensor", _like_first)
+def scatter_features(x: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """x [B, S, W] with the rows of features [n, W], in order, where places [B, S] bool holds; x itself if n is 0.
+
+    Of n > 0 features, all have a place, and every place has one: another number is an error.
+    """
+    out = x.clone()
+    if len(features):
+        out[places] = features
+    return out
+
+
 # --- mixtures of experts ---------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from .fold_parameters import FoldParameters
 from .fuse_rms_norm import FuseRMSNorm
 from .fuse_rotary_embedding import FuseRotaryEmbedding
 from .fuse_skip_rms_norm import FuseSkipRMSNorm
+from .gather_rotary_rows import GatherRotaryRows
 from .insert_boundary_recompute import InsertBoundaryRecompute
 from .insert_bypass import InsertBypass
 from .insert_kv_projection import InsertKVProjection
@@ -55,6 +56,21 @@ def pruning(
     ]
 
 
+#: the graphs around a decoder whose inputs are embeddings: the vision tower, and the embedding of tokens and images
+IMAGE_GRAPHS = ("vision", "embedding")
+
+
+def image_lowering() -> list[Pass]:
+    """The passes that bring the graphs around a decoder, as they were traced, to ONNX Runtime's operators.
+
+    They read the program's other graphs to see who shares a parameter, and are to run before those are lowered.
+    """
+    passes = [Normalize(), FuseRMSNorm(), LowerRMSNorm(), LowerLinear(), FoldParameters(), Cleanup()]
+    for one in passes:
+        one.stages = IMAGE_GRAPHS
+    return passes
+
+
 def transformations(pruned: Iterable[int], window: int = 1) -> list[Pass]:
     """From a traced graph to two stages."""
     return [*canonicalization(), *pruning(pruned, window=window)]
@@ -71,6 +87,7 @@ def lowering(
     """
     return [
         PadHeads(attention),
+        GatherRotaryRows(),
         LowerAttention(),
         PackQKV(),
         LowerRotaryEmbedding(),

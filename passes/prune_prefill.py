@@ -5,6 +5,8 @@ past them; what remains of each layer is what its K/V cache entry needs.
 
     x1 = layer(x0); x2 = layer(x1)   =>   x2 = skip_layers(x0), and K/V of both layers from x0
 
+What is added to the stream between two layers ends a run, and is added still: DeepStack's image features.
+
 After this pass the boundary token skips too; InsertBoundaryRecompute gives it its way back.
 POP, arXiv 2602.03295, section 3.
 """
@@ -18,8 +20,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from . import ops
 from .base import Pass
-from .graph import call_nodes, emit, find, layer_of, runs
-from .layers import layer_input, layer_output
+from .graph import call_nodes, emit, find, layer_of
+from .layers import layer_input, layer_output, runs_of
 
 
 class PrunePrefill(Pass):
@@ -35,7 +37,7 @@ class PrunePrefill(Pass):
         self.check(len(find(graph_module, op=ops.attention)) == self.program.num_layers, "layers are missing already")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        for first, last in runs(self.layers):
+        for first, last in runs_of(graph_module, self.layers):
             entry, outputs = layer_input(graph_module, first), range(first, last + 1)
             ends = {layer: layer_output(graph_module, layer) for layer in outputs}
             with graph_module.graph.inserting_after(ends[last]):

@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,6 +76,7 @@ NAMES = (
     Private("transformers:PreTrainedModel._init_weights", "values of buffers that no checkpoint has", "5.10"),
     Private("transformers:GenerationConfig._mask_length", "the columns of a mask that was dropped", "5.12"),
     Private("transformers:PreTrainedModel._tied_weights_keys", "tie a head that is put over a text model", "5.10"),
+    Private("transformers:PretrainedConfig._attn_implementation", "attention as it was before tracing", "5.10"),
     Private("transformers:PreTrainedModel._is_hf_initialized", "a flag on parameters that hold values", "5.10"),
     Private("numpy:memmap._mmap", "give the pages of weights back", "2.0"),
     Private("transformers.core_model_loading:WeightConverter", "rules that merge or split tensors", "5.10"),
@@ -85,6 +86,11 @@ NAMES = (
     Private("transformers.conversion_mapping:get_model_conversion_mapping", "those rules for a module", "5.10"),
     Private("transformers.conversion_mapping:get_checkpoint_conversion_mapping", "those for a model type", "5.10"),
     Private("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected", "tensors that are left out", "5.10"),
+    Private(
+        "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLTextModel._deepstack_process",
+        "how a decoder adds image features between layers",
+        "5.24",
+    ),
     Private("transformers.models.gpt_oss.modeling_gpt_oss:GptOssExperts._apply_gate", "gpt-oss' SwiGLU", "5.10"),
     Private(
         "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -184,6 +190,21 @@ def has_gpt_oss_gate(experts: nn.Module) -> bool:
     return getattr(type(experts), "_apply_gate", None) is GptOssExperts._apply_gate
 
 
+def add_features_to_all_tokens(decoder: nn.Module) -> None:
+    """Let a decoder add DeepStack's image features to the hidden states of all tokens, both [batch, sequence, hidden].
+
+    It is given them of image tokens alone, one after the other, and picks these by a mask. Raises AttributeError for a
+    decoder that adds them in another way.
+    """
+    own = decoder._deepstack_process  # so that another way is noticed
+    assert callable(own)
+
+    def add(hidden_states: Tensor, _: Any, features: Tensor) -> Tensor:
+        return hidden_states + features
+
+    decoder._deepstack_process = add  # type: ignore[assignment]  # torch's Module may hold modules and tensors only
+
+
 def initialize_buffers(model: Any, module: nn.Module) -> None:
     """Let transformers compute a module's buffers from the config, and leave its parameters as they are.
 
@@ -192,6 +213,17 @@ def initialize_buffers(model: Any, module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model._init_weights(module)
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model, or a part of one, attend by the function that AttentionInterface knows as `name`, then as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def mask_length(generation_config: Any) -> int | None:

@@ -4,8 +4,8 @@ The model is built from its config with fake tensors, so time and memory do not 
 cache update and a layer's experts are registered with transformers' own extension points and stay single nodes;
 torch.export keeps batch, sequence and past length free. Parameters keep their names.
 
-    inputs   input_ids [batch, sequence], attention_mask [batch, total],
-             past_key_values.N.key / .value [batch, kv_heads, past, head]
+    inputs   input_ids [batch, sequence], attention_mask [batch, total], or what a vision-language model's decoder takes
+             in their place (token_inputs.py), past_key_values.N.key / .value [batch, kv_heads, past, head]
     outputs  logits [batch, sequence, vocabulary], present.N.key / .value [batch, kv_heads, total, head]
 """
 
@@ -29,9 +29,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from popcompile.errors import PopcompileError
-from popcompile.frontend.causal_lm import causal_lm
 from popcompile.frontend.masks import SUPPORTED, Mask, causal_mask
 from popcompile.frontend.positions import context_length, require_positions, require_positions_from_zero
+from popcompile.frontend.token_inputs import TokenInputs, decoder_config, token_inputs
 from popcompile.loading import one_line
 from popcompile.passes import ops
 from popcompile.passes.base import Program
@@ -40,7 +40,6 @@ from popcompile.upstream import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    cache_argument,
     computed_buffers,
     has_default_gate,
     has_gpt_oss_gate,
@@ -166,37 +165,39 @@ class _TracedLayer(DynamicLayer):
 class _Decoder(torch.nn.Module):
     """The model with flat inputs and outputs."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: TokenInputs) -> None:
         super().__init__()
-        self.decoder = model
+        self.decoder, self.inputs = model, inputs
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]) -> Any:
-        positions = ops.token_positions(attention_mask, input_ids)
+    def forward(self, given: list[torch.Tensor], past: list[torch.Tensor]) -> Any:
+        """given: tokens, attention_mask, and what else `inputs` names."""
+        tokens, attention_mask = given[:2]
+        positions = ops.token_positions(attention_mask, tokens)
         layers = [_TracedLayer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         _positions.append(positions)
         try:
-            cache = Cache(layers=list(layers))
-            named = {cache_argument(self.decoder.forward): cache}
-            out = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=True, **named)
+            logits = self.inputs.logits(self.decoder, given, positions, Cache(layers=list(layers)))
         finally:
             _positions.pop()
-        return out.logits, [t for layer in layers for t in (layer.keys, layer.values)]
+        return logits, [t for layer in layers for t in (layer.keys, layer.values)]
 
 
 def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Program:
     """Trace the decoder that `config` describes; parameters are fake tensors of `dtype`.
 
+    Of a vision-language model it is the text decoder, whose parameters have the names that they have in the whole.
     Raises PopcompileError where the model cannot be built from its config or traced.
     """
     config = copy.deepcopy(config)  # building a model writes to its config
-    require_positions(config)
+    require_positions(decoder_config(config))
     return _traced(config, dtype, trust_remote_code)
 
 
 def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Program:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs, text = token_inputs(config), decoder_config(config)
     with _reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
-        model = causal_lm(
+        model = inputs.build(
             config,
             attn_implementation=_IMPLEMENTATION,
             experts_implementation=_IMPLEMENTATION,
@@ -204,40 +205,37 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: boo
             trust_remote_code=trust_remote_code,
         ).eval()
         model.tie_weights()  # which is a part of their initialization
-    require_positions_from_zero(config, model)
-    layers = config.num_hidden_layers
-    decoder = _Decoder(model)
+    require_positions_from_zero(text, model)
+    layers = text.num_hidden_layers
+    decoder = _Decoder(model, inputs)
     with _reporting(config, _NOT_TRACED), torch.no_grad():
         with mode:
             with _restoring(model):
-                heads, head_size = _cache_shape(config, decoder(*_arguments(dtype, layers, 1, 1))[1])
-            arguments = _arguments(dtype, layers, heads, head_size)
-        dims = {name: torch.export.Dim(name) for name in ("batch", "sequence", "total", "past")}
-        shapes = (
-            {0: dims["batch"], 1: dims["sequence"]},
-            {0: dims["batch"], 1: dims["total"]},
-            [{0: dims["batch"], 2: dims["past"]} for _ in range(2 * layers)],
-        )
+                heads, head_size = _cache_shape(text, decoder(*_arguments(inputs, dtype, layers, 1, 1))[1])
+            arguments = _arguments(inputs, dtype, layers, heads, head_size)
+        batch, sequence, total, past = map(torch.export.Dim, ("batch", "sequence", "total", "past"))
+        shapes = (inputs.dimensions(batch, sequence, total), [{0: batch, 2: past} for _ in range(2 * layers)])
         exported = torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
-        gm = _flat(exported.module(check_guards=False), layers)
+        gm = _flat(exported.module(check_guards=False), inputs.names, layers)
         constants = {
             name.removeprefix("decoder."): value
             for name, value in exported.constants.items()
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
         }
-        constants |= _computed_buffers(model)
+        constants |= buffer_values(model, inputs.decoder(model))
     _require_values(config, gm, constants)
     if any(getattr(n.meta.get("val"), "dtype", None) in _COMPLEX for n in gm.graph.nodes):
         raise PopcompileError(f"{config.model_type}: computes with complex numbers, which ONNX has no operators for")
-    return Program(graphs={"model": gm}, num_layers=layers, max_positions=context_length(config), constants=constants)
+    return Program(graphs={"model": gm}, num_layers=layers, max_positions=context_length(text), constants=constants)
 
 
-def _arguments(dtype: torch.dtype, layers: int, heads: int, head_size: int) -> tuple[Any, ...]:
+def _arguments(
+    inputs: TokenInputs, dtype: torch.dtype, layers: int, heads: int, head_size: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Inputs of _Decoder, of some size."""
     batch, new, past = 2, 5, 7
     return (
-        torch.zeros(batch, new, dtype=torch.int64),
-        torch.ones(batch, past + new, dtype=torch.int64),
+        inputs.examples(batch, new, past + new, dtype),
         [torch.zeros(batch, heads, past, head_size, dtype=dtype) for _ in range(2 * layers)],
     )
 
@@ -274,11 +272,11 @@ def _cache_shape(config: PretrainedConfig, entries: Sequence[torch.Tensor | None
     return first
 
 
-def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
-    """The exported module over the model's own parameter names, with flat inputs and outputs."""
+def _flat(gm: fx.GraphModule, inputs: Sequence[str], layers: int) -> fx.GraphModule:
+    """The exported module over the model's own parameter names, with flat outputs, and inputs of these names."""
     graph = gm.graph
     graph.set_codegen(fx.graph.CodeGen())
-    names = ["input_ids", "attention_mask"]
+    names = [*inputs]
     names += [f"past_key_values_{i}_{kind}" for i in range(layers) for kind in ("key", "value")]
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
@@ -301,18 +299,19 @@ def _flat(gm: fx.GraphModule, layers: int) -> fx.GraphModule:
     return flat
 
 
-def _computed_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Real values of buffers that no checkpoint holds: transformers recomputes them from the config.
+def buffer_values(model: PreTrainedModel, part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Real values of buffers of a part of the model that no checkpoint holds: transformers recomputes them.
 
     This is what from_pretrained does, which builds every model on the meta device.
     """
     values: dict[str, torch.Tensor] = {}
+    inside = set(part.modules())
     owners: dict[str, PreTrainedModel] = {}  # a model inside the model initializes what is inside it
     for path, module in model.named_modules():
         parent = owners[path.rpartition(".")[0]] if path else model
         owners[path] = module if isinstance(module, PreTrainedModel) else parent
         computed = computed_buffers(module)
-        if not computed:
+        if not computed or module not in inside:
             continue
         fakes = {n: getattr(module, n) for n in computed}
         for n in computed:

@@ -47,6 +47,9 @@ _LARGEST, _ENDS = 1 << 18, (1 << 62, (1 << 63) - 1)
 _INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop": 2, "Range": 3, "Slice": 4}
 
 
+#: inputs with a row for every token, or patch
+_COUNTED = ("input_ids", "attention_mask", "pixel_values")
+
 #: blocks of a Loop, at most, where they are not counted by tokens
 _STEPS = 1 << 16
 
@@ -291,7 +294,7 @@ def _counts_tokens(name: str, made: Mapping[str, Any], depth: int = 16) -> bool:
     if not isinstance(maker, NodeProto) or not depth:
         return False
     if maker.op_type == "Shape":
-        return maker.input[0] in ("input_ids", "attention_mask") or maker.input[0].startswith("past_key_values.")
+        return maker.input[0] in _COUNTED or maker.input[0].startswith("past_key_values.")
     counts = [_counts_tokens(i, made, depth - 1) for i in maker.input]
     if maker.op_type == "Div":
         return counts[0] and _is_positive(maker.input[1], made, depth - 1)

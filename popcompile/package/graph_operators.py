@@ -50,6 +50,7 @@ _AXES = Ints(-5, 4)
 _SIZE = Ints(1, 1 << 27)
 _TYPE = Ints(1, 16)  # of TensorProto
 _BITS, _BLOCK = Ints(2, 8), Ints(16, 256)
+_SIDES = Ints(1, 1 << 12)  # of patches, in pixels, and of what is pooled
 _EPSILON = {"epsilon": Floats()}
 _AXIS_ONLY: dict[str, Attribute] = {"axis": _AXIS}
 _REDUCE: dict[str, Attribute] = {"axes": _AXES, "keepdims": _FLAG, "noop_with_empty_axes": _FLAG}
@@ -75,11 +76,13 @@ _PLAIN = (
 STANDARD: dict[str, dict[str, Attribute]] = {
     **{name: {} for name in _PLAIN.split()},
     "ArgMax": {"axis": _AXIS, "keepdims": _FLAG, "select_last_index": _FLAG},
+    "AveragePool": {"kernel_shape": _SIDES, "strides": _SIDES},
     "Cast": {"to": _TYPE, "saturate": _FLAG},
     "CastLike": {"saturate": _FLAG},
     "Celu": {"alpha": Floats()},
     "Concat": _AXIS_ONLY,
     "ConstantOfShape": {"value": Scalar()},
+    "Conv": {"strides": _SIDES, "dilations": _SIDES, "group": Ints(1, 1)},
     "CumSum": {"exclusive": _FLAG, "reverse": _FLAG},
     "Elu": {"alpha": Floats()},
     "Flatten": {"axis": _AXES},
@@ -97,6 +100,8 @@ STANDARD: dict[str, dict[str, Attribute]] = {
     "Loop": {"body": Subgraph()},
     "LpNormalization": {"axis": _AXIS, "p": Ints(1, 2)},
     "Mod": {"fmod": _FLAG},
+    "NonZero": {},
+    "Pad": {"mode": Words(("constant",))},
     "QuantizeLinear": {"axis": _AXIS, "saturate": _FLAG},
     "ReduceL1": _REDUCE,
     "ReduceL2": _REDUCE,
@@ -110,6 +115,7 @@ STANDARD: dict[str, dict[str, Attribute]] = {
     "Reshape": {"allowzero": _FLAG},
     "Scan": {"body": Subgraph(), "num_scan_inputs": Ints(1, 8)},
     "ScatterElements": {"axis": _AXIS, "reduction": Words(("none", "add", "mul", "max", "min"))},
+    "ScatterND": {"reduction": Words(("none",))},
     "Selu": {"alpha": Floats(), "gamma": Floats()},
     "Shape": {"start": _AXES, "end": Ints(-4, 5)},
     "SimplifiedLayerNormalization": _NORM,
@@ -141,6 +147,7 @@ CONTRIB: dict[str, dict[str, Attribute]] = {
         "K": _SIZE, "N": _SIZE, "bits": _BITS, "block_size": _BLOCK, "accuracy_level": Ints(0, 4),
     },
     "MoE": _EXPERTS,
+    "MultiHeadAttention": {"num_heads": Ints(1, 4096), "scale": Floats()},
     "QMoE": {"expert_weight_bits": _BITS, "block_size": _BLOCK, **_EXPERTS},
     "QuickGelu": {"alpha": Floats()},
     "RotaryEmbedding": {

@@ -9,8 +9,9 @@ from torch import fx
 
 from popcompile.passes import Program, ops
 from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer, node_flops
-from popcompile.passes.graph import dimension_symbols, find, role_of, runs
+from popcompile.passes.graph import dimension_symbols, find, role_of
 from popcompile.passes.insert_kv_projection import projection_nodes
+from popcompile.passes.layers import runs_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def layer_table(program: Program, pruned: list[int], window: int) -> list[dict[s
     prefill, decode = program.graphs["prefill"], program.graphs["decode"]
     full = flops_by_layer(decode, "prefill", REFERENCE_SIZES["prefill"])
     pop, step = flops_by_layer(prefill, "prefill"), flops_by_layer(decode, "decode")
-    entry = {layer: first for first, end in runs(pruned) for layer in range(first, end + 1)}
+    entry = {layer: first for first, end in runs_of(decode, pruned) for layer in range(first, end + 1)}
     rows = []
     for layer in range(program.num_layers):
         attention = find(prefill, op=ops.attention, layer=layer)

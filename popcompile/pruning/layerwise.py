@@ -6,7 +6,7 @@ a pruned prefill hands on. A layer is its nodes of the graph; attention's mask a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,7 +16,18 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from popcompile.passes import ops
-from popcompile.passes.graph import cache_of, call_nodes, dependencies, find, layer_of, mask_of, outputs_of, tokens_of
+from popcompile.passes.graph import (
+    cache_of,
+    call_nodes,
+    dependencies,
+    find,
+    layer_of,
+    mask_of,
+    outputs_of,
+    position_ids_of,
+    runs,
+    tokens_of,
+)
 from popcompile.passes.layers import layer_input, layer_output, projected_kv
 
 _Values = dict[fx.Node, Any]
@@ -62,7 +73,10 @@ class LayerwiseModel:
         needed = dependencies([logits], lambda n: n in after)
         self._head = [n for n in call_nodes(model) if n in needed]
         self._inputs = [layer_input(model, i) for i in range(self.num_layers)]
-        self._output = layer_output(model, self.num_layers - 1)
+        self._outputs = [layer_output(model, i) for i in range(self.num_layers)]
+        between = [dependencies([n], lambda n: n in after) for n in self._inputs[1:]]
+        #: what is added to the residual stream behind a layer, before the next one reads it
+        self._between = [[n for n in call_nodes(model) if n in nodes] for nodes in between]
         self._caches = [find(model, op=ops.append_kv, layer=i) for i in range(self.num_layers)]
         self._projected = [projected_kv(model, i) for i in range(self.num_layers)]
 
@@ -76,21 +90,42 @@ class LayerwiseModel:
         shape = self._caches[0][0].meta["val"].shape
         return int(shape[1]), int(shape[3])
 
-    def tokens(self, ids: Tensor, positions: Tensor) -> Tokens:
-        """ids, positions: [B, S]."""
+    def runs(self, layers: Iterable[int]) -> list[tuple[int, int]]:
+        """Maximal runs (first, last) of these layers with nothing added between them."""
+        return list(runs(layers, lambda layer: not self.adds_behind(layer)))
+
+    def adds_behind(self, layer: int) -> bool:
+        """Whether the next layer reads something else than what this one hands on."""
+        return layer + 1 < self.num_layers and bool(self._between[layer])
+
+    def tokens(self, ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tokens:
+        """ids: [B, S], or embeddings [B, S, width] where the graph takes these. positions: their slots [B, S].
+
+        position_ids: [axes, B, S], where RoPE reads others than the slots.
+        """
         heads, size = self.kv_shape
         values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(ids), heads, 0, size))
         values[tokens_of(self._model)] = ids
-        values[mask_of(self._model)] = torch.ones_like(ids)
+        values[mask_of(self._model)] = torch.ones(ids.shape[:2], dtype=torch.int64)
+        if (source := position_ids_of(self._model)) is not None:
+            given = positions[None] if position_ids is None else position_ids
+            values[source] = given.expand(int(source.meta["val"].shape[0]), -1, -1)
         self._run(self._before, values, {ops.token_positions: lambda *_: positions})
         return Tokens(positions, values)
+
+    def blank(self, count: int) -> Tokens:
+        """So many tokens at position 0, of no text: for layers' own projections of any hidden state."""
+        value = tokens_of(self._model).meta["val"]
+        return self.tokens(
+            torch.zeros(1, count, *value.shape[2:], dtype=value.dtype), torch.zeros(1, count, dtype=torch.int64)
+        )
 
     def embed(self, tokens: Tokens) -> Tensor:
         """The hidden state before the first layer [B, S, hidden]."""
         return tokens.values[self._inputs[0]]
 
     def layer(self, index: int, x: Tensor, tokens: Tokens, visible: Tensor, keys: Keys | None = None) -> Tensor:
-        """The layer's output [B, S, hidden] for its input x [B, S, hidden].
+        """What the next layer reads [B, S, hidden], or the head, for this one's input x [B, S, hidden].
 
         visible: [B or 1, S, T + S], which of `keys` and of the tokens themselves a query may attend to; sliding
         windows narrow it.
@@ -112,7 +147,15 @@ class LayerwiseModel:
         pending: list[Tensor] = []
         values = {**tokens.values, self._inputs[index]: x}
         self._run(self._layers[index], values, {ops.append_kv: append, ops.attention: attention})
-        return values[layer_output(self._model, index)]
+        return self.hand_on(index, values[self._outputs[index]], tokens)
+
+    def hand_on(self, index: int, x: Tensor, tokens: Tokens) -> Tensor:
+        """What the next layer reads of the layer's output x, both [B, S, hidden]: DeepStack's features are added."""
+        if not self.adds_behind(index):
+            return x
+        values = {**tokens.values, self._outputs[index]: x}
+        self._run(self._between[index], values)
+        return values[self._inputs[index + 1]]
 
     def project(self, index: int, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The layer's projected keys and values [B, S, kv_heads x head size] for its input x [B, S, hidden]."""
@@ -135,7 +178,7 @@ class LayerwiseModel:
 
     def logits(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Logits [B, S, vocabulary] of the last layer's output x [B, S, hidden]."""
-        values = {**tokens.values, self._output: x}
+        values = {**tokens.values, self._outputs[-1]: x}
         self._run(self._head, values)
         return values[outputs_of(self._model)[0]]
 

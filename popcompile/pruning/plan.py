@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from popcompile.package.measurements import LayerChoice, Point, Quality
 from popcompile.passes import Program
 from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
 from popcompile.passes.graph import runs, shape_of
-from popcompile.passes.layers import layer_output, projected_kv
+from popcompile.passes.layers import hands_on_directly, layer_output, projected_kv
 from popcompile.progress import Progress
 from popcompile.pruning.costs import full_prefill_one_logit
 from popcompile.pruning.execution import Reader, held_in_memory, materialise, require_memory
@@ -195,8 +195,10 @@ def predicted_speedup(program: Program, bypass: bool, tokens: int) -> Speedup:
         width = int(shape_of(key)[2]) + int(shape_of(value)[2])
         return whole[layer] - min(window, tokens) * step[layer] - 2 * tokens * hidden * width
 
+    joined = cache(partial(hands_on_directly, graph))
+
     def speedup(pruned: list[int], window: int) -> float:
-        bypasses = sum(last + 1 < program.num_layers for _, last in runs(pruned)) if bypass else 0
+        bypasses = sum(last + 1 < program.num_layers for _, last in runs(pruned, joined)) if bypass else 0
         return total / (total - sum(saved(layer, window) for layer in pruned) + bypasses * 2 * tokens * hidden**2)
 
     return speedup

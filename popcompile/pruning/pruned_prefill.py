@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from popcompile.passes.graph import runs
 from popcompile.pruning.layerwise import Keys, LayerwiseModel, Tokens
 from popcompile.pruning.regression import Calibration
 
@@ -68,7 +67,7 @@ def last_hidden_state(
     calibration: maps in place of pruned layers; where it has none, the layer's own projections.
     """
     x, y = entering
-    count, ends, begin = x.shape[1], dict(runs(pruned)), -1
+    count, ends, begin = x.shape[1], dict(model.runs(pruned)), -1
     for layer in range(first, model.num_layers):
         if layer not in pruned:
             both = model.layer(layer, torch.cat((x, y), 1), prompts.together, prompts.visible)
@@ -80,6 +79,7 @@ def last_hidden_state(
         y = model.layer(layer, y, prompts.tail, prompts.visible[:, count:], keys)
         if layer == ends[begin] and begin in calibration.bypasses:
             x = x + calibration.bypasses[begin](x)
+        x = model.hand_on(layer, x, prompts.context)
     return y
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from popcompile.passes.graph import runs
 from popcompile.passes.layers import NORM_EPS, UNIT_NORM
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
@@ -91,7 +90,7 @@ def calibrate(
     """
     calibration, x, at = Calibration(), None, 0
     last_layer = states.model.num_layers - 1
-    for first, last in runs(pruned):
+    for first, last in states.model.runs(pruned):
         exact = x is None  # nothing is pruned before: the run's first layer sees its own input
         x = states.before(first) if x is None else _through_layers(states, x, at, first)
         regression = _Regression(states, x, first, last, bypass and last < last_layer, products)
@@ -99,7 +98,8 @@ def calibrate(
         at = last + 1
         if regression.bypass:
             calibration.bypasses[first] = regression.bypass_map(ridge)
-            x = _bypassed(states, x, calibration.bypasses[first])
+        if regression.bypass or states.model.adds_behind(last):
+            x = _handed_past(states, x, last, calibration.bypasses.get(first))
     return calibration
 
 
@@ -118,7 +118,7 @@ class _Regression:
             tokens, cut = states.tokens(batch), x[batch]
             targets = [torch.cat(self._model.project(i, states.before(i)[batch], tokens), -1) for i in self.layers]
             if bypass:
-                targets.append(states.before(last + 1)[batch] - cut)
+                targets.append(states.before(last + 1)[batch] - self._model.hand_on(last, cut, tokens))
             target = torch.cat(targets, -1)
             self._sink = self._sink + target[:, 0].double().sum(0) / len(states.rows)
             inputs = _with_one(normalize(cut[:, 1:]).flatten(0, 1))
@@ -165,9 +165,7 @@ def own_projection(model: LayerwiseModel, layer: int) -> Tensor:
     hidden = model.hidden_size
     probe = normalize(torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)))
     x = torch.cat((torch.eye(hidden) * hidden**0.5, torch.zeros(1, hidden), probe, 2 * probe))[None]
-    rows = x.shape[1]
-    tokens = model.tokens(torch.zeros(1, rows, dtype=torch.int64), torch.zeros(1, rows, dtype=torch.int64))
-    out = torch.cat(model.project(layer, x, tokens), -1)[0].double()
+    out = torch.cat(model.project(layer, x, model.blank(x.shape[1])), -1)[0].double()
     units, bias, expected = out[:hidden], out[hidden : hidden + 1], out[hidden + 1 :]
     own = torch.cat(((units - bias) / hidden**0.5, bias))
     if not torch.allclose((_with_one(probe.double()) @ own).expand(2, -1), expected, rtol=1e-2, atol=1e-2):
@@ -190,8 +188,10 @@ def _through_layers(states: HiddenStates, x: Tensor, begin: int, end: int) -> Te
     return out
 
 
-def _bypassed(states: HiddenStates, x: Tensor, bypass: AffineMap) -> Tensor:
+def _handed_past(states: HiddenStates, x: Tensor, last: int, bypass: AffineMap | None) -> Tensor:
+    """Hidden states behind a run of pruned layers, the last of which is `last`, of x before it, both [N, T, hidden]."""
     out = states.scratch()
     for batch in states.batches():
-        out[batch] = x[batch] + bypass(x[batch])
+        cut = x[batch] if bypass is None else x[batch] + bypass(x[batch])
+        out[batch] = states.model.hand_on(last, cut, states.tokens(batch))
     return out

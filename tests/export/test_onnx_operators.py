@@ -44,6 +44,17 @@ def insert_tail(ids: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return ops.insert_tail(x, tail * 3, start(ids, mask))
 
 
+def axes_first(ids: Tensor) -> Tensor:
+    """Two positions for each token [2, B, S]."""
+    return torch.cat((ids[None], ids[None] + 100))
+
+
+def packed_attention(ids: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """Rows of a batch, one behind the other."""
+    query, key, value = (x.view(-1, 2, FEATURES // 2) * factor for factor in (1, 2, 3))
+    return ops.packed_attention(query, key, value, torch.full((), x.shape[1], dtype=torch.int64), 0.7)
+
+
 #: tokens [B, S] int64, mask [B, T], x [B, S, FEATURES] -> a tensor, or several
 OURS: dict[str, Function] = {
     "token_positions": lambda ids, mask, x: positions(ids, mask),
@@ -58,7 +69,16 @@ OURS: dict[str, Function] = {
     "select_tail": lambda ids, mask, x: ops.select_tail(x, start(ids, mask), WINDOW),
     "select_tail of positions": lambda ids, mask, x: ops.select_tail(positions(ids, mask), start(ids, mask), WINDOW),
     "insert_tail": insert_tail,
+    "rope_positions": lambda ids, mask, x: ops.rope_positions(axes_first(ids)),
+    "rotary_rows": lambda ids, mask, x: ops.rotary_rows(ops.rope_positions(axes_first(ids)), [1, 0, 1, 1, 0]),
+    "token_rows": lambda ids, mask, x: ops.token_rows(x),
     "replace_sink": lambda ids, mask, x: ops.replace_sink(x, x[0, 0] * 5, positions(ids, mask)),
+    "rotate_tokens": lambda ids, mask, x: ops.rotate_tokens(
+        torch.cat((x, x * 2 + 1), -1).view(-1, 2, FEATURES), x.view(-1, FEATURES)[:, :3], x.view(-1, FEATURES)[:, 3:]
+    ),
+    "packed_attention": packed_attention,
+    "scatter_features": lambda ids, mask, x: ops.scatter_features(x, torch.ones_like(ids) > 0, x.view(-1, FEATURES)),
+    "scatter_features of none": lambda ids, mask, x: ops.scatter_features(x, ids > 0, x.view(-1, FEATURES)[:0]),
 }
 PYTORCHS: dict[str, Function] = {
     "with a number": lambda ids, mask, x: (x + 1.5) * 2 / 3 - 0.5,
@@ -102,6 +122,22 @@ PYTORCHS: dict[str, Function] = {
     ),
     "full_like": lambda ids, mask, x: (torch.full_like(x, 2.0), torch.zeros_like(x)),
     "embedding": lambda ids, mask, x: F.embedding(ids.clamp(max=0), x[0]),
+    "logical_or": lambda ids, mask, x: torch.logical_or(x > 0.5, x > 0.1),
+    "floor and neg": lambda ids, mask, x: (-x).floor(),
+    "clamp": lambda ids, mask, x: (x.clamp(min=0.1), x.clamp(-0.5, 0.5), x.clamp(max=0), ids.clamp(2, 4)),
+    "whole quotients": lambda ids, mask, x: (ids // 3, ids % 3, ids % (ids + 1), ids // (ids + 1)),
+    "equal": lambda ids, mask, x: ids == 3,
+    "from a number": lambda ids, mask, x: (1 - x, 3 - ids),
+    "select": lambda ids, mask, x: (x[0], x.select(-1, 2), x.select(2, -1)),
+    "arange": lambda ids, mask, x: (torch.arange(x.shape[1]), torch.arange(5)),
+    "pad": lambda ids, mask, x: (F.pad(x, (1, 2), value=3.0), F.pad(x, (0, 1, 2, 0)), F.pad(ids, (0, 2))),
+    "conv2d": lambda ids, mask, x: F.conv2d(
+        x[:, :1, None].expand(-1, -1, 4, -1), torch.full((3, 1, 2, 3), 0.5), torch.full((3,), 2.0), (2, 3), "valid"
+    ),
+    "avg_pool2d": lambda ids, mask, x: (
+        F.avg_pool2d(x[:, :1, None].expand(-1, -1, 4, -1), 2),
+        F.avg_pool2d(x[:, :1, None].expand(-1, -1, 4, -1), (2, 3), (1, 2)),
+    ),
     "gather": lambda ids, mask, x: torch.gather(x, 2, (x > 0).to(torch.int64)),
     "scatter": lambda ids, mask, x: torch.scatter(x, 2, torch.topk(x, 2, -1)[1], torch.topk(x, 2, -1)[0] * 3),
     "scatter a number": lambda ids, mask, x: torch.scatter(x, 2, torch.topk(x, 2, -1)[1], 7.0),
@@ -109,7 +145,9 @@ PYTORCHS: dict[str, Function] = {
 #: operators without a rule, and calls that a rule leaves
 FOREIGN: dict[str, Function] = {
     "cumsum": lambda ids, mask, x: x.cumsum(1) + x.flip(1).cumsum(1),
-    "of a size": lambda ids, mask, x: torch.arange(x.shape[1]),
+    "with a step": lambda ids, mask, x: torch.arange(0, 2 * x.shape[1], 2),
+    "quotients of floats": lambda ids, mask, x: (x // 0.3, x % 0.3),
+    "pad by reflection": lambda ids, mask, x: F.pad(x, (1, 2), mode="reflect"),
     "two results": lambda ids, mask, x: x.sort(-1),
     "layer_norm without weights": lambda ids, mask, x: F.layer_norm(x, (FEATURES,)),
     "with alpha": lambda ids, mask, x: torch.add(x, x, alpha=3) + torch.addmm(x[0], x[0], x[0].T @ x[0], beta=2),

@@ -17,6 +17,7 @@ from popcompile.passes.fold_parameters import FoldParameters
 from popcompile.passes.fuse_rms_norm import FuseRMSNorm
 from popcompile.passes.fuse_rotary_embedding import FuseRotaryEmbedding
 from popcompile.passes.fuse_skip_rms_norm import FuseSkipRMSNorm
+from popcompile.passes.gather_rotary_rows import GatherRotaryRows
 from popcompile.passes.graph import emit, find, inputs_of, outputs_of, replace
 from popcompile.passes.insert_boundary_recompute import InsertBoundaryRecompute
 from popcompile.passes.insert_bypass import InsertBypass
@@ -79,6 +80,23 @@ def add_to_a_view(program: Program, gm: fx.GraphModule) -> None:
     view = find(gm, op=torch.ops.aten.view.default)[0]
     with gm.graph.inserting_after(view):
         emit(gm.graph, torch.ops.aten.add_.Tensor, view, 1)
+
+
+def copy_into_a_view(program: Program, gm: fx.GraphModule) -> None:
+    """Into a part of what is a view itself."""
+    view = find(gm, op=torch.ops.aten.view.default)[0]
+    with gm.graph.inserting_before(view.next):
+        source, part = (emit(gm.graph, torch.ops.aten.slice.Tensor, view, 1, i, i + 1) for i in (0, 1))
+        emit(gm.graph, torch.ops.aten.copy_.default, part, source)
+
+
+def rotate_by_computed_tables(program: Program, gm: fx.GraphModule) -> None:
+    node = find(gm, op=ops.rotary_embedding)[0]
+    x, positions, cos, sin = node.args
+    with gm.graph.inserting_before(node):
+        several = emit(gm.graph, torch.ops.aten.unsqueeze.default, positions, 2)
+        tables = [emit(gm.graph, torch.ops.aten.neg.default, table) for table in (cos, sin)]
+        emit(gm.graph, ops.rotary_embedding_axes, x, several, *tables, [0] * 8)
 
 
 def forget_module_paths(program: Program, gm: fx.GraphModule) -> None:
@@ -149,7 +167,8 @@ BREACHES = {
     "Normalize, after": Breach(
         Normalize, nothing, "an identity or an in-place operator is left", ensures=True, at="Traced"
     ),
-    "Normalize, a view": Breach(Normalize, add_to_a_view, r"add_ changes what \['view'\] show"),
+    "Normalize, a view": Breach(Normalize, add_to_a_view, r"add_ changes what view shows"),
+    "Normalize, a part": Breach(Normalize, copy_into_a_view, r"copy_ changes what view shows"),
     "FuseRMSNorm": Breach(FuseRMSNorm, use_before_definition, "was used before it has been defined"),
     "FuseRMSNorm, after": Breach(FuseRMSNorm, nothing, "are left in steps", ensures=True, at="Normalize"),
     "FuseRotaryEmbedding": Breach(FuseRotaryEmbedding, two_positions, "the graph needs one token_positions node"),
@@ -188,6 +207,7 @@ BREACHES = {
         InsertBoundaryRecompute, nothing, "still skipped by every token", ensures=True, at="InsertKVProjection"
     ),
     "InsertBypass": Breach(lambda: InsertBypass([1], [0]), nothing, r"no run of pruned layers begins at \[0\]"),
+    "InsertBypass, alone": Breach(lambda: InsertBypass([1], [1]), no_decode, "there is no decode graph"),
     "InsertBypass, too early": Breach(
         lambda: InsertBypass([1], [1]), nothing, "run InsertBoundaryRecompute first", at="InsertKVProjection"
     ),
@@ -202,6 +222,10 @@ BREACHES = {
     ),
     "PadHeads, after": Breach(
         lambda: PadHeads(AttentionKernels(head_multiple=12)), nothing, r"heads of \[16\] features are", ensures=True
+    ),
+    "GatherRotaryRows": Breach(GatherRotaryRows, rotate_by_computed_tables, "rotary_embedding_axes has no tables"),
+    "GatherRotaryRows, after": Breach(
+        GatherRotaryRows, rotate_by_computed_tables, "a rotary_embedding_axes is left", ensures=True
     ),
     "LowerAttention": Breach(LowerAttention, attend_to_an_input, "attention reads no cache of its own"),
     "LowerAttention, after": Breach(LowerAttention, nothing, r"\['attention', .* left", ensures=True, at="Cleanup"),

@@ -66,7 +66,9 @@ def expected_graphs(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.config.getoption("--update-graphs"):
         GRAPHS.mkdir(exist_ok=True)
         for old in GRAPHS.glob("*.txt"):
-            if not old.name.startswith(("calibrated-", "quantized-")):  # those are of the files of tests of those names
+            if not old.name.startswith(
+                ("calibrated-", "quantized-", "vision-")
+            ):  # those are of the files of tests of those names
                 old.unlink()
         for name in PASSES:
             for file, text in changed_texts(llama_steps(), name).items():

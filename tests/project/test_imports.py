@@ -16,6 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "text": set(),
     "package": {"export"},
     "frontend": {"passes"},
+    "vision": {"passes", "frontend"},
     "runtime": {"export", "package", "text"},
     "evaluation": {"package", "runtime", "text", "variants"},
     "bench": {"export", "package", "runtime", "variants"},

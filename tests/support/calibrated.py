@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from conftest import materialise, tiny_model
+from families import layers_of
 from reference import KVMaps, Map
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -47,7 +48,7 @@ class Traced:
 def random_maps(model: PreTrainedModel, calibrated: Iterable[int], bypassed: Iterable[int], seed: int) -> Calibration:
     """Maps whose outputs, like what layers add in tiny_model, change logits by more than 0.1."""
     hidden, heads = model.config.hidden_size, model.config.num_key_value_heads
-    head_size = model.model.layers[0].self_attn.head_dim
+    head_size = layers_of(model)[0].self_attn.head_dim
     random = torch.Generator().manual_seed(seed)
 
     def affine(size: int) -> AffineMap:

@@ -106,8 +106,8 @@ def _prefill_context(
             if index in projections:
                 key, value = (m.apply(x, positions) for m in projections[index])
             else:
-                key, value = _own_projections(layer, x)
-            cache.update(*_cache_entries(layer, key, value, rope[kinds[index]]), index)
+                key, value = own_projections(layer, x)
+            cache.update(*cache_entries(layer, key, value, rope[kinds[index]]), index)
             if index + 1 not in pruned and first in bypasses:
                 x = x + bypasses[first].apply(x, positions)
         else:
@@ -121,7 +121,7 @@ def _prefill_context(
             )
 
 
-def _own_projections(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def own_projections(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's projected keys and values [1, S, kv_heads x head] of the wrong hidden state, by its own weights."""
     attention = layer.self_attn
     normed = layer.input_layernorm(x) if hasattr(layer, "input_layernorm") else x
@@ -132,7 +132,7 @@ def _own_projections(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Ten
     return attention.k_proj(normed), attention.v_proj(normed)
 
 
-def _cache_entries(
+def cache_entries(
     layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as the cache holds them [1, kv_heads, S, head]."""

@@ -1,0 +1,223 @@
+"""Vision graphs in ONNX Runtime compute what transformers' towers do, for images of any size and number."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import transformers
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+from torch.utils.flop_counter import FlopCounterMode
+from vision import (
+    MERGE,
+    Graphs,
+    close,
+    patches,
+    random_model,
+    side_by_side,
+    tiny_gemma3_vision,
+    tiny_qwen3_vl,
+)
+
+from popcompile.errors import PopcompileError
+from popcompile.package.graph_check import _Checker
+from popcompile.passes.flops import flops_by_layer
+from popcompile.passes.printing import print_graph
+from popcompile.upstream import attention_implementation
+from popcompile.vision.towers import embedding_width
+from popcompile.vision.tracing import build_model, trace_images
+
+#: none of which the graph was traced with
+GRIDS = {
+    "one image": [[1, 4, 6]],
+    "one token": [[1, MERGE, MERGE]],
+    "a row of tokens": [[1, 2, 12]],
+    "three images": [[1, 16, 10]] * 3,
+    "larger than the table of positions": [[1, 40, 30]],
+}
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Any:
+    return random_model(tiny_qwen3_vl())
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Any:
+    return random_model(tiny_gemma3_vision())
+
+
+@pytest.fixture(scope="module")
+def qwen_graphs(qwen: Any, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    return Graphs(qwen, tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def gemma_graphs(gemma: Any, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    return Graphs(gemma, tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(sizes, id=name) for name, sizes in GRIDS.items()])
+@torch.no_grad()
+def test_qwen_images(qwen: Any, qwen_graphs: Graphs, sizes: list[list[int]]) -> None:
+    grids = torch.tensor(sizes)
+    pixels = patches(grids)
+    expected = side_by_side(qwen.model.get_image_features(pixels, grids, return_dict=True))
+    assert close(qwen_graphs.features(pixels, grids), expected)
+
+
+@pytest.mark.parametrize("sizes", [[[2, 6, 4]], [[3, 4, 4], [1, 4, 4]]])
+@torch.no_grad()
+def test_qwen_videos(qwen: Any, qwen_graphs: Graphs, sizes: list[list[int]]) -> None:
+    """Frames of one size, in videos of unlike lengths; a frame sees no other one."""
+    grids = torch.tensor(sizes)
+    pixels = patches(grids)
+    expected = side_by_side(qwen.model.get_video_features(pixels, grids, return_dict=True))
+    assert close(qwen_graphs.features(pixels, grids), expected)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@torch.no_grad()
+def test_gemma_images(gemma: Any, gemma_graphs: Graphs, images: int) -> None:
+    pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = gemma.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(0, 1)
+    found = gemma_graphs.features(pixels)
+    assert close(found[:, :-1], expected)
+    assert (found[:, -1] == 1).all() and found.shape[1] == embedding_width(gemma.config)
+
+
+@torch.no_grad()
+def test_a_wrong_layer_shows(qwen: Any, gemma: Any) -> None:
+    """The tolerance above would not hide a block that is left out, or that mixes images up."""
+    grids = torch.tensor([[1, 4, 6]])
+    pixels, images = patches(grids), torch.randn(1, 3, 32, 32)
+    for model, last, run in (
+        (qwen, qwen.model.visual.blocks[-1].attn.proj, lambda: qwen.model.visual(pixels, grids).pooler_output),
+        (
+            gemma,
+            gemma.model.vision_tower.encoder.layers[-1].self_attn.out_proj,
+            lambda: gemma.model.get_image_features(images).pooler_output,
+        ),
+    ):
+        before = run()
+        hook = last.register_forward_hook(lambda _, given, out: out * 0)
+        after = run()
+        hook.remove()
+        assert (before - after).abs().max() > 0.05 * before.abs().max(), model.config.model_type
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+def test_fused_kernels(family: str, request: pytest.FixtureRequest) -> None:
+    """One attention a layer, without a mask and without all of its scores at once; products are MatMul."""
+    graph = request.getfixturevalue(f"{family}_graphs").models["vision"].graph
+    attentions = [node for node in graph if node.op_type == "MultiHeadAttention"]
+    assert len(attentions) == 3 and all(len(node.inputs) == 3 for node in attentions)
+    assert not {"Softmax", "Gemm", "If", "Loop"} & {node.op_type for node in graph}
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+def test_packages_may_have_these_graphs(family: str, request: pytest.FixtureRequest) -> None:
+    """Those of a package are checked before ONNX Runtime sees them."""
+    graphs = request.getfixturevalue(f"{family}_graphs")
+    size = (graphs.folder / "weights.data").stat().st_size
+    manifest: Any = SimpleNamespace(files={"weights.data": {"size": size}}, weights="weights.data")
+    for name in graphs.models:
+        model = onnx.load(graphs.folder / f"{name}.onnx", load_external_data=False)
+        _Checker(manifest).check(model.graph, {}, 0)  # raises where it finds a fault
+
+
+@torch.no_grad()
+def test_fp16(qwen: Any, gemma: Any, tmp_path: Path) -> None:
+    """Half a thousandth is what a number is rounded by; after three blocks features are off by twice as much."""
+    grids = torch.tensor([[1, 6, 8]] * 2)
+    for name, model, pixels, given in (
+        ("qwen", qwen, patches(grids), grids),
+        ("gemma", gemma, torch.randn(2, 3, 32, 32), None),
+    ):
+        (tmp_path / name).mkdir()
+        graphs = Graphs(model, tmp_path / name, torch.float16)
+        if given is None:
+            expected = model.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+            expected = torch.nn.functional.pad(expected, (0, 1), value=1.0)
+        else:
+            expected = side_by_side(model.model.get_image_features(pixels, given, return_dict=True))
+        found = graphs.features(pixels, given)
+        assert found.dtype == np.float16 and close(found.astype(np.float32), expected, 3e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+@torch.no_grad()
+def test_flops(family: str, qwen: Any, gemma: Any) -> None:
+    """Those that PyTorch counts while transformers' model runs, without fused attention, which it does not count."""
+    images, patch = 2, 64
+    grids = torch.tensor([[1, 8, 8]] * images)
+    inputs = (patches(grids), grids) if family == "qwen" else (torch.randn(images, 3, 32, 32),)
+    model = qwen if family == "qwen" else gemma
+    with attention_implementation(model, "eager"), FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(*inputs)
+    sizes = {"num_image_tokens": images * patch // MERGE**2, "num_images": images, "total": patch}
+    counted = flops_by_layer(trace_images(model).graphs["vision"], "vision", sizes)
+    assert sum(counted.values()) == counter.get_total_flops()
+
+
+def test_a_model_with_weights_gives_the_same_graphs(qwen: Any) -> None:
+    fake, real = trace_images(build_model(qwen.config)), trace_images(qwen)
+    assert fake.constants.keys() == real.constants.keys()
+    assert all(torch.equal(fake.constants[name], real.constants[name]) for name in fake.constants)
+    for name in fake.graphs:
+        assert print_graph(fake.graphs[name], name) == print_graph(real.graphs[name], name)
+
+
+@torch.no_grad()
+def test_tracing_leaves_the_model_as_it_was(gemma: Any) -> None:
+    before = gemma.model.vision_tower.config._attn_implementation
+    trace_images(gemma)
+    assert gemma.model.vision_tower.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("grid", [[1, 0, 0], [1, 5, 7], [-1, -4, 6], [1, 24, 1], [1, 1, 24], [1, 2**40, 2**40]])
+def test_a_bad_grid_does_not_end_the_process(qwen_graphs: Graphs, grid: list[int]) -> None:
+    """By a division by zero, or a place outside of the table of positions: callers check grids, and some forget it."""
+    found = np.zeros(1)
+    with contextlib.suppress(Fail, InvalidArgument, RuntimeException):
+        found = qwen_graphs.features(patches(torch.tensor([[1, 4, 6]])), torch.tensor([grid]))
+    assert np.isfinite(found).all()
+
+
+def test_other_models_are_refused() -> None:
+    model = build_model(tiny_qwen3_vl())
+    model.config.model_type = "llava"
+    with pytest.raises(PopcompileError, match="llava: popcompile supports the vision towers of qwen3_vl, gemma3"):
+        trace_images(model)
+
+
+#: parameters of Qwen3-VL's tower, whose modules popcompile/vision/towers.py calls one by one
+QWEN_PARTS = (
+    r"patch_embed\.proj", r"pos_embed", r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.\w+)",
+    r"(merger|deepstack_merger_list\.\d+)\.\w+",
+)  # fmt: skip
+
+
+def test_the_tower_has_the_known_parts(qwen: Any) -> None:
+    """Where this fails, transformers has changed Qwen3-VL's tower: compare its forward with Qwen3VLTower's."""
+    names = {name.rpartition(".")[0] for name, _ in qwen.model.visual.named_parameters()}
+    unknown = {name for name in names if not re.fullmatch("|".join(QWEN_PARTS), name)}
+    visual, attention = qwen.model.visual, qwen.model.visual.blocks[0].attn
+    assert not unknown, f"transformers {transformers.__version__} has new parts in the tower"
+    assert attention.scaling == attention.qkv.in_features**-0.5 * attention.num_heads**0.5
+    assert visual.rotary_pos_emb.inv_freq.shape == (attention.qkv.in_features // attention.num_heads // 4,)
+
+
+def test_session_types(qwen_graphs: Graphs) -> None:
+    inputs: dict[str, ort.NodeArg] = {value.name: value for value in qwen_graphs.vision.get_inputs()}
+    assert inputs["pixel_values"].shape == ["4*num_image_tokens", 96]
+    assert inputs["image_grid_thw"].shape == ["num_images", 3]
+    assert qwen_graphs.vision.get_outputs()[0].shape == ["num_image_tokens", 192]
