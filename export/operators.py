@@ -406,8 +406,10 @@ def _rotary_rows(w: Writer, node: fx.Node) -> Any:
 
 @rule(ops.token_rows)
 def _token_rows(w: Writer, node: fx.Node) -> Any:
-    sizes = [w.dimension(node.args[0], axis) for axis in range(2)]
-    return w("Reshape", _counted(w, w("Mul", *sizes)), w("Concat", *sizes, axis=0))
+    """By two ranges that go no further than rows and tokens do, as a package's check asks of all."""
+    batch, count = (w.dimension(node.args[0], axis) for axis in range(2))
+    before = w("Mul", w("Unsqueeze", _counted(w, batch), w.constant([1])), count)
+    return w("Add", before, w("Unsqueeze", _counted(w, count), w.constant([0])))
 
 
 @rule(ops.last_position)
