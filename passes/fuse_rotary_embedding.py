@@ -19,7 +19,7 @@ the nodes as well, moving one position at a time, so that any order of the secti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,7 +141,7 @@ class FuseRotaryEmbedding(Pass):
         sizes = self._table_sizes(gm, {*constants, *body}, self.program.max_positions)
         half, length = shape_of(cos)[-1] // 2, self.program.max_positions
         sources = tuple(str(n.target) for n in constants)
-        stem = sources[0].removesuffix(".inv_freq").removesuffix("_inv_freq") if sources else "rotary_embedding"
+        stem = self._stem(sources)
         rows = self._tokens_first(gm, positions) if origin.axes else positions
         nodes = []
         for value, kind in ((cos, "cos_cache"), (sin, "sin_cache")):
@@ -159,6 +159,13 @@ class FuseRotaryEmbedding(Pass):
             nodes.append(node)
         rows = self._shift(gm.graph, rows, switches[0]) if switches else rows
         return _Tables(rows, nodes[0], nodes[1], axes)
+
+    def _stem(self, sources: Sequence[str]) -> str:
+        """What tables are called after: the frequencies that they are made of. No other tables have the name."""
+        frequencies = (name for name in sources if name.endswith("inv_freq"))
+        stem = next(frequencies, "rotary_embedding").removesuffix(".inv_freq").removesuffix("_inv_freq")
+        names = (stem, *(f"{stem}_{number}" for number in range(1, len(self._tables) + 1)))
+        return next(name for name in names if f"{name}.cos_cache" not in self.program.derived)
 
     def _tokens_first(self, gm: fx.GraphModule, positions: fx.Node) -> fx.Node:
         """The graph's rope_positions node, [B, S, A]; made on first use."""
