@@ -29,6 +29,7 @@ from popcompile.package.graph_check import read_graphs
 from popcompile.package.integrity import check_small_files, open_weights
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.runtime.cache import KVCache, to_ort
+from popcompile.runtime.integers import made_exact, saturates
 from popcompile.runtime.providers import find_provider, unusable
 from popcompile.runtime.weights import SharedWeights
 
@@ -150,7 +151,10 @@ class Runtime:
         content, graph = self._graphs[stage]
         try:
             self._require_kernels(graph)
-            self._weights.add_to(options, graph)
+            flipped: frozenset[str] = frozenset()
+            if self.provider.on_host and self.manifest.quantized and saturates():
+                content, graph, flipped = made_exact(content)
+            self._weights.add_to(options, graph, flipped)
             self._require_same_weights()
             session = ort.InferenceSession(content, options, providers=[self.provider.name], enable_fallback=0)
         except PopcompileError:

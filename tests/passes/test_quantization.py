@@ -28,6 +28,7 @@ from popcompile.passes import PassManager
 from popcompile.passes.printing import print_graph
 from popcompile.passes.quantize_dynamic import QuantizeDynamic, feature_scales, int8_weight
 from popcompile.passes.quantize_linear import Quantization, QuantizeLinear, quantized_weight, weight_scales
+from popcompile.runtime import session
 from popcompile.runtime.session import Runtime
 from popcompile.runtime.verify import verify
 from popcompile.variants import Variants
@@ -135,11 +136,17 @@ def dynamic(model: PreTrainedModel) -> PreTrainedModel:
     return result
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_w8a8_is_the_model_with_integer_products(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "saturates"), [*((family, None) for family in CONFIGS), ("llama", True), ("gemma3", True)]
+)
+def test_w8a8_is_the_model_with_integer_products(
+    family: str, saturates: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt, and a second one after it. Where float rounding tips an activation to the next integer, a token's
-    logits are off by what rounding costs: few may be.
+    logits are off by what rounding costs: few may be. saturates: what is said of this CPU, by default what is so.
     """
+    if saturates is not None:
+        monkeypatch.setattr(session, "saturates", lambda: saturates)
     exact = replace(PROVIDERS["cpu"], accuracy_level=0)  # of what is in blocks
     monkeypatch.setitem(PROVIDERS, "cpu", exact)
     model = save(CONFIGS[family], tmp_path / "model")
