@@ -20,6 +20,7 @@ import pytest
 import torch
 from bad_input import Cli, popcompile, save_model
 from filelock import FileLock
+from random_weights import randomize
 from torch import Tensor, fx
 from traced_once import remembering
 from transformers import (
@@ -80,20 +81,9 @@ def tiny_moe(**changes: object) -> Qwen3MoeConfig:
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """transformers' own module with random weights.
-
-    transformers' initialisation leaves layers that add about 1e-3 to the residual stream, where a wrong layer passes
-    every tolerance; here a layer changes logits by more than 0.1.
-    """
+    """transformers' own module with random weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases
-                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
-            else:
-                parameter.normal_(0, 0.3)
-    return model
+    return randomize(AutoModelForCausalLM.from_config(config).eval())
 
 
 # --- running graphs --------------------------------------------------------------------------------------------

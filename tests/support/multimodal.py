@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_weights import randomize
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 _TEXT = {
@@ -54,16 +55,12 @@ def multimodal_model(config: PreTrainedConfig) -> PreTrainedModel:
     So whatever is computed from the image encoder's weights, or reads them where it should not, shows.
     """
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
+    model = randomize(AutoModelForImageTextToText.from_config(config).eval())
     text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             if id(parameter) not in text:
                 parameter.fill_(torch.nan)
-            elif parameter.dim() == 1:  # norms and biases
-                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
-            else:
-                parameter.normal_(0, 0.3)
     return model
 
 

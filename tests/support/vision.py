@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from random_weights import randomize
 from transformers import AutoModelForImageTextToText, Gemma3Config, PreTrainedConfig, Qwen3VLConfig
 
 from popcompile.export.onnx_graph import images_to_onnx
@@ -55,14 +56,7 @@ def tiny_gemma3_vision(image_token: int = 100) -> Gemma3Config:
 def random_model(config: PreTrainedConfig) -> Any:
     """transformers' own module with random weights, large enough that features show a wrong layer."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases
-                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
-            else:
-                parameter.normal_(0, 0.2)
-    return model
+    return randomize(AutoModelForImageTextToText.from_config(config).eval(), 0.2)
 
 
 class Graphs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from random_weights import randomize
 from reference import KVMaps, Map, cache_entries, own_projections
 from torch import Tensor, nn
 from transformers import (
@@ -54,14 +55,7 @@ def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLConfig:
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """transformers' module with random weights, large enough that a wrong layer or a lost feature shows."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases
-                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
-            else:
-                parameter.normal_(0, 0.2)
-    return model
+    return randomize(AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval(), 0.2)
 
 
 @dataclass
