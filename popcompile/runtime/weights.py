@@ -42,7 +42,7 @@ class SharedWeights:
             if uses_external_data(tensor):
                 options.add_initializer(tensor.name, self._value(tensor, tensor.name in flipped))
 
-    def _value(self, tensor: onnx.TensorProto, flipped: bool) -> ort.OrtValue:
+    def _value(self, tensor: onnx.TensorProto, flipped: bool = False) -> ort.OrtValue:
         place = {entry.key: entry.value for entry in tensor.external_data}
         start, shape = int(place.get("offset", 0)), tuple(tensor.dims)
         key = (start, tensor.data_type, shape)  # a type of its own where it is flipped
