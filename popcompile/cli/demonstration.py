@@ -20,8 +20,9 @@ from popcompile.terminal import show
 
 _QUESTION = "\n\nSummarize the text above in one sentence."
 _CHARACTERS = 4800
-#: what `popcompile convert` chooses for this model; and texts to calibrate on, few
-_LAYERS, _TEXTS = "15,20-21,23-29", 24
+#: what `popcompile convert` chooses for this model; and, to be done soon, few texts to calibrate on, and short prompts
+#: to measure lost answers in
+_LAYERS, _TEXTS, _TOKENS = "15,20-21,23-29", 24, 256
 
 
 def demo(out: Path) -> None:
@@ -33,9 +34,18 @@ def demo(out: Path) -> None:
         started = time.perf_counter()
         show("fetching SmolLM2-135M-Instruct (98 MB, kept in the cache folder) ...")
         model = sample_model("smollm2")
-        show(f"popcompile convert {model} {out} --layers {_LAYERS} --calibration-texts {_TEXTS} --refinement-steps 0")
+        few = f"--calibration-texts {_TEXTS} --refinement-steps 0 --prompt-tokens {_TOKENS}"
+        show(f"popcompile convert {model} {out} --layers {_LAYERS} {few}")
         with progress_bar(CONVERT_STEPS) as progress:
-            convert(model, out, layers=_LAYERS, calibration_texts=_TEXTS, refinement_steps=0, progress=progress)
+            convert(
+                model,
+                out,
+                layers=_LAYERS,
+                prompt_tokens=_TOKENS,
+                calibration_texts=_TEXTS,
+                refinement_steps=0,
+                progress=progress,
+            )
         show(f"done in {time.perf_counter() - started:.0f} s; without --layers it chooses them, in some minutes\n")
     show(f"popcompile inspect {out}\n\n{inspect_text(out)}")
     timings = {how: _answer(out, how) for how in ("full", "pop")}
