@@ -21,7 +21,7 @@ import numpy as np
 from popcompile.bench.memory import peak_bytes
 
 #: Qwen3-VL-2B-Instruct's vision_config
-VISION = {
+VISION: dict[str, Any] = {
     "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 2048, "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [5, 11, 17],
@@ -45,7 +45,7 @@ def main() -> None:
     command = [sys.executable, __file__, str(options.work)]
     make = [sys.executable, "-c", f"import vision_memory as v; v.make(v.Path({str(options.work)!r}), {options.layers})"]
     subprocess.run(make, check=True, cwd=Path(__file__).parent)
-    features = 3 * VISION["temporal_patch_size"] * VISION["patch_size"] ** 2  # type: ignore[operator]
+    features = 3 * VISION["temporal_patch_size"] * VISION["patch_size"] ** 2
     pixels = np.random.default_rng(0).standard_normal((options.side**2, features), dtype=np.float32)
     np.save(options.work / PIXELS, pixels)
     np.save(options.work / GRID, np.array([[1, options.side, options.side]]))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 
 from popcompile.errors import PopcompileError
 
@@ -16,14 +15,18 @@ Array = np.ndarray[Any, Any]
 PATCHES = 16_384
 
 
-def encode_images(session: ort.InferenceSession, pixel_values: Array) -> Array:
+class Session(Protocol):
+    """The vision graph, ready to run: ONNX Runtime's InferenceSession."""
+
+    def run(self, outputs: None, inputs: dict[str, Array], /) -> Sequence[Any]: ...
+
+
+def encode_images(session: Session, pixel_values: Array) -> Array:
     """image_features [images * tokens, W] of images of one fixed size, pixel_values [images, 3, S, S]."""
     return np.asarray(session.run(None, {"pixel_values": np.asarray(pixel_values, np.float32)})[0])
 
 
-def encode_grids(
-    session: ort.InferenceSession, pixel_values: Array, grids: Array, merge: int, *, most: int = PATCHES
-) -> Array:
+def encode_grids(session: Session, pixel_values: Array, grids: Array, merge: int, *, most: int = PATCHES) -> Array:
     """image_features [tokens, W] of images or videos of any sizes, in the order in which they are given.
 
     pixel_values [patches, features]: of all images, one after another. grids [images, 3]: frames, rows and columns of

@@ -50,7 +50,7 @@ class Counted:
 def test_one_call_for_each_size(qwen: Any, graphs: Graphs) -> None:
     grids = torch.tensor(SIZES)
     pixels, session = patches(grids), Counted(graphs.vision)
-    found = encode_grids(session, pixels.numpy(), grids.numpy(), MERGE)  # type: ignore[arg-type]
+    found = encode_grids(session, pixels.numpy(), grids.numpy(), MERGE)
     assert close(found, side_by_side(qwen.model.get_image_features(pixels, grids, return_dict=True)))
     assert [len(call) for call in session.grids] == [3, 2, 1, 1]
 
@@ -59,7 +59,7 @@ def test_calls_are_no_larger_than_asked_for(graphs: Graphs) -> None:
     grids = torch.tensor([[1, 4, 4]] * 5 + [[1, 8, 8]])
     pixels, session = patches(grids), Counted(graphs.vision)
     whole = encode_grids(graphs.vision, pixels.numpy(), grids.numpy(), MERGE)
-    found = encode_grids(session, pixels.numpy(), grids.numpy(), MERGE, most=32)  # type: ignore[arg-type]
+    found = encode_grids(session, pixels.numpy(), grids.numpy(), MERGE, most=32)
     assert [len(call) for call in session.grids] == [2, 2, 1, 1]
     assert close(found, torch.tensor(whole))
 
