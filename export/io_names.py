@@ -8,7 +8,16 @@ from collections.abc import Sequence
 IMAGE_OUTPUTS = {"vision": ["image_features"], "embedding": ["inputs_embeds"]}
 
 
-def input_names(num_layers: int, tokens: Sequence[str] = ("input_ids", "attention_mask")) -> list[str]:
+#: a decoder's inputs before the cache, of text alone
+TEXT_INPUTS = ("input_ids", "attention_mask")
+
+
+def token_names(axes: int) -> list[str]:
+    """A decoder's inputs before the cache, of text and images. axes: of position_ids; 0 where it has none."""
+    return ["inputs_embeds", "attention_mask", *(["position_ids"] if axes else [])]
+
+
+def input_names(num_layers: int, tokens: Sequence[str] = TEXT_INPUTS) -> list[str]:
     """tokens: the inputs before the cache, as Program.inputs has them."""
     cache = [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
     return [*tokens, *cache]

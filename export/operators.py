@@ -16,7 +16,7 @@ from torch import fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from popcompile.passes import ops
-from popcompile.passes.graph import shape_of, value_of
+from popcompile.passes.graph import shape_of, tokens_of, value_of
 from popcompile.passes.onnx_ops import CONTRIB
 
 from .writer import Rule, Writer, reshape, same_size
@@ -408,6 +408,7 @@ def _rotary_rows(w: Writer, node: fx.Node) -> Any:
 def _token_rows(w: Writer, node: fx.Node) -> Any:
     """By two ranges that go no further than rows and tokens do, as a package's check asks of all."""
     batch, count = (w.dimension(node.args[0], axis) for axis in range(2))
+    count = w("Min", count, w.dimension(tokens_of(node.graph.owning_module), 1))  # of a tail, whose size is computed
     before = w("Mul", w("Unsqueeze", _counted(w, batch), w.constant([1])), count)
     return w("Add", before, w("Unsqueeze", _counted(w, count), w.constant([0])))
 

@@ -26,7 +26,10 @@ from .printing import print_graph
 
 @dataclass
 class Program:
-    """What is being compiled: one graph, "model", until SplitStages makes "prefill" and "decode" of it."""
+    """What is being compiled: one graph, "model", until SplitStages makes "prefill" and "decode" of it.
+
+    Beside the decoder's there may be the graphs that make its inputs of images and tokens, "vision" and "embedding".
+    """
 
     graphs: dict[str, fx.GraphModule]
     num_layers: int
@@ -38,10 +41,15 @@ class Program:
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the graphs' inputs, in order, but for those of the cache, which follow them."""
-        gm = next(iter(self.graphs.values()))
+        """Names of the decoder's inputs, in order, but for those of the cache, which follow them."""
+        gm = self.graphs["model" if "model" in self.graphs else "prefill"]
         cache = cache_of(gm)
         return [name for name, node in inputs_of(gm).items() if node not in cache]
+
+    def add(self, other: Program) -> None:
+        """Take the graphs of another program, over parameters and constants of the same model."""
+        self.graphs |= other.graphs
+        self.constants |= other.constants
 
     def clone(self) -> Program:
         """A copy that passes may change. Values of constants are shared."""

@@ -15,11 +15,12 @@ from .graph import clone_module
 
 class SplitStages(Pass):
     def requires(self, graph_module: fx.GraphModule) -> None:
-        self.check(list(self.program.graphs) == ["model"], "the program is split already")
+        self.check(not {"prefill", "decode"} & set(self.program.graphs), "the program is split already")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        others = {stage: gm for stage, gm in self.program.graphs.items() if stage != "model"}
         self.program.graphs.clear()
-        self.program.graphs.update(prefill=graph_module, decode=clone_module(graph_module))
+        self.program.graphs.update(prefill=graph_module, decode=clone_module(graph_module), **others)
         self.matches = 2
         return PassResult(graph_module, True)
 

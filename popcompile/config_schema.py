@@ -32,7 +32,7 @@ FLOATS = 3e38
 """The largest number in fp32; tokenizers call 10^30 "no maximum"."""
 
 COUNTS = {
-    re.compile(r"layers?$"): 2**12,
+    re.compile(r"(layers?|^depth)$"): 2**12,
     re.compile(r"(blocks|modules|labels)$"): 2**14,
     re.compile(r"experts$"): 2**16,
 }

@@ -22,7 +22,16 @@ from popcompile.frontend.tracing import trace
 from popcompile.package.manifest import LAYOUTS, PASSES, Manifest
 from popcompile.package.staging import require_apart, require_disk_space, require_writable, staged
 from popcompile.packaging import ModelSizes, PackageWriter
-from popcompile.passes import ContractError, Pass, PassManager, PassRecord, Program, canonicalization, pruning
+from popcompile.passes import (
+    ContractError,
+    Pass,
+    PassManager,
+    PassRecord,
+    Program,
+    canonicalization,
+    image_lowering,
+    pruning,
+)
 from popcompile.passes.flops import REFERENCE_SIZES, total_flops
 from popcompile.passes.printing import print_graph
 from popcompile.progress import Progress, StepTimes
@@ -33,6 +42,7 @@ from popcompile.pruning.refinement import STEPS
 from popcompile.pruning.settings import KV_PROJECTIONS, PruningSettings
 from popcompile.pruning.text import SELF, TEXTS
 from popcompile.target import BLOCK_SIZE, Target
+from popcompile.vision.tracing import build_model, trace_images
 
 
 def convert(
@@ -138,13 +148,15 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     merged = Adapter(str(adapter)) if adapter is not None else None
-    request, options = asked.for_model(source.config)
+    request, options = asked.for_model(source.decoder_config)
     tokenizer = None
-    if needs_weights(source.config.num_hidden_layers, request, options):
+    if needs_weights(source.decoder_config.num_hidden_layers, request, options):
         tokenizer = source_tokenizer(source, trust_remote_code)
     report_progress("trace", 0, 1)
     settle_ties(source)
     program = trace(source.config, target.dtype, trust_remote_code=trust_remote_code)
+    if source.has_images:
+        program.add(trace_images(build_model(source.config, target.dtype)))
     checkpoint = Checkpoint(source, program, target.dtype, merged)
     sizes = ModelSizes.of(program, target)
     _require_kernels(source, sizes, target)
@@ -240,5 +252,7 @@ class _Compilation:
             "pop_prefill": total_flops(prefill, "prefill"),
             "decode": total_flops(decode, "decode"),
         }
+        if "vision" in self._program.graphs:
+            self.run(image_lowering(), "lower")
         self.run(target.lowering(), "lower")
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,32 @@ import onnx_ir as ir
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import genai_config
 from popcompile.export.io_names import input_names, output_names
-from popcompile.export.onnx_graph import to_onnx
+from popcompile.export.onnx_graph import images_to_onnx, to_onnx
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
 from popcompile.frontend.adapter import Adapter
 from popcompile.frontend.checkpoint import Checkpoint
 from popcompile.frontend.decoders import architecture
 from popcompile.frontend.source import Source
 from popcompile.package.graph_check import read_graphs
+from popcompile.package.image_inputs import ImageInputs
 from popcompile.package.integrity import CODE_FIELDS
-from popcompile.package.manifest import FORMAT_VERSION, LAYOUTS, MANIFEST, REPORT, Manifest, describe_files
+from popcompile.package.manifest import (
+    FORMAT_VERSION,
+    IMAGE_GRAPHS,
+    LAYOUTS,
+    MANIFEST,
+    REPORT,
+    Manifest,
+    describe_files,
+)
 from popcompile.package.staging import require_disk_space
 from popcompile.passes import Program
-from popcompile.passes.graph import find, outputs_of, shape_of
+from popcompile.passes.graph import find, inputs_of, outputs_of, position_ids_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.progress import Progress
 from popcompile.pruning.plan import Plan
 from popcompile.target import Target
+from popcompile.vision.towers import embedding_width, vision_family
 
 
 class PackageWriter:
@@ -50,13 +60,17 @@ class PackageWriter:
         self._source, self._adapter, self._checkpoint = source, adapter, checkpoint
         self._target, self._progress = target, progress
         self._hashes: dict[str, str] = {}
+        #: file of each stage that was written
+        self._graphs: dict[str, str] = {}
 
     def write_model(self, program: Program) -> None:
         """Graphs and weights of a lowered program. Raises PopcompileError where the checkpoint's do not fit."""
         self._progress("export", 0, 1)
         models = to_onnx(program, self._files.graphs, self._target.provider)
+        models |= images_to_onnx(program, self._target.provider)
+        self._graphs = self._files.graphs | {stage: file for stage, file in IMAGE_GRAPHS.items() if stage in models}
         self._hashes[self._files.weights] = self._write_weights(models, program)
-        for stage, file in self._files.graphs.items():
+        for stage, file in self._graphs.items():
             ir.save(models[stage], self._folder / file)
 
     def _write_weights(self, models: dict[str, ir.Model], program: Program) -> str:
@@ -82,6 +96,11 @@ class PackageWriter:
         source.config.save_pretrained(self._folder)
         source.generation_config.save_pretrained(self._folder)
         source.save_tokenizer(self._folder)
+        if source.has_images:
+            if source.kind != "random":
+                source.save_processor(self._folder)
+            _leave_out_code(self._folder)
+            return
         _leave_out_code(self._folder)
         config = genai_config(
             source.config,
@@ -117,16 +136,33 @@ class PackageWriter:
             provider=target.provider,
             layout=self._layout,
             window=plan.window if plan.pruned else 1,
-            graphs=self._files.graphs,
+            graphs=self._graphs,
             weights=self._files.weights,
-            inputs=input_names(program.num_layers),
+            inputs=input_names(program.num_layers, program.inputs),
             outputs=output_names(program.num_layers),
             versions=_versions(),
+            vision=self._images(program),
         )
         manifest = replace(manifest, files=describe_files(self._folder, self._files.weights, self._hashes))
         (self._folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         self._require_readable(manifest)
         return manifest
+
+    def _images(self, program: Program) -> dict[str, Any]:
+        """The fields of ImageInputs, none of a model of text alone."""
+        config = self._source.config
+        if not self._source.has_images:
+            return {}
+        family, positions = vision_family(config), position_ids_of(program.graphs["prefill"])
+        inputs = ImageInputs(
+            tokens=family.image_tokens(config),
+            inputs=list(inputs_of(program.graphs["vision"])),
+            width=embedding_width(config),
+            merge=family.merge(config),
+            tokens_per_image=family.tokens_per_image(config),
+            axes=0 if positions is None else int(shape_of(positions)[0]),
+        )
+        return asdict(inputs)
 
     def _described(self) -> dict[str, str]:
         """What the manifest says of the model."""

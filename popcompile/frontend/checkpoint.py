@@ -86,9 +86,10 @@ def _converted_shape(name: str, found: Converted, stored: Mapping[str, TensorInf
 
 
 def parameter_shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that the traced graph reads, by name, without computed buffers."""
+    """Shapes of the parameters that the traced graphs read, by name, without computed buffers."""
     return {
         str(n.target): tuple(n.meta["val"].shape)
-        for n in program.graphs["model"].graph.nodes
+        for gm in program.graphs.values()
+        for n in gm.graph.nodes
         if n.op == "get_attr" and n.users and n.target not in program.constants
     }

@@ -67,6 +67,9 @@ What a field does to masks and to the arguments of attention is also seen when t
 refused before that, and by their names.
 """
 
+WITH_IMAGES = frozenset({"qwen3_vl"})
+"""Vision-language models that are compiled whole; popcompile/vision/towers.py has what is their own."""
+
 PARTS_OF_DECODERS = frozenset({"attn_config", "ffn_config"})
 """Configs inside a decoder's config that are no models of their own."""
 
@@ -90,11 +93,14 @@ def require_decoder(model: str, config: PretrainedConfig, whole: PretrainedConfi
     if kind in OTHER_TYPES:
         raise PopcompileError(f"{named} is {OTHER_TYPES[kind]}; {SUPPORTED}")
     text = getattr(getattr(config, "text_config", None), "model_type", None)
+    if kind in WITH_IMAGES:
+        _require_known_layers(named, config.get_text_config(decoder=True))
+        return
     causal = kind in CAUSAL_LMS or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if _is_text_decoder(text, config):
         raise PopcompileError(
-            f"{named} takes more than text; popcompile supports the text decoder alone, here of model type {text}:"
-            " add --text-only"
+            f"{named} takes more than text; popcompile compiles {', '.join(sorted(WITH_IMAGES))} with images, and of"
+            f" others the text decoder alone, here of model type {text}: add --text-only"
         )
     if causal and any(_parts(config)):
         raise PopcompileError(
@@ -102,7 +108,15 @@ def require_decoder(model: str, config: PretrainedConfig, whole: PretrainedConfi
         )
     if not causal and not (whole and _is_text_decoder(kind, whole)):
         raise PopcompileError(f"{named} has no causal language model; {SUPPORTED}")
-    if getattr(config, "is_decoder", None) is False and kind not in DECODER_ANYWAY:
+    _require_known_layers(named, config)
+
+
+def _require_known_layers(named: str, config: PretrainedConfig) -> None:
+    """Refuse a decoder's config that asks for other layers than softmax attention and feed-forward blocks, alike.
+
+    named: the model, for the message.
+    """
+    if getattr(config, "is_decoder", None) is False and config.model_type not in DECODER_ANYWAY:
         raise PopcompileError(f"{named} is an encoder (config.is_decoder is false); {SUPPORTED}")
     if getattr(config, "is_heterogeneous", False):
         raise PopcompileError(f"{named} has layers of different sizes (config.per_layer_config); {SUPPORTED}")

@@ -17,8 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from popcompile import config_schema
 from popcompile.errors import PopcompileError
-from popcompile.frontend.decoders import SUPPORTED, require_decoder
-from popcompile.frontend.text_config import check_text_config, text_config
+from popcompile.frontend.decoders import SUPPORTED, WITH_IMAGES, require_decoder
+from popcompile.frontend.text_config import check_text_config, check_vision_config, text_config
 from popcompile.loading import TABLE_BYTES, read_file, read_json, reading, require_regular
 
 TOKENIZER_FILES = [
@@ -56,8 +56,10 @@ def folder_config(
     config_schema.check_names(subject, raw, cls)
     config_schema.check_fields(subject, raw, config_schema.config_hints(cls))
     config_schema.check_end(subject, raw)
-    if text_only:
+    if text_only or kind in WITH_IMAGES:
         check_text_config(subject, raw)
+    if kind in WITH_IMAGES and not text_only:
+        check_vision_config(subject, raw, cls)
     whole = None
     with reading(model, "config.json is malformed"):
         if remote and trust_remote_code:
@@ -70,6 +72,8 @@ def folder_config(
             config, whole = text, config
         require_decoder(model, config, whole)
         config_schema.check_sizes(subject, config)
+        if kind in WITH_IMAGES and whole is None:
+            config_schema.check_sizes(f"{subject}: text_config", config.get_text_config(decoder=True))
         config.to_json_string()  # what the package will hold
     return config, whole, raw
 

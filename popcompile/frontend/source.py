@@ -37,6 +37,8 @@ from popcompile.frontend.folder_configs import (
     processor_template,
 )
 from popcompile.frontend.hub import download, local_path
+from popcompile.frontend.processor_files import PROCESSOR_FILES, write_processor
+from popcompile.frontend.token_inputs import decoder_config
 from popcompile.loading import (
     CONFIG_BYTES,
     TABLE_BYTES,
@@ -68,7 +70,7 @@ class Source(ABC):
     Attributes:
         name: what the user wrote, a hub id or a path.
         kind: "hub", "folder", "gguf" or "random".
-        config: the text decoder's config, without `quantization_config`.
+        config: the model's config, without `quantization_config`.
         generation_config: the checkpoint's own, or the one that transformers derives from the config.
         whole: the config of the multimodal model whose text decoder this is, or None.
     """
@@ -86,6 +88,16 @@ class Source(ABC):
         self.config = config
         self.generation_config = generation_config
         self.whole = whole
+
+    @property
+    def decoder_config(self) -> PretrainedConfig:
+        """The text decoder's config, which a vision-language model's holds inside."""
+        return decoder_config(self.config)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the model takes images, and is compiled with its vision tower."""
+        return self.decoder_config is not self.config
 
     @abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -110,6 +122,14 @@ class Source(ABC):
         Raises:
             PopcompileError: the tokenizer cannot be loaded.
         """
+
+    def save_processor(self, folder: Path) -> list[str]:
+        """Write what the processor of images is configured by into `folder`; the files' names, or [] without any.
+
+        Raises:
+            PopcompileError: the processor cannot be loaded.
+        """
+        return []
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -206,11 +226,14 @@ class FolderSource(Source):
     def save_tokenizer(self, folder: Path) -> list[str]:
         if not files_in(self._folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
             return []
-        template = processor_template(self.name, self._folder) if self.whole else None
+        template = processor_template(self.name, self._folder) if self.whole or self.has_images else None
         if self._trust_remote_code:
             return write_tokenizer(self.name, self._folder, folder, template=template, trust_remote_code=True)
         with private_copy(self.name, self._folder) as copy:
             return write_tokenizer(self.name, copy, folder, template=template)
+
+    def save_processor(self, folder: Path) -> list[str]:
+        return write_processor(self.name, self._folder, folder)
 
     def fingerprint(self) -> dict[str, str]:
         config = read_file(self.name, self._folder / "config.json", CONFIG_BYTES)
@@ -243,6 +266,9 @@ class RandomSource(Source):
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         return self._base.save_tokenizer(folder)
+
+    def save_processor(self, folder: Path) -> list[str]:
+        return self._base.save_processor(folder)
 
     def fingerprint(self) -> dict[str, str]:
         marks = self._base.fingerprint()
@@ -310,7 +336,7 @@ def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bo
         require_regular(model, file)
         return GgufSource(model, file)
     if path is None:
-        wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+        wanted = ["config.json", "generation_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES]
         wanted += [] if random_weights else ["model*.safetensors", "model.safetensors.index.json"]
         path = download(model, wanted=[*wanted, "*.py"] if trust_remote_code else wanted)
     kind = "folder" if local else "hub"
@@ -318,7 +344,8 @@ def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bo
     if text_only and not random_weights:
         source = text_decoder(source)
     if not random_weights:  # headers only: a broken checkpoint is reported before any work
-        config_schema.check_tensors(model, source.config, {name: info.shape for name, info in source.tensors().items()})
+        shapes = {name: info.shape for name, info in source.tensors().items()}
+        config_schema.check_tensors(model, source.decoder_config, shapes)
     return source
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from popcompile.errors import PopcompileError
-from popcompile.frontend.causal_lm import causal_lm
 from popcompile.frontend.source import Source
+from popcompile.frontend.token_inputs import decoder_config, token_inputs
 from popcompile.loading import one_line
 from popcompile.quiet import errors_only
 from popcompile.upstream import (
@@ -209,7 +209,7 @@ def empty_module(config: PretrainedConfig) -> PreTrainedModel:
     own_code = type(config).__module__.startswith("transformers_modules")  # it ran already, to read the config
     try:
         with torch.device("meta"), errors_only("transformers"):
-            return causal_lm(deepcopy(config), trust_remote_code=own_code)
+            return token_inputs(config).build(deepcopy(config), trust_remote_code=own_code)
     except Exception as error:
         raise PopcompileError(
             f"{config.model_type}: transformers cannot build the model from its config: {one_line(error)}"
@@ -233,7 +233,8 @@ def _ignored(module: PreTrainedModel) -> list[str]:
         patterns.append(r"rotary_emb\.inv_freq")
     if any(name.endswith("position_ids") for name in buffers):
         patterns.append(r"(^|\.)position_ids$")
-    first = getattr(module.config, "num_hidden_layers", 0)
-    predicted = getattr(module.config, "num_nextn_predict_layers", None) or 0
+    config = decoder_config(module.config)
+    first = getattr(config, "num_hidden_layers", 0)
+    predicted = getattr(config, "num_nextn_predict_layers", None) or 0
     # layers that predict further tokens
     return patterns + [rf"layers\.{first + i}\." for i in range(predicted)]

@@ -1,4 +1,4 @@
-"""The config of a text decoder, which the config of a multimodal model holds inside."""
+"""The configs that a multimodal model's holds inside: of its text decoder, and of its vision tower."""
 
 from __future__ import annotations
 
@@ -37,10 +37,30 @@ def check_text_config(subject: str, raw: Mapping[str, Any]) -> None:
             f"{subject}: transformers {transformers.__version__} does not know the text decoder's model type"
             f" {str(kind)[:40]}; {SUPPORTED}"
         )
-    cls = CONFIG_MAPPING[kind]
-    config_schema.check_names(f"{subject}: text_config", content, cls)
-    config_schema.check_fields(f"{subject}: text_config", content, config_schema.config_hints(cls))
-    config_schema.check_end(f"{subject}: text_config", content)
+    _check_fields(f"{subject}: text_config", content, CONFIG_MAPPING[kind])
+
+
+def check_vision_config(subject: str, raw: Mapping[str, Any], whole: type[PretrainedConfig]) -> None:
+    """As `check_text_config`, of a vision_config. whole: the class of the model's config."""
+    content = raw.get("vision_config")
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        raise PopcompileError(f"{subject}: vision_config is {str(content)[:40]!r}, not an object; fix it")
+    kind = content.get("model_type")
+    if kind is not None and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+        raise PopcompileError(
+            f"{subject}: transformers {transformers.__version__} does not know the vision tower's model type"
+            f" {str(kind)[:40]}; fix it"
+        )
+    cls = CONFIG_MAPPING[kind] if kind is not None else type(whole().vision_config)
+    _check_fields(f"{subject}: vision_config", content, cls)
+
+
+def _check_fields(subject: str, content: Mapping[str, Any], cls: type[PretrainedConfig]) -> None:
+    config_schema.check_names(subject, content, cls)
+    config_schema.check_fields(subject, content, config_schema.config_hints(cls))
+    config_schema.check_end(subject, content)
 
 
 def text_config(whole: PretrainedConfig) -> PretrainedConfig | None:

@@ -135,7 +135,7 @@ ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts)
 
 _COMPLEX = (torch.complex64, torch.complex128)
 #: what a model is said to be that is none of those that are supported
-_NOT_TRACED = (
+NOT_TRACED = (
     "torch.export cannot trace this model, and popcompile supports decoders whose layers are attention and feed-forward"
     " blocks"
 )
@@ -196,7 +196,7 @@ def trace(config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust
 def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Program:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs, text = token_inputs(config), decoder_config(config)
-    with _reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
+    with reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
         model = inputs.build(
             config,
             attn_implementation=_IMPLEMENTATION,
@@ -208,7 +208,7 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: boo
     require_positions_from_zero(text, model)
     layers = text.num_hidden_layers
     decoder = _Decoder(model, inputs)
-    with _reporting(config, _NOT_TRACED), torch.no_grad():
+    with reporting(config, NOT_TRACED), torch.no_grad():
         with mode:
             with _restoring(model):
                 heads, head_size = _cache_shape(text, decoder(*_arguments(inputs, dtype, layers, 1, 1))[1])
@@ -345,7 +345,7 @@ def _require_values(config: PretrainedConfig, gm: fx.GraphModule, constants: Map
 
 
 @contextlib.contextmanager
-def _reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
+def reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
     """Turn whatever is raised into a PopcompileError of one line, and keep what is printed beside it to ourselves.
 
     transformers, torch.export and a model's own code raise anything, and torch.export prints the graph.
@@ -369,11 +369,11 @@ def _reporting(config: PretrainedConfig, problem: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, KeyError) and error.args == (_IMPLEMENTATION,):
             problem, error = (
-                _NOT_TRACED,
+                NOT_TRACED,
                 TypeError("its attention does not go through AttentionInterface"),
             )
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-            problem, error = _NOT_TRACED, TypeError("its module reads the values of tensors")
+            problem, error = NOT_TRACED, TypeError("its module reads the values of tensors")
         raise PopcompileError(f"{config.model_type}: {problem}: {one_line(error)}") from error
     finally:
         logging.disable(disabled)

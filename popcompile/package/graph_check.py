@@ -18,6 +18,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from popcompile.errors import PopcompileError
+from popcompile.package.graph_io import FLOATS, Fault, check_io
 from popcompile.package.graph_operators import OPERATORS, Attribute, Floats, Scalar, Subgraph, Words
 from popcompile.package.integrity import check_files, read_file
 from popcompile.package.manifest import Manifest
@@ -36,7 +37,6 @@ _TYPES: dict[int, tuple[int, str]] = {
     TensorProto.INT32: (4, "int32_data"),
     TensorProto.INT64: (8, "int64_data"),
 }
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 #: inline integers are sizes and indices, no larger than this or than a dimension of the weights, or "to the end" of a
 #: Slice; a tensor may be made that large
@@ -48,14 +48,10 @@ _INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop
 
 
 #: inputs with a row for every token, or patch
-_COUNTED = ("input_ids", "attention_mask", "pixel_values")
+_COUNTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values", "image_features")
 
 #: blocks of a Loop, at most, where they are not counted by tokens
 _STEPS = 1 << 16
-
-
-class _Fault(Exception):
-    """What is wrong with a graph."""
 
 
 def read_graphs(folder: Path, manifest: Manifest) -> dict[str, tuple[bytes, GraphProto]]:
@@ -82,20 +78,20 @@ def _read(folder: Path, manifest: Manifest, stage: str, name: str) -> tuple[byte
     try:
         _check_model(model)
         _Checker(manifest).check(model.graph, {}, 0)
-        _check_io(model.graph, manifest, stage)
-    except _Fault as fault:
+        check_io(model.graph, manifest, stage)
+    except Fault as fault:
         raise PopcompileError(f"{folder}: {name}: {fault}; do not use it, convert the model again") from None
     return content, model.graph
 
 
 def _check_model(model: onnx.ModelProto) -> None:
     if model.functions or model.training_info:
-        raise _Fault("has functions or training graphs, which no package has")
+        raise Fault("has functions or training graphs, which no package has")
     for opset in model.opset_import:
         if opset.version not in _OPSETS.get(opset.domain, ()):
-            raise _Fault(f"asks for operators of {opset.domain!r}, version {opset.version}, which no package has")
+            raise Fault(f"asks for operators of {opset.domain!r}, version {opset.version}, which no package has")
     if len(model.opset_import) != len({opset.domain for opset in model.opset_import}):
-        raise _Fault("names an operator set twice")
+        raise Fault("names an operator set twice")
 
 
 class _Checker:
@@ -111,9 +107,9 @@ class _Checker:
     def check(self, graph: GraphProto, outer: Mapping[str, Any], depth: int) -> None:
         """outer: what makes the values of the graphs around this one, by name: a node, or a tensor."""
         if depth > _DEPTH:
-            raise _Fault("has branches in branches in branches, deeper than any package")
+            raise Fault("has branches in branches in branches, deeper than any package")
         if graph.sparse_initializer or graph.quantization_annotation:
-            raise _Fault("has sparse or annotated tensors, which no package has")
+            raise Fault("has sparse or annotated tensors, which no package has")
         made = dict(outer)
         for tensor in sorted(graph.initializer, key=lambda t: not t.external_data):  # their sizes first
             self._check_tensor(tensor)
@@ -123,7 +119,7 @@ class _Checker:
             made[value.name] = value  # of a Loop's body, which hides an outer one
         self._nodes += len(graph.node)
         if self._nodes > _NODES:
-            raise _Fault(f"has more than {_NODES} nodes")
+            raise Fault(f"has more than {_NODES} nodes")
         types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
         for node in graph.node:
             made |= dict.fromkeys(filter(None, node.output), node)
@@ -133,51 +129,51 @@ class _Checker:
     def _check_node(self, node: NodeProto, made: Mapping[str, Any], types: Mapping[str, int], depth: int) -> None:
         known = OPERATORS.get(node.domain, {}).get(node.op_type)
         if known is None:
-            raise _Fault(f"has an operator {node.domain}::{node.op_type}, which no package has")
+            raise Fault(f"has an operator {node.domain}::{node.op_type}, which no package has")
         seen = set()
         for attribute in node.attribute:
             expected = known.get(attribute.name)
             if expected is None or attribute.name in seen or attribute.ref_attr_name:
-                raise _Fault(f"has an attribute {attribute.name} of {node.op_type}, which no package has")
+                raise Fault(f"has an attribute {attribute.name} of {node.op_type}, which no package has")
             seen.add(attribute.name)
             if not _fits(attribute, expected):
-                raise _Fault(f"has a {node.op_type} whose {attribute.name} is out of range")
+                raise Fault(f"has a {node.op_type} whose {attribute.name} is out of range")
             if isinstance(expected, Subgraph):
                 self.check(attribute.g, made, depth + 1)
         self._check_meaning(node, made, types)
 
     def _check_meaning(self, node: NodeProto, made: Mapping[str, Any], types: Mapping[str, int]) -> None:
         if len(node.input) < _INPUTS.get(node.op_type, 0) or not node.output:
-            raise _Fault(f"has a {node.op_type} without its inputs or outputs")
+            raise Fault(f"has a {node.op_type} without its inputs or outputs")
         if node.op_type == "GroupQueryAttention":
             self._check_attention(node)
         elif node.op_type == "MatMulNBits":
             self._check_blocks(node)
         elif node.op_type in ("Div", "Mod"):
-            if types.get(node.output[0]) not in _FLOATS and not _is_positive(node.input[1], made):
-                raise _Fault("divides integers by what may be zero")
+            if types.get(node.output[0]) not in FLOATS and not _is_positive(node.input[1], made):
+                raise Fault("divides integers by what may be zero")
         elif node.op_type == "Loop":
             if not node.input[0] or not _counts_tokens(node.input[0], made):
-                raise _Fault("has a Loop that may not end")
+                raise Fault("has a Loop that may not end")
         elif node.op_type == "Scan":
             bodies = [a.g for a in node.attribute if a.name == "body"]
             counts = [a.i for a in node.attribute if a.name == "num_scan_inputs"]
             sizes = {len(node.input), *(len(body.input) for body in bodies), *counts}
             if not bodies or not counts or len(sizes) > 1 or not all(node.input):
-                raise _Fault("has a Scan that does not hand each of its inputs over, row by row")
+                raise Fault("has a Scan that does not hand each of its inputs over, row by row")
         elif node.op_type == "Slice":
             self._check_slice(node, made)
         elif node.op_type == "Range":
             start, delta = (_constant(made.get(name)) for name in node.input[0:3:2])
-            whole = types.get(node.output[0]) not in _FLOATS
+            whole = types.get(node.output[0]) not in FLOATS
             if whole and not ((start or 0) >= 0 and delta == 1 and _counts_tokens(node.input[1], made)):
-                raise _Fault("has a Range that may not end")
+                raise Fault("has a Range that may not end")
 
     def _check_attention(self, node: NodeProto) -> None:
         sizes = {a.name: a.i for a in node.attribute}
         heads, kv_heads = sizes.get("num_heads", 0), sizes.get("kv_num_heads", 0)
         if kv_heads != self._manifest.num_kv_heads or not heads or heads % kv_heads:
-            raise _Fault(
+            raise Fault(
                 f"has attention of {heads} heads over {kv_heads} of keys and values, and the manifest's are"
                 f" {self._manifest.num_kv_heads}"
             )
@@ -186,57 +182,57 @@ class _Checker:
         """Parts of heads are not empty: ONNX Runtime's RotaryEmbedding ends the process on such."""
         start, end, axis = (_constant(made.get(name)) for name in node.input[1:4])
         if axis is None:
-            raise _Fault("has a Slice along a dimension that is computed")
+            raise Fault("has a Slice along a dimension that is computed")
         if axis == 3 and (start is None or end is None or not 0 <= start < min(end, self._manifest.head_size)):
-            raise _Fault("has a Slice of heads with nothing in it")
+            raise Fault("has a Slice of heads with nothing in it")
 
     def _check_blocks(self, node: NodeProto) -> None:
         sizes = {a.name: a.i for a in node.attribute}
         if missing := [name for name in ("K", "N", "bits", "block_size") if name not in sizes]:
-            raise _Fault(f"has a MatMulNBits without {missing[0]}")
+            raise Fault(f"has a MatMulNBits without {missing[0]}")
         block, blocks = sizes["block_size"], -(-sizes["K"] // sizes["block_size"])
         values, scales = (self._dims.get(name) for name in node.input[1:3])
         expected = [sizes["N"], blocks, block * sizes["bits"] // 8]
         if values is None or list(values) != expected or scales is None or math.prod(scales) != sizes["N"] * blocks:
-            raise _Fault(f"has a MatMulNBits whose weights are not {expected}")
+            raise Fault(f"has a MatMulNBits whose weights are not {expected}")
 
     def _check_tensor(self, tensor: TensorProto) -> None:
         name = tensor.name
         if tensor.data_type not in _TYPES:
-            raise _Fault(f"has {name!r} in a type that no package has")
+            raise Fault(f"has {name!r} in a type that no package has")
         itemsize, field = _TYPES[tensor.data_type]
         if not all(0 <= dim < 1 << 40 for dim in tensor.dims) or len(tensor.dims) > 8:
-            raise _Fault(f"has {name!r} in a shape that no tensor has")
+            raise Fault(f"has {name!r} in a shape that no tensor has")
         count = math.prod(tensor.dims)
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
             self._check_place(tensor, count * itemsize, itemsize)
         elif tensor.HasField("raw_data"):
             if len(tensor.raw_data) != count * itemsize:
-                raise _Fault(f"has {name!r} with other values than its shape says")
+                raise Fault(f"has {name!r} with other values than its shape says")
         elif len(getattr(tensor, field)) != count:
-            raise _Fault(f"has {name!r} with other values than its shape says")
+            raise Fault(f"has {name!r} with other values than its shape says")
         elif itemsize < 4 and not all(0 <= value < 1 << 8 * itemsize for value in tensor.int32_data):
-            raise _Fault(f"has {name!r} with values out of range")
+            raise Fault(f"has {name!r} with values out of range")
         if tensor.data_type in _INTEGERS and not tensor.external_data:
             for value in onnx.numpy_helper.to_array(tensor).reshape(-1).tolist():
                 if abs(value) > self._largest and value not in _ENDS:
-                    raise _Fault(f"has {name!r} with values out of range")
+                    raise Fault(f"has {name!r} with values out of range")
 
     def _check_place(self, tensor: TensorProto, size: int, itemsize: int) -> None:
-        """Raises _Fault unless an external tensor lies in the package's weights file."""
+        """Raises Fault unless an external tensor lies in the package's weights file."""
         place: dict[str, str] = {entry.key: entry.value for entry in tensor.external_data}
         location = self._manifest.weights
         locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
         if locations != [location] or tensor.data_location != TensorProto.EXTERNAL:
             where = ", ".join(map(repr, locations)) or "nowhere"
-            raise _Fault(f"reads {tensor.name} from {where} and not from the package's {location}")
+            raise Fault(f"reads {tensor.name} from {where} and not from the package's {location}")
         if len(place) != len(tensor.external_data) or set(place) != {"location", "offset", "length"}:
-            raise _Fault(f"says of {tensor.name!r} something else than where it is")
+            raise Fault(f"says of {tensor.name!r} something else than where it is")
         offset, length = place["offset"], place["length"]
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in (offset, length)):
-            raise _Fault(f"has {tensor.name!r} at no place of the weights file")
+            raise Fault(f"has {tensor.name!r} at no place of the weights file")
         if int(length) != size or int(offset) + size > self._weights or int(offset) % itemsize:
-            raise _Fault(f"has {tensor.name!r} outside of the weights file")
+            raise Fault(f"has {tensor.name!r} outside of the weights file")
         self._largest = max(self._largest, *tensor.dims, 0) if size else self._largest
 
 
@@ -314,32 +310,3 @@ def _counts_difference(node: NodeProto, counts: Sequence[bool], made: Mapping[st
         return _counts_tokens(ahead.input[1], made, depth - 1)
     less = _constant(made.get(node.input[1]))
     return counts[0] and (less is None or less >= 0)
-
-
-# --- inputs and outputs ----------------------------------------------------------------------------------------
-
-
-def _check_io(graph: GraphProto, manifest: Manifest, stage: str) -> None:
-    names = [[v.name for v in values] for values in (graph.input, graph.output)]
-    if names != [manifest.inputs, manifest.outputs]:
-        raise _Fault("has other inputs or outputs than the manifest")
-    cache = {v.type.tensor_type.elem_type for v in (*graph.input[2:], *graph.output[1:])}
-    logits = graph.output[0].type.tensor_type.elem_type
-    if len(cache) != 1 or not cache <= set(_FLOATS) or logits not in cache | {TensorProto.FLOAT}:
-        raise _Fault("has a cache or logits in a type that no package has")
-    heads, size = manifest.num_kv_heads, manifest.head_size
-    for value in graph.input[:2]:
-        if value.type.tensor_type.elem_type != TensorProto.INT64 or len(_dims(value)) != 2 or any(_dims(value)):
-            raise _Fault(f"has a {value.name} that is not [batch, tokens] of int64")
-    for value in (*graph.input[2:], *graph.output[1:]):
-        if _dims(value) != [0, heads, 0, size]:
-            raise _Fault(f"has a {value.name} that is not [batch, {heads}, tokens, {size}]")
-    if _dims(graph.output[0]) not in ([0, 1, manifest.vocab_size], [0, 0, manifest.vocab_size]):
-        raise _Fault(f"has logits that are not [batch, tokens, {manifest.vocab_size}]")
-    if (_dims(graph.output[0])[1] == 1) != (stage == "prefill"):
-        raise _Fault("has logits of one token, which are for prefill, or of all, which are for decode")
-
-
-def _dims(value: Any) -> list[int]:
-    """0 for those that are not fixed."""
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]

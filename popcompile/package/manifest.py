@@ -1,6 +1,7 @@
 """A package on disk: its manifest, and the checks before it is used.
 
     prefill.onnx  decode.onnx  weights.onnx.data    or, in the unified layout, model.onnx  model.onnx_data
+    vision.onnx  embedding.onnx                     of a vision-language model, over the same weights
     popcompile.json  report.json  genai_config.json  config.json  generation_config.json  tokenizer files  passes/
 
 popcompile.json, the manifest, names every other file with its size and SHA-256, and carries a checksum of itself.
@@ -23,16 +24,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from popcompile.errors import PopcompileError
 from popcompile.files import read_regular
+from popcompile.package.image_inputs import ImageInputs
 from popcompile.package.integrity import MANIFEST, check_files, describe_files, file_sha256
 from popcompile.package.manifest_values import wrong_value
 
-__all__ = ["FORMAT_VERSION", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest", "read_manifest"]
-__all__ += ["check_files", "describe_files", "file_sha256"]
+__all__ = ["FORMAT_VERSION", "IMAGE_GRAPHS", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest"]
+__all__ += ["check_files", "describe_files", "file_sha256", "read_manifest"]
 
 REPORT = "report.json"
 #: folder of the graph after every pass, as text
 PASSES = "passes"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 #: the oldest that is read
 _OLDEST_VERSION = 2
 
@@ -52,6 +54,9 @@ LAYOUTS = {
     "unified": Layout({"prefill": "model.onnx"}, "model.onnx_data"),
 }
 
+#: of a vision-language model, in both layouts: those that make the decoder's inputs
+IMAGE_GRAPHS = {"vision": "vision.onnx", "embedding": "embedding.onnx"}
+
 _CHECKSUM = "manifest_sha256"
 #: bytes; one of a thousand layers and as many files has a tenth of it
 _MANIFEST_LIMIT = 4 << 20
@@ -66,7 +71,8 @@ class Manifest:
     dtype: a name in export/precisions.py. block_size: target.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
     window: how many tokens at a prompt's end take the whole model; a prompt that has no more is encoded in full.
-    layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of every graph, in order.
+    layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of the decoder's, in order.
+    vision: the fields of ImageInputs, of a vision-language model; else empty.
     files: {name: {"size", "sha256"}} of every other file in the package.
     """
 
@@ -91,12 +97,18 @@ class Manifest:
     inputs: list[str]
     outputs: list[str]
     versions: dict[str, str]
+    vision: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
         """Whether weights are: kernels that pack them then round activations as well, those that do not may not."""
         return self.block_size > 0
+
+    @property
+    def images(self) -> ImageInputs | None:
+        """What the graphs take of images; None for a model of text alone."""
+        return ImageInputs(**self.vision) if self.vision else None
 
     def to_json(self) -> str:
         content = asdict(self)
@@ -152,6 +164,8 @@ def read_manifest(folder: Path) -> Manifest:
     if version == 2:  # before windows
         data.pop("prefill_threshold", None)
         data.setdefault("window", 1)
+    if version < 4:  # before images
+        data.setdefault("vision", {})
     if problem := _wrong_fields(data):
         raise PopcompileError(f"{path}: {problem}; convert the model again")
     if checksum != _checksum(made):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from popcompile.export.io_names import input_names, output_names
+from popcompile.export.io_names import TEXT_INPUTS, input_names, output_names, token_names
 from popcompile.export.precisions import PRECISIONS
 from popcompile.export.providers import PROVIDERS
+from popcompile.package.image_inputs import wrong_images
 
 if TYPE_CHECKING:
     from popcompile.package.manifest import Manifest
@@ -24,6 +25,7 @@ _RANGES = {
 }
 #: layout -> stages with a graph of their own
 _STAGES = {"split": {"prefill", "decode"}, "unified": {"prefill"}}
+_IMAGE_STAGES = {"vision", "embedding"}
 _CHOICES = {
     "kv_projection": ("calibrated", "layer"),
     "dtype": tuple(PRECISIONS),
@@ -50,15 +52,21 @@ def wrong_value(manifest: Manifest) -> str:
     pruned, layers = manifest.pruned, manifest.num_layers
     if pruned != sorted(set(pruned)) or (pruned and not 0 <= pruned[0] <= pruned[-1] < layers):
         return f"field pruned is no ascending list of layers from 0 to {layers - 1}"
+    if manifest.vision and (problem := wrong_images(manifest.vision, manifest.vocab_size)):
+        return problem
     return _wrong_names(manifest) or _wrong_source(manifest.source) or _wrong_files(manifest)
 
 
 def _wrong_names(manifest: Manifest) -> str:
-    if set(manifest.graphs) != _STAGES[manifest.layout]:
-        stages = " and ".join(sorted(_STAGES[manifest.layout]))
-        return f"field graphs has other graphs than {stages}, which the {manifest.layout} layout has"
-    for name, expected in (("inputs", input_names), ("outputs", output_names)):
-        if getattr(manifest, name) != expected(manifest.num_layers):
+    stages = _STAGES[manifest.layout] | (_IMAGE_STAGES if manifest.vision else set())
+    if set(manifest.graphs) != stages:
+        return (
+            f"field graphs has other graphs than {' and '.join(sorted(stages))}, which the {manifest.layout} layout has"
+        )
+    images = manifest.images
+    inputs = input_names(manifest.num_layers, token_names(images.axes) if images else TEXT_INPUTS)
+    for name, expected in (("inputs", inputs), ("outputs", output_names(manifest.num_layers))):
+        if getattr(manifest, name) != expected:
             return f"field {name} has other names than those of {manifest.num_layers} layers"
     return ""
 

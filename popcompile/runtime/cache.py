@@ -22,13 +22,18 @@ class KVCache:
 
     values: [batch, kv_heads, slots, head_size] each, on the provider's device; the graphs write into them.
     lengths: tokens of every row; slots past them hold nothing that is read.
+    deltas: of every row, the position of its next token less its slot, which is not 0 behind images.
     """
 
     values: list[ort.OrtValue]
     lengths: list[int]
     device: str = "cpu"
+    deltas: list[int] = field(default_factory=list)
     #: of a stage's session to `values`, as input and output, while they stay
     bindings: dict[str, ort.IOBinding] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.deltas = self.deltas or [0] * len(self.lengths)
 
     @property
     def slots(self) -> int:
@@ -59,18 +64,18 @@ class KVCache:
         """A cache of one row, without the slots that it does not use."""
         length = self.lengths[index]
         rows = (t[index : index + 1, :, :length].contiguous() for t in self.tensors())
-        return KVCache([to_ort(t, self.device) for t in rows], [length], self.device)
+        return KVCache([to_ort(t, self.device) for t in rows], [length], self.device, [self.deltas[index]])
 
     def assign(self, rows: Sequence[KVCache]) -> None:
         """Take the rows of other caches, one each, in place of those held."""
-        self.lengths = [r.lengths[0] for r in rows]
+        self.lengths, self.deltas = [r.lengths[0] for r in rows], [r.deltas[0] for r in rows]
         slots = max(self.lengths)
         padded = ([_widen(t, (*t.shape[:2], slots, t.shape[3])) for t in r.tensors()] for r in rows)
         self.replace([torch.cat(parts) for parts in zip(*padded, strict=True)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         values = [to_ort(t.clone(memory_format=torch.contiguous_format), self.device) for t in self.tensors()]
-        return KVCache(values, copy.copy(self.lengths), self.device)
+        return KVCache(values, copy.copy(self.lengths), self.device, copy.copy(self.deltas))
 
 
 def _widen(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ import onnxruntime as ort
 import torch
 from onnx import GraphProto, TensorProto
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from popcompile.errors import PopcompileError
 from popcompile.export.precisions import FLOATS
@@ -28,12 +29,17 @@ from popcompile.loading import one_line
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.integrity import check_small_files, open_weights
 from popcompile.package.manifest import Manifest, read_manifest
-from popcompile.runtime.cache import KVCache, to_ort
+from popcompile.runtime.batch import Batch
+from popcompile.runtime.cache import KVCache, to_ort, to_torch
+from popcompile.runtime.embeddings import Embeddings, RowImages
+from popcompile.runtime.images import encode_grids, encode_images
 from popcompile.runtime.integers import made_exact, saturates
 from popcompile.runtime.providers import find_provider, unusable
 from popcompile.runtime.weights import SharedWeights
 
 Stage = Literal["prefill", "decode"]
+#: the graphs around a decoder that takes embeddings
+_IMAGE_STAGES = ("vision", "embedding")
 
 #: bytes of logits that a full prefill makes at once where only the last token's are asked for
 _LOGITS_BYTES = 256 << 20
@@ -104,6 +110,8 @@ class Runtime:
         #: of the logits
         self.dtype = _TYPES[types["logits"]]
         self._cache_dtype = _TYPES[types[self._cache_inputs[0]]]
+        images = self.manifest.images
+        self._embeddings = Embeddings(images, self._embed, self._cache_dtype) if images is not None else None
 
     @property
     def packs(self) -> bool:
@@ -111,6 +119,8 @@ class Runtime:
         return self.provider.on_host and self._policy(self.main).packs
 
     def _policy(self, stage: str) -> SessionPolicy:
+        if stage in _IMAGE_STAGES:  # nobody shares their matrices
+            return SessionPolicy.of(main=True, quantized=False, low_memory=self._low_memory)
         return SessionPolicy.of(main=stage == self.main, quantized=self.manifest.quantized, low_memory=self._low_memory)
 
     def close(self) -> None:
@@ -120,7 +130,7 @@ class Runtime:
         self._weights.close()
         self._is_closed = True
 
-    def open(self, stage: Stage) -> ort.InferenceSession:
+    def open(self, stage: str) -> ort.InferenceSession:
         """The session of a graph, loaded now unless it is already. Raises PopcompileError where it does not load,
         where the package has none, and after `close`.
         """
@@ -150,7 +160,8 @@ class Runtime:
         options.add_session_config_entry(_WEIGHTS_FOLDER, os.path.realpath(self.folder))
         content, graph = self._graphs[stage]
         try:
-            self._require_kernels(graph)
+            if stage not in _IMAGE_STAGES:
+                self._require_kernels(graph)
             flipped: frozenset[str] = frozenset()
             if self.provider.on_host and self.manifest.quantized and saturates():
                 content, graph, flipped = made_exact(content)
@@ -201,28 +212,86 @@ class Runtime:
         device = self.provider.device
         return KVCache([to_ort(empty, device) for _ in self._cache_inputs], [0] * batch, device)
 
-    def feed(self, rows: Sequence[Tensor], cache: KVCache, stage: Stage, *, every_token: bool = False) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, grids: Tensor | None) -> Tensor:
+        """Features [image tokens, W] of images as the processor gives them, in their order, for `feed`.
+
+        grids: [images, 3], where images have any size. Raises PopcompileError where they do not fit.
+        """
+        images = self.manifest.images
+        assert images is not None
+        session, pixels = self.open("vision"), pixel_values.float().numpy()
+        try:
+            if grids is None:
+                features = encode_images(session, pixels)
+            else:
+                features = encode_grids(session, pixels, grids.numpy(), images.merge)
+        except PopcompileError:
+            raise
+        except Exception as error:
+            raise self._failure("vision", error) from error
+        if self._low_memory:
+            del self._sessions["vision"]
+            self._graphs["vision"] = read_graphs(self.folder, self.manifest)["vision"]
+        return torch.from_numpy(features)
+
+    def _embed(self, ids: Tensor, features: Tensor) -> Tensor:
+        """Embeddings [B, S, W] of ids [B, S] and the features [n, W] of image tokens."""
+        session = self.open("embedding")
+        values = {"input_ids": to_ort(ids.contiguous()), "image_features": to_ort(features.contiguous())}
+        try:
+            return to_torch(session.run_with_ort_values(["inputs_embeds"], values)[0])
+        except Exception as error:
+            raise self._failure("embedding", error) from error
+
+    def _batch(
+        self,
+        rows: Sequence[Tensor],
+        lengths: Sequence[int],
+        deltas: Sequence[int],
+        images: Sequence[RowImages | None] | None = None,
+    ) -> tuple[Batch, list[int]]:
+        """What graphs are given of rows of ids, and how far positions are behind slots after them."""
+        if self._embeddings is not None:
+            return self._embeddings.batch(rows, lengths, deltas, images)
+        ids = rows[0][None] if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)
+        return Batch({"input_ids": ids}, [len(row) for row in rows]), list(deltas)
+
+    def feed(
+        self,
+        rows: Sequence[Tensor],
+        cache: KVCache,
+        stage: Stage,
+        *,
+        every_token: bool = False,
+        images: Sequence[RowImages | None] | None = None,
+    ) -> Tensor:
         """Append `rows` (new tokens of every row, [tokens] int64 each, at least one) to the cache.
 
         stage: "prefill" encodes them as a prompt, skipping the pruned layers for all but each row's window;
         "decode" runs the whole model. A single token is a boundary token, for which the two are the same.
         every_token: logits [B, S, vocabulary] of every token, right-padded, in place of the last ones' [B, 1,
-        vocabulary]; for "decode" only. Takes tokens and lengths as they are: the caller checks them.
+        vocabulary]; for "decode" only. images: of every row. Takes tokens and lengths as they are: the caller checks
+        them.
         """
-        batch, longest = len(rows), max(len(r) for r in rows)
-        if longest == 1:
-            ids = rows[0][None] if batch == 1 else torch.stack(list(rows))
-            return self.run(self.main, ids, [n + 1 for n in cache.lengths], cache)
+        batch, deltas = self._batch(rows, cache.lengths, cache.deltas, images)
+        logits = self._feed(batch, cache, stage, every_token)
+        cache.deltas = deltas
+        return logits
+
+    def _feed(self, batch: Batch, cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
+        rows = len(batch.counts)
+        if batch.longest == 1:
+            return self._call(self.main, batch, [n + 1 for n in cache.lengths], cache)
         if not any(cache.lengths):
-            size = batch * longest * self.manifest.vocab_size * self.dtype.itemsize
+            size = rows * batch.longest * self.manifest.vocab_size * self.dtype.itemsize
             if stage == "prefill" or every_token or size <= _LOGITS_BYTES:
-                return self._first(rows, cache, stage, every_token)
-        if batch == 1:
-            return self._continue(rows[0], cache, stage, every_token)
-        caches = [cache.row(b) for b in range(batch)]
-        logits = [self.feed([r], c, stage, every_token=every_token)[0] for r, c in zip(rows, caches, strict=True)]
+                return self._first(batch, cache, stage, every_token)
+        if rows == 1:
+            return self._continue(batch, cache, stage, every_token)
+        caches = [cache.row(b) for b in range(rows)]
+        logits = [self._feed(batch.row(b), caches[b], stage, every_token)[0] for b in range(rows)]
         cache.assign(caches)
-        return torch.nn.utils.rnn.pad_sequence(logits, batch_first=True)
+        return pad_sequence(logits, batch_first=True)
 
     def run(self, stage: Stage, input_ids: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
         """One call of a graph, with the new tokens input_ids [B, S] padded on the right; returns its logits.
@@ -230,6 +299,11 @@ class Runtime:
         lengths: tokens of every row with the new ones, whose entries go to the cache's slots [T - S, T), T being the
         largest length.
         """
+        before = [max(0, length - input_ids.shape[1]) for length in lengths]
+        batch, _ = self._batch(list(input_ids), before, cache.deltas)
+        return self._call(stage, batch, lengths, cache)
+
+    def _call(self, stage: Stage, batch: Batch, lengths: Sequence[int], cache: KVCache) -> Tensor:
         total = max(lengths)
         cache.reserve(total)
         binding = cache.bindings.get(stage)
@@ -238,30 +312,31 @@ class Runtime:
             for source, target, value in zip(self._cache_inputs, self._cache_outputs, cache.values, strict=True):
                 binding.bind_ortvalue_input(source, value)
                 binding.bind_ortvalue_output(target, value)
-        shape = (len(lengths), 1 if stage == "prefill" else input_ids.shape[1], self.manifest.vocab_size)
+        shape = (len(lengths), 1 if stage == "prefill" else batch.longest, self.manifest.vocab_size)
         logits = torch.empty(shape, dtype=self.dtype)
         binding.bind_output("logits", "cpu", 0, _NUMPY[self.dtype], shape, logits.data_ptr())
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids.numpy()))
+        for name, value in batch.values.items():
+            if name == "position_ids":
+                value = value.movedim(2, 0)
+            binding.bind_ortvalue_input(name, to_ort(value.contiguous()))
         binding.bind_cpu_input("attention_mask", _mask(lengths))
         self._run(stage, binding)
         cache.lengths = list(lengths)
         return logits
 
-    def _first(self, rows: Sequence[Tensor], cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
-        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        lengths = [len(r) for r in rows]
-        logits = self.run(stage, ids, lengths, cache)
+    def _first(self, batch: Batch, cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
+        logits = self._call(stage, batch, batch.counts, cache)
         if every_token or stage == "prefill":
             return logits
-        return logits[torch.arange(len(rows)), torch.tensor(lengths) - 1][:, None]
+        return logits[torch.arange(len(batch.counts)), torch.tensor(batch.counts) - 1][:, None]
 
-    def _continue(self, tokens: Tensor, cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
+    def _continue(self, batch: Batch, cache: KVCache, stage: Stage, every_token: bool) -> Tensor:
         """Several tokens of one row. Where only the last logits are asked for, a full prefill goes in pieces."""
-        piece = len(tokens)
+        piece = batch.longest
         if stage == "decode" and not every_token:
             piece = max(1, _LOGITS_BYTES // (self.manifest.vocab_size * self.dtype.itemsize))
-        for part in tokens.split(piece):
-            logits = self.run(stage, part[None], [cache.lengths[0] + len(part)], cache)
+        for part in batch.split(piece):
+            logits = self._call(stage, part, [cache.lengths[0] + part.longest], cache)
         return logits if every_token else logits[:, -1:]
 
     def _run(self, stage: Stage, binding: ort.IOBinding) -> None:
@@ -270,10 +345,13 @@ class Runtime:
         except PopcompileError:
             raise
         except Exception as error:  # ONNX Runtime's own exceptions have nothing else in common
-            raise PopcompileError(
-                f"{self.folder}: {self.manifest.graphs[stage]} fails in onnxruntime {ort.__version__}:"
-                f" {one_line(error)}; `popcompile verify` checks the package, or convert the model again"
-            ) from error
+            raise self._failure(stage, error) from error
+
+    def _failure(self, stage: str, error: Exception) -> PopcompileError:
+        return PopcompileError(
+            f"{self.folder}: {self.manifest.graphs[stage]} fails in onnxruntime {ort.__version__}:"
+            f" {one_line(error)}; `popcompile verify` checks the package, or convert the model again"
+        )
 
 
 def _mask(lengths: Sequence[int]) -> np.ndarray[Any, Any]:

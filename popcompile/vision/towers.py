@@ -129,13 +129,16 @@ class VisionFamily:
     """What differs between families, each made of the config, or of the whole model.
 
     tower: the module that is traced. inputs: of it, by name. more_columns: how many image features have beside the
-    decoder's H. image_tokens: ids that images' and videos' features take the place of.
+    decoder's H. image_tokens: kind -> id of the tokens that images' and videos' features take the place of.
+    merge: patches along each side of a token, 0 where images have one size. tokens_per_image: 0 where they have not.
     """
 
     tower: Callable[[PreTrainedModel], nn.Module]
     inputs: Callable[[Any], dict[str, Input]]
     more_columns: Callable[[Any], int]
-    image_tokens: Callable[[Any], tuple[int, ...]]
+    image_tokens: Callable[[Any], dict[str, int]]
+    merge: Callable[[Any], int] = lambda config: 0
+    tokens_per_image: Callable[[Any], int] = lambda config: 0
 
 
 #: by model_type
@@ -144,9 +147,16 @@ FAMILIES: Mapping[str, VisionFamily] = {
         Qwen3VLTower,
         _qwen3_vl_inputs,
         lambda config: len(config.vision_config.deepstack_visual_indexes) * config.text_config.hidden_size,
-        lambda config: (config.image_token_id, config.video_token_id),
+        lambda config: {"image": config.image_token_id, "video": config.video_token_id},
+        merge=lambda config: config.vision_config.spatial_merge_size,
     ),
-    "gemma3": VisionFamily(Gemma3Tower, _gemma3_inputs, lambda config: 1, lambda config: (config.image_token_id,)),
+    "gemma3": VisionFamily(
+        Gemma3Tower,
+        _gemma3_inputs,
+        lambda config: 1,
+        lambda config: {"image": config.image_token_id},
+        tokens_per_image=lambda config: config.mm_tokens_per_image,
+    ),
 }
 
 

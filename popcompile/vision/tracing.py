@@ -20,7 +20,7 @@ from torch.export import Dim
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from popcompile.frontend.tracing import buffer_values
+from popcompile.frontend.tracing import buffer_values, reporting
 from popcompile.passes.base import Program
 from popcompile.passes.graph import DIMENSIONS, inputs_of, shape_of
 from popcompile.upstream import FakeTensor, FakeTensorMode, rename
@@ -29,8 +29,12 @@ from popcompile.vision.towers import Input, embedding_width, vision_family
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The vision-language model that `config` describes, whose parameters are fake tensors of `dtype`."""
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+    """The vision-language model that `config` describes, whose parameters are fake tensors of `dtype`.
+
+    Raises PopcompileError where transformers cannot build it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with reporting(config, "transformers cannot build the model from its config"), mode, no_init_weights():
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         model.tie_weights()
     return model
@@ -43,11 +47,12 @@ def trace_images(model: PreTrainedModel) -> Program:
     table. Raises PopcompileError for other models.
     """
     family, width = vision_family(model.config), embedding_width(model.config)
-    embedding = Embedding(model, family.image_tokens(model.config), width)
-    graphs = {
-        "vision": _traced(model, family.tower(model), family.inputs(model.config)),
-        "embedding": _traced(model, embedding, _embedding_inputs(width, embedding.embed.weight.dtype)),
-    }
+    embedding = Embedding(model, list(family.image_tokens(model.config).values()), width)
+    with reporting(model.config, "torch.export cannot trace its vision tower"):
+        graphs = {
+            "vision": _traced(model, family.tower(model), family.inputs(model.config)),
+            "embedding": _traced(model, embedding, _embedding_inputs(width, embedding.embed.weight.dtype)),
+        }
     return Program(graphs, num_layers=0, max_positions=0, constants=_constants(model, graphs))
 
 

@@ -24,8 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "report": {"package"},
     "variants": {"passes", "export", "frontend", "package", "target"},
     "target": {"passes", "export"},
-    "packaging": {"passes", "export", "frontend", "package", "pruning", "target"},
-    "conversion": {"passes", "export", "frontend", "package", "packaging", "pruning", "target"},
+    "packaging": {"passes", "export", "frontend", "package", "pruning", "target", "vision"},
+    "conversion": {"passes", "export", "frontend", "package", "packaging", "pruning", "target", "vision"},
     "cli": {"bench", "conversion", "evaluation", "frontend", "package", "pruning", "report", "runtime"},
 }
 #: files below every folder, which import one another only; the compiler, passes and export, stands on two of them
