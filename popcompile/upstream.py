@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -156,6 +156,34 @@ def register_for_pipelines(name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("popcompile", name)
+
+
+def processor_without_videos(model_type: str, image_processor: Any, tokenizer: Any) -> ProcessorMixin:
+    """A model type's processor of text and images, where there is no torchvision for its processor of videos.
+
+    transformers checks the class of each part that a processor is made of, and takes no absence of one.
+    """
+    cls = _processor_class(model_type)
+    unchecked = type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda self, name, part: None})
+    processor: ProcessorMixin = unchecked(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=None,
+        chat_template=tokenizer.chat_template,
+    )
+    return processor
+
+
+def takes_videos(model_type: str) -> bool:
+    """Whether a model type's processor has one of videos in it."""
+    return "video_processor" in inspect.signature(_processor_class(model_type).__init__).parameters
+
+
+def _processor_class(model_type: str) -> Any:
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
 
 
 def ignored_tensors(module: PreTrainedModel) -> list[str]:

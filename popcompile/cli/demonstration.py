@@ -14,7 +14,8 @@ from popcompile.package.configs import load_tokenizer
 from popcompile.package.manifest import MANIFEST
 from popcompile.progress import CONVERT_STEPS, progress_bar
 from popcompile.report.inspection import inspect_text
-from popcompile.runtime.chat import Timing, encode, generate
+from popcompile.runtime.chat import Timing, generate
+from popcompile.runtime.conversation import encode
 from popcompile.runtime.generation import load
 from popcompile.terminal import show
 

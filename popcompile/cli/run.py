@@ -26,6 +26,14 @@ def add_run(commands: Any) -> None:
         help="talk, a message a line, until end of input; a message that cannot be answered is refused in one line, and"
         " the chat goes on (exit status 2 at its end)",
     )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a picture that the prompt is about, of a vision-language model; as often as there are pictures (in a chat"
+        " also a line /image FILE)",
+    )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     _add_session_options(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=POSITIVE, default=128, help="default 128")

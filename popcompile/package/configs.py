@@ -6,20 +6,35 @@ code that a config names; `from_dict` does neither.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import is_torchvision_available
 
 from popcompile import config_schema
 from popcompile.errors import PopcompileError
 from popcompile.loading import quiet, reading
 from popcompile.package.integrity import read_file, require_only_listed
 from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
+from popcompile.upstream import processor_without_videos, takes_videos
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+#: what says how images become pixels
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 #: how families call the number of layers
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -63,29 +78,62 @@ def load_tokenizer(folder: Path, manifest: Manifest | None = None) -> PreTrained
     manifest: of the model that it is for, where that is loaded already. Raises PopcompileError where the package has
     none, or is another one by now.
     """
-    there = read_manifest(folder)
-    if manifest is not None and there != manifest:
-        raise PopcompileError(f"{folder}: was replaced while it was loaded; load it again")
-    require_only_listed(folder, there.files)
-    if TOKENIZER_CONFIG in there.files:
-        data = _read(folder, there, TOKENIZER_CONFIG)
-        config_schema.check_types(f"{folder}: {TOKENIZER_CONFIG}", data, config_schema.TOKENIZER)
-    others = {*there.graphs.values(), there.weights, REPORT}
-    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary, quiet():
-        for name in there.files:
-            if name not in others and not name.startswith(f"{PASSES}/"):
-                path = Path(temporary, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(read_file(folder, there, name))
+    there = _same(folder, manifest)
+    with _private_copy(folder, there) as copy:
         try:
             with reading(str(folder), "its tokenizer does not load"):
-                tokenizer = AutoTokenizer.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
         except PopcompileError as error:
             raise PopcompileError(
                 f"{folder}: the package has no usable tokenizer; convert a model that comes with one"
             ) from error
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def _same(folder: Path, manifest: Manifest | None) -> Manifest:
+    """The manifest that is there. Raises PopcompileError where it is another than the one given."""
+    there = read_manifest(folder)
+    if manifest is not None and there != manifest:
+        raise PopcompileError(f"{folder}: was replaced while it was loaded; load it again")
+    return there
+
+
+@contextlib.contextmanager
+def _private_copy(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """A folder with the package's small files, checked, for transformers to load from: no others, and no code."""
+    require_only_listed(folder, manifest.files)
+    if TOKENIZER_CONFIG in manifest.files:
+        data = _read(folder, manifest, TOKENIZER_CONFIG)
+        config_schema.check_types(f"{folder}: {TOKENIZER_CONFIG}", data, config_schema.TOKENIZER)
+    others = {*manifest.graphs.values(), manifest.weights, REPORT}
+    with tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True) as temporary, quiet():
+        for name in manifest.files:
+            if name not in others and not name.startswith(f"{PASSES}/"):
+                path = Path(temporary, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(read_file(folder, manifest, name))
+        yield temporary
+
+
+def load_processor(folder: Path, manifest: Manifest | None = None) -> ProcessorMixin:
+    """The processor of text and images of a vision-language model's package, as AutoProcessor makes it.
+
+    Without torchvision, which transformers' processors of videos need, it is one of text and images alone.
+    manifest: as for `load_tokenizer`. Raises PopcompileError where the package has none.
+    """
+    there = _same(folder, manifest)
+    if there.images is None or not set(PROCESSOR_FILES) & set(there.files):
+        raise PopcompileError(
+            f"{folder}: has no processor of images; convert a vision-language checkpoint that comes with one"
+        )
+    with _private_copy(folder, there) as copy, reading(str(folder), "its processor does not load"):
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        if is_torchvision_available() or not takes_videos(there.model_type):
+            processor: ProcessorMixin = AutoProcessor.from_pretrained(copy, **options)
+            return processor
+        images = AutoImageProcessor.from_pretrained(copy, **options)
+        return processor_without_videos(there.model_type, images, AutoTokenizer.from_pretrained(copy, **options))
 
 
 def _read(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:

@@ -17,11 +17,15 @@ from transformers.generation.streamers import BaseStreamer
 from popcompile.errors import PopcompileError
 from popcompile.files import read_regular
 from popcompile.loading import one_line
-from popcompile.package.configs import load_tokenizer
+from popcompile.runtime.conversation import Encoder, Message, user_message
 from popcompile.runtime.generation import PopForCausalLM, load
+from popcompile.runtime.pictures import read_picture
 from popcompile.runtime.providers import find_provider
 from popcompile.terminal import say, without_controls
 from popcompile.text.documents import TEXT_BYTES, cannot_read
+
+#: how a line of a chat begins that names a picture
+_IMAGE = "/image "
 
 
 @dataclass(frozen=True)
@@ -79,36 +83,6 @@ class _Stream(TextStreamer):
         self._out.flush()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], raw: bool) -> torch.Tensor:
-    """Token ids [1, S] of a conversation, through the chat template where there is one and `raw` is false."""
-    if tokenizer.chat_template and not raw:
-        try:
-            encoded: Any = tokenizer.apply_chat_template(
-                _as_the_template_reads(tokenizer, messages),
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-        except Exception as error:  # a template is a program of the model's author and may raise anything
-            raise PopcompileError(f"the chat template refuses the prompt ({error}); try --raw") from error
-        return encoded["input_ids"]
-    text = "\n".join(m["content"] for m in messages)
-    return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(torch.int64)  # type: ignore[union-attr]
-
-
-def _as_the_template_reads(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """The messages, in parts where the template leaves out what is plain text: some multimodal models' templates do."""
-
-    def shows(conversation: list[dict[str, Any]]) -> bool:
-        try:
-            return messages[-1]["content"].strip() in str(tokenizer.apply_chat_template(conversation, tokenize=False))
-        except Exception:  # raised again where the conversation is encoded
-            return False
-
-    in_parts: list[dict[str, Any]] = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    return in_parts if not shows([*messages]) and shows(in_parts) else [*messages]
-
-
 def generate(
     model: PopForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,7 +92,10 @@ def generate(
     out: TextIO | None = None,
     **arguments: Any,
 ) -> tuple[str, Timing, Any]:
-    """Stream an answer to `out` (default: stdout); returns its text, its timing and the cache after it."""
+    """Stream an answer to `out` (default: stdout); returns its text, its timing and the cache after it.
+
+    arguments: of the model's `generate`, pixels of images among them.
+    """
     streamer = _TimedStreamer(tokenizer, out or sys.stdout)
     path = model.choose_prefill(prefill)
     started = time.perf_counter()
@@ -142,23 +119,29 @@ def answer(folder: Path, options: Namespace) -> None:
     prompt = options.prompt if options.prompt is not None else _read_prompt(options.prompt_file)
     _require_text(prompt, "the prompt")
     find_provider(options.provider)
+    pictures = [read_picture(file) for file in options.image]
     model = load(folder, provider=options.provider, prefill=options.prefill)
-    tokenizer = load_tokenizer(folder, model.manifest)
-    input_ids = encode(tokenizer, [{"role": "user", "content": prompt}], options.raw)
-    _, timing, _ = generate(model, tokenizer, input_ids, prefill=options.prefill, **_sampling(options))
+    encoder = Encoder(folder, model.manifest, raw=options.raw)
+    inputs = encoder.encode([user_message(prompt, pictures)])
+    _, timing, _ = generate(model, encoder.tokenizer, prefill=options.prefill, **inputs, **_sampling(options))
     say(str(timing))
 
 
 def chat(folder: Path, options: Namespace) -> int:
     """`popcompile run --chat`: a message a line; every turn prefills only what is new. A message that cannot be
-    answered is refused in one line on stderr and forgotten, and the chat goes on.
+    answered is refused in one line on stderr and forgotten, and the chat goes on. A line "/image FILE" puts a picture
+    before the next message, where the model takes images.
 
     Returns the exit status: 2 where a message was refused. Raises PopcompileError.
     """
     find_provider(options.provider)
+    first = [read_picture(file) for file in options.image]
     model = load(folder, provider=options.provider, prefill=options.prefill)
-    tokenizer = load_tokenizer(folder, model.manifest)
-    messages: list[dict[str, str]] = []
+    encoder = Encoder(folder, model.manifest, raw=options.raw)
+    if first:
+        encoder.require_images()
+    messages: list[Message] = []
+    pictures = first
     cache, known = None, torch.zeros((1, 0), dtype=torch.int64)
     status = 0
     while True:
@@ -169,10 +152,14 @@ def chat(folder: Path, options: Namespace) -> int:
             return status
         if not line.strip():
             continue
-        turn = [*messages, {"role": "user", "content": line.strip()}]
         try:
             _require_text(line, "the message")
-            input_ids = encode(tokenizer, turn, options.raw)
+            if model.manifest.images is not None and line.startswith(_IMAGE):
+                pictures = [*pictures, read_picture(line.removeprefix(_IMAGE).strip())]
+                continue
+            turn = [*messages, user_message(line.strip(), pictures)]
+            inputs = encoder.encode(turn)
+            input_ids = inputs["input_ids"]
             _require_room(model, input_ids, options.max_new_tokens)
         except PopcompileError as error:  # about this message; what goes wrong from here on is about the package
             say(f"popcompile: error: {error}")
@@ -182,8 +169,9 @@ def chat(folder: Path, options: Namespace) -> int:
         if not torch.equal(input_ids[:, :held], known[:, :held]):
             cache = None  # the template writes an earlier turn differently now that another follows
         text, timing, result = generate(
-            model, tokenizer, input_ids, prefill=options.prefill, past_key_values=cache, **_sampling(options)
+            model, encoder.tokenizer, prefill=options.prefill, past_key_values=cache, **inputs, **_sampling(options)
         )
+        pictures = []
         messages = [*turn, {"role": "assistant", "content": text}]
         cache, known = result.past_key_values, result.sequences
         say(str(timing))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from popcompile.errors import PopcompileError
 from popcompile.package.configs import read_config, read_generation_config
+from popcompile.runtime.embeddings import RowImages
 from popcompile.runtime.generation_arguments import (
     ARGUMENTS,
     FIELDS,
@@ -50,7 +51,7 @@ def load(
     low_memory: bool = False,
     threads: int | None = None,
 ) -> PopForCausalLM:
-    """Load a package for generation with transformers' own `generate`.
+    """Load a package for generation with transformers' own `generate`; of images too, where the model takes them.
 
     provider: "cpu" or "cuda". prefill: how `generate` encodes prompts: "pop", the default, skips the pruned layers but
     for a prompt's last tokens, the package's window; "full" runs all of them; "auto" is "pop". low_memory, threads: see
@@ -65,6 +66,10 @@ def load(
             f"low_memory: {folder} has {runtime.manifest.dtype} weights, which ONNX Runtime's kernels take packed;"
             " without that a token takes some 30 times as long. Leave it out"
         )
+    if runtime.manifest.images is not None:
+        from popcompile.runtime.image_text import PopForImageTextToText  # it builds on this module
+
+        return PopForImageTextToText(runtime, prefill)
     return PopForCausalLM(runtime, prefill)
 
 
@@ -84,6 +89,8 @@ class PopForCausalLM(_GenerationMixin):
     input_modalities = "text"
     base_model_prefix = ""
     hf_quantizer = None
+    #: what `forward` takes of images
+    image_arguments: tuple[str, ...] = ()
     _is_stateful = False
     _supports_cache_class = True
 
@@ -169,8 +176,12 @@ class PopForCausalLM(_GenerationMixin):
         pruned = prefill is not None and self.choose_prefill(prefill) == "pop"
         stage: Stage = "prefill" if pruned else "decode"
         every_token = logits_to_keep != 1 and stage == "decode"
-        logits = self.runtime.feed(rows, held.kv, stage, every_token=every_token)
+        images = self._images_of(rows, held, kwargs)
+        before = list(held.kv.lengths)
+        logits = self.runtime.feed(rows, held.kv, stage, every_token=every_token, images=images)
         held.seen = mask
+        if images is not None:
+            held.note_images(images, before)
         if every_token and not bool(new.all()):
             logits = _unpack(logits, new)
         if every_token and logits_to_keep:
@@ -178,6 +189,10 @@ class PopForCausalLM(_GenerationMixin):
         kept: dict[str, Any] = {CACHE: None if use_cache is False else held}
         output = PopOutput(logits=logits, **kept)
         return output if return_dict is not False else output.to_tuple()
+
+    def _images_of(self, rows: list[Tensor], cache: PopCache, given: dict[str, Any]) -> Sequence[RowImages] | None:
+        """The images among the new tokens of every row. given: of `image_arguments`."""
+        return None
 
     def choose_prefill(self, prefill: str | None = None) -> str:
         """ "pop" or "full": how prompts are encoded. "auto" is "pop", which encodes short ones in full as well."""
@@ -233,7 +248,7 @@ class PopForCausalLM(_GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        unknown = unknown_arguments(inputs, self.forward)
+        unknown = unknown_arguments(inputs, self.forward, self.image_arguments)
         if unknown:  # the caller's own were checked before
             raise PopcompileError(
                 f"generate of transformers {transformers.__version__} passes {', '.join(unknown)}, which is newer than"
@@ -292,9 +307,10 @@ class PopForCausalLM(_GenerationMixin):
     # --- checks ------------------------------------------------------------------------------------------------
 
     def _require_known(self, arguments: dict[str, Any]) -> None:
-        unknown = unknown_arguments(arguments, self.forward)
+        unknown = unknown_arguments(arguments, self.forward, self.image_arguments)
         if unknown:
-            raise PopcompileError(f"{', '.join(unknown)}: not taken by a compiled model; leave it out")
+            pixels = "; the package's model takes no images" if "pixel_values" in unknown else ""
+            raise PopcompileError(f"{', '.join(unknown)}: not taken by a compiled model; leave it out{pixels}")
 
     def _require_ids(self, ids: Any) -> Tensor:
         if not isinstance(ids, Tensor):

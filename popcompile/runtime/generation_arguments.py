@@ -7,7 +7,7 @@ the list of every argument and every field against both).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from popcompile.errors import PopcompileError
@@ -66,9 +66,11 @@ def require_function(custom_generate: object) -> None:
         raise PopcompileError(_HUB)
 
 
-def unknown_arguments(arguments: Mapping[str, Any], forward: Callable[..., Any]) -> list[str]:
-    """Names of arguments that say something and that `forward` has no parameter for."""
-    known = inspect.signature(forward).parameters
+def unknown_arguments(
+    arguments: Mapping[str, Any], forward: Callable[..., Any], others: Sequence[str] = ()
+) -> list[str]:
+    """Names of arguments that say something and that `forward` has no parameter for. others: that it takes as well."""
+    known = {*inspect.signature(forward).parameters, *others}
     return [n for n, value in arguments.items() if n not in known and value is not None and value is not False]
 
 

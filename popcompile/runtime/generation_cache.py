@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from popcompile.errors import PopcompileError
 from popcompile.runtime.cache import KVCache
+from popcompile.runtime.embeddings import RowImages
 from popcompile.upstream import CACHE, OTHER_CACHE
 
 
@@ -28,6 +30,9 @@ class PopCache(Cache):
         self.kv = kv
         #: [batch, columns fed] bool, in the caller's layout: which columns are tokens that the cache holds
         self.seen = torch.zeros((len(kv.lengths), 0), dtype=torch.bool)
+        #: image tokens of every row, by kind, and the slot behind the last of them
+        self.images: list[dict[str, int]] = [{"image": 0, "video": 0} for _ in kv.lengths]
+        self.image_ends = [0] * len(kv.lengths)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, pads included."""
@@ -48,7 +53,17 @@ class PopCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> PopCache:
         other = PopCache(copy.deepcopy(self.kv, memo))
         other.seen = self.seen.clone()
+        other.images, other.image_ends = copy.deepcopy(self.images), list(self.image_ends)
         return other
+
+    def note_images(self, images: Sequence[RowImages], before: Sequence[int]) -> None:
+        """Remember images of every row that were fed. before: the rows' lengths before that."""
+        for row, (seen, length) in enumerate(zip(images, before, strict=True)):
+            for kind, count in seen.tokens.items():
+                self.images[row][kind] += count
+            if seen.places:
+                last = seen.places[-1]
+                self.image_ends[row] = length + last.begin + last.rows * last.columns
 
     @property
     def batch_size(self) -> int:
@@ -85,6 +100,11 @@ class PopCache(Cache):
                 raise PopcompileError(
                     "attention_mask hides cached tokens before others; the cache can only forget its last ones, start"
                     " again without past_key_values"
+                )
+            if length < self.image_ends[row]:
+                raise PopcompileError(
+                    "attention_mask hides cached tokens of an image, or text before it; the cache can only forget text"
+                    " after the last image, start again without past_key_values"
                 )
             self.kv.lengths[row] = length
         self.seen = seen

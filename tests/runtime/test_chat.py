@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from popcompile.runtime.chat import encode
+from popcompile.runtime.conversation import encode
 
 TEMPLATES = {
     "text": "{% for m in messages %}{{ m['content'] }} {% endfor %}",
