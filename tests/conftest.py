@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from vision_checkpoint import save_vision_checkpoint, vision_model
 
 from popcompile.conversion import convert
 from popcompile.frontend import tracing
@@ -175,6 +176,20 @@ def tiny_package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     assert done.stdout.startswith(f"{parent / 'out'}: 2 layers, prefill skips 1 (1)") and done.stdout.count("\n") == 4
     assert [path.name for path in parent.iterdir()] == ["out"]
     return parent / "out"
+
+
+@pytest.fixture(scope="session")
+def vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL."""
+    return save_vision_checkpoint(vision_model(), tmp_path_factory.mktemp("models") / "vision")
+
+
+@pytest.fixture(scope="session")
+def vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers 3 and 4 of 6 pruned, with their own weights, and a window of 2."""
+    out = tmp_path_factory.mktemp("packages") / "vision"
+    convert(vision_checkpoint, out, layers="3-4", kv_projection="layer", window=2)
+    return out
 
 
 @pytest.fixture
