@@ -37,7 +37,7 @@ from popcompile.frontend.folder_configs import (
     processor_template,
 )
 from popcompile.frontend.hub import download, local_path
-from popcompile.frontend.processor_files import PROCESSOR_FILES, write_processor
+from popcompile.frontend.processor_files import PROCESSOR_FILES, read_processor
 from popcompile.frontend.token_inputs import decoder_config
 from popcompile.loading import (
     CONFIG_BYTES,
@@ -123,13 +123,13 @@ class Source(ABC):
             PopcompileError: the tokenizer cannot be loaded.
         """
 
-    def save_processor(self, folder: Path) -> list[str]:
-        """Write what the processor of images is configured by into `folder`; the files' names, or [] without any.
+    def processor_files(self) -> dict[str, dict[str, Any]]:
+        """What the processor of images is configured by: contents of JSON files, by name; {} where there are none.
 
         Raises:
-            PopcompileError: the processor cannot be loaded.
+            PopcompileError: the model takes images, and has no processor, or none that can be loaded.
         """
-        return []
+        return {}
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -232,8 +232,8 @@ class FolderSource(Source):
         with private_copy(self.name, self._folder) as copy:
             return write_tokenizer(self.name, copy, folder, template=template)
 
-    def save_processor(self, folder: Path) -> list[str]:
-        return write_processor(self.name, self._folder, folder)
+    def processor_files(self) -> dict[str, dict[str, Any]]:
+        return read_processor(self.name, self._folder) if self.has_images else {}
 
     def fingerprint(self) -> dict[str, str]:
         config = read_file(self.name, self._folder / "config.json", CONFIG_BYTES)
@@ -266,9 +266,6 @@ class RandomSource(Source):
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         return self._base.save_tokenizer(folder)
-
-    def save_processor(self, folder: Path) -> list[str]:
-        return self._base.save_processor(folder)
 
     def fingerprint(self) -> dict[str, str]:
         marks = self._base.fingerprint()
