@@ -11,8 +11,10 @@ import pytest
 import torch
 import vision_reference as reference
 from bad_input import refusal
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+from vision_checkpoint import draw_picture
 from vision_reference import IMAGE, Prompt, Visual, given_of, make_prompt
 
 import popcompile
@@ -157,6 +159,24 @@ def test_low_memory(vision_package: Path, ours: PopForImageTextToText) -> None:
             assert "vision" not in model.runtime._sessions
 
 
+def test_what_a_processor_makes(
+    vision_package: Path, ours: PopForImageTextToText, theirs: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Of pictures and text, by the package's own."""
+    processor = popcompile.load_processor(vision_package)
+    pictures = [Image.open(draw_picture(tmp_path / f"{w}.png", w, h)) for w, h in ((40, 24), (20, 30))]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "w9 w10"}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 2]]
+    prompt = Prompt(inputs["input_ids"], {name: inputs[name] for name in ("pixel_values", "image_grid_thw")})
+    assert close(ours(**inputs).logits, reference.full_logits(theirs, prompt))
+    found = ours.generate(**inputs, prefill="full", **GREEDY).sequences[0, inputs["input_ids"].shape[1] :]
+    assert found.tolist() == greedy(theirs, prompt)
+
+
 # --- what does not go together -----------------------------------------------------------------------------------
 
 
@@ -227,3 +247,28 @@ def test_a_text_package_takes_no_images(tiny_package: Path) -> None:
         assert "the package's model takes no images" in refusal(
             lambda: model.generate(**image_prompt(), max_new_tokens=2)
         )
+
+
+# --- precisions and layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"layout": "unified", "dtype": "fp16"}, 1e-2),
+        ({"dtype": "int8"}, 0.1),
+        pytest.param({"layout": "unified"}, TOLERANCE, marks=pytest.mark.slow),
+        pytest.param({"dtype": "w8a8"}, 0.1, marks=pytest.mark.slow),
+    ],
+)
+def test_precisions(
+    options: dict[str, str], tolerance: float, vision_checkpoint: Path, theirs: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Of the decoder's layers; the vision tower's weights are not quantized."""
+    out = tmp_path / "out"
+    popcompile.convert(vision_checkpoint, out, layers="3-4", kv_projection="layer", window=WINDOW, **options)
+    given = make_prompt(PROMPTS["two of different size"])
+    expected, _ = reference.pop_prefill(theirs, given_of(theirs, given), PRUNED, window=WINDOW)
+    with popcompile.load(out) as model:
+        found = model(given.ids, prefill="pop", **given.pixels).logits.float()
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
