@@ -164,13 +164,13 @@ def test_what_a_processor_makes(
 ) -> None:
     """Of pictures and text, by the package's own."""
     processor = popcompile.load_processor(vision_package)
-    pictures = [Image.open(draw_picture(tmp_path / f"{w}.png", w, h)) for w, h in ((48, 32), (20, 30))]
+    pictures = [Image.open(draw_picture(tmp_path / f"{w}.png", w, h)) for w, h in ((32, 32), (20, 30))]
     parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "w9 w10"}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    assert inputs["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 2]]
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 2]]
     prompt = Prompt(inputs["input_ids"], {name: inputs[name] for name in ("pixel_values", "image_grid_thw")})
     assert close(ours(**inputs).logits, reference.full_logits(theirs, prompt))
     found = ours.generate(**inputs, prefill="full", **GREEDY).sequences[0, inputs["input_ids"].shape[1] :]
