@@ -1,4 +1,4 @@
-"""Every rule that export/operators.py names computes in ONNX Runtime what PyTorch does, and so does an operator without one."""
+"""Every rule of export/operators.py computes in ONNX Runtime what PyTorch does, and so does an operator without one."""
 
 from __future__ import annotations
 
