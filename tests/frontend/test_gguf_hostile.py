@@ -32,6 +32,14 @@ def tokenizer_of(source: Source, folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in source.save_tokenizer(folder)}
 
 
+def test_the_tokenizer_is_built_once(gguf_file: Path, tmp_path: Path) -> None:
+    """Which takes seconds for a real vocabulary, and a conversion writes it to sample text and to the package."""
+    source = open_source(str(shutil.copy(gguf_file, tmp_path / "x.gguf")))
+    first = tokenizer_of(source, tmp_path / "first")
+    (tmp_path / "x.gguf").unlink()
+    assert tokenizer_of(source, tmp_path / "second") == first
+
+
 ATTACK = "import pathlib; pathlib.Path({marker!r}).touch()\nfrom transformers import LlamaTokenizer as X\n"
 BESIDE: dict[str, Callable[[Path, Path], None]] = {
     "code": lambda folder, marker: (
