@@ -40,6 +40,8 @@ from popcompile.frontend.samples import sample_checkpoint, sample_model
 from popcompile.passes import Program
 from popcompile.pruning import execution
 
+#: what else has fixtures
+pytest_plugins = ("gguf_files", "pairs", "vision")
 #: for what tests run in processes of their own
 _TESTS = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_TESTS, _TESTS / "support")))
