@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from vision_package import save_vision_model
 
 from popcompile.conversion import convert
 from popcompile.frontend import tracing
@@ -189,25 +190,31 @@ def package(tiny_package: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_package, tmp_path / "out"))
 
 
-# --- real models -----------------------------------------------------------------------------------------------
+# --- packages that take longer ---------------------------------------------------------------------------------
 
 #: a window that most prompts of the tests are longer than
 THIRD = {"prune": "1/3", "kv_projection": "layer", "window": 8}
 
 
 def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFactory, **options: Any) -> Path:
-    """A package of a real model, converted once for all of pytest-xdist's workers; taken from the environment while
-    developing.
-    """
+    """A package, converted once for all of pytest-xdist's workers; taken from the environment while developing."""
     if ready := os.environ.get(variable):
         return Path(ready)
     run = factory.getbasetemp()
-    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "real-packages"
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "packages"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         if not (folder / name).is_dir():
             convert(model, folder / name, **options)
     return folder / name
+
+
+@pytest.fixture(scope="session")
+def vision_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny vision-language model's, of four layers, with its processor."""
+    checkpoint = save_vision_model(tmp_path_factory.mktemp("vision") / "model")
+    options = {"layers": "1,2", "kv_projection": "layer", "window": 4}
+    return _package("vision", "POPCOMPILE_TEST_VISION", checkpoint, tmp_path_factory, **options)
 
 
 @pytest.fixture(scope="session")
