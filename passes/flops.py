@@ -7,7 +7,8 @@ is not counted (below 1% in a decoder).
 
 Of a vision tower, whose attention is counted whole, `total` is the number of patches of an image.
 
-Reference sizes: prefill is one prompt of 1,024 tokens without a past, decode is one token after 1,024.
+Reference sizes: prefill is one prompt of 1,024 tokens without a past, decode is one token after 1,024; an image has 256
+tokens, where images have any size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import addmm_flop, bmm_flop, conv_flop_count, flop
 
 from . import ops
 from .contract import ContractError
-from .graph import call_nodes, dimension_symbols, evaluate_dim, layer_of, shape_of
+from .graph import call_nodes, dimension_symbols, evaluate_dim, find, layer_of, outputs_of, shape_of
 from .onnx_ops import attributes_of, onnx_inputs, onnx_op_type
 
 aten = torch.ops.aten
@@ -32,6 +33,9 @@ REFERENCE_SIZES: dict[str, dict[str, int]] = {
     "decode": {"batch": 1, "sequence": 1, "past": 1024, "total": 1025},
     "model": {"batch": 1, "sequence": 1024, "past": 0, "total": 1024},
 }
+
+
+REFERENCE_IMAGE_TOKENS = 256
 
 
 def total_flops(gm: fx.GraphModule, stage: str) -> int:
@@ -48,6 +52,16 @@ def flops_by_layer(gm: fx.GraphModule, stage: str, sizes: dict[str, int] | None 
         if flops := node_flops(node, values, sizes["total"]):
             counts[layer_of(node)] = counts.get(layer_of(node), 0) + flops
     return counts
+
+
+def image_flops(vision: fx.GraphModule) -> tuple[int, int]:
+    """Tokens of one image, REFERENCE_IMAGE_TOKENS where it may have any number, and its FLOPs in a vision graph."""
+    sizes = {"num_images": 1, "num_image_tokens": REFERENCE_IMAGE_TOKENS}
+    values = {symbol: sizes[name] for name, symbol in dimension_symbols(vision).items()}
+    patches = find(vision, op=ops.packed_attention)[0].args[0]
+    assert isinstance(patches, fx.Node)
+    count, tokens = (evaluate_dim(shape_of(node)[0], values) for node in (patches, outputs_of(vision)[0]))
+    return tokens, sum(flops_by_layer(vision, "vision", sizes | {"total": count}).values())
 
 
 #: the shape of a node of the graph whose FLOPs are counted

@@ -32,7 +32,7 @@ from popcompile.passes import (
     image_lowering,
     pruning,
 )
-from popcompile.passes.flops import REFERENCE_SIZES, total_flops
+from popcompile.passes.flops import REFERENCE_SIZES, image_flops, total_flops
 from popcompile.passes.printing import print_graph
 from popcompile.progress import Progress, StepTimes
 from popcompile.pruning.analyze import source_tokenizer
@@ -246,7 +246,7 @@ class _Compilation:
         self.run(pruning(plan.pruned, maps.projections, maps.bypasses, window))
         prefill, decode = self._program.graphs["prefill"], self._program.graphs["decode"]
         table = layer_table(self._program, plan.pruned, window)
-        flops = {
+        flops: dict[str, Any] = {
             "reference_sizes": REFERENCE_SIZES,
             "full_prefill": total_flops(decode, "prefill"),
             "full_prefill_one_logit": full_prefill_one_logit(decode),
@@ -254,6 +254,8 @@ class _Compilation:
             "decode": total_flops(decode, "decode"),
         }
         if "vision" in self._program.graphs:
+            tokens, one = image_flops(self._program.graphs["vision"])
+            flops["vision"] = {"image_tokens": tokens, "flops": one}
             self.run(image_lowering(), "lower")
         self.run(target.lowering(), "lower")
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}

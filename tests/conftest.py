@@ -186,14 +186,6 @@ def vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_vision_checkpoint(vision_model(), tmp_path_factory.mktemp("models") / "vision")
 
 
-@pytest.fixture(scope="session")
-def vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers 3 and 4 of 6 pruned, with their own weights, and a window of 2."""
-    out = tmp_path_factory.mktemp("packages") / "vision"
-    convert(vision_checkpoint, out, layers="3-4", kv_projection="layer", window=2)
-    return out
-
-
 @pytest.fixture
 def model(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint, to be damaged."""
@@ -206,25 +198,30 @@ def package(tiny_package: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_package, tmp_path / "out"))
 
 
-# --- real models -----------------------------------------------------------------------------------------------
+# --- packages that take longer ---------------------------------------------------------------------------------
 
 #: a window that most prompts of the tests are longer than
 THIRD = {"prune": "1/3", "kv_projection": "layer", "window": 8}
 
 
 def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFactory, **options: Any) -> Path:
-    """A package of a real model, converted once for all of pytest-xdist's workers; taken from the environment while
-    developing.
-    """
+    """A package, converted once for all of pytest-xdist's workers; taken from the environment while developing."""
     if ready := os.environ.get(variable):
         return Path(ready)
     run = factory.getbasetemp()
-    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "real-packages"
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "packages"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         if not (folder / name).is_dir():
             convert(model, folder / name, **options)
     return folder / name
+
+
+@pytest.fixture(scope="session")
+def vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers 3 and 4 of 6 pruned, with their own weights, and a window of 2."""
+    options = {"layers": "3-4", "kv_projection": "layer", "window": 2}
+    return _package("vision", "POPCOMPILE_TEST_VISION", vision_checkpoint, tmp_path_factory, **options)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from popcompile.package.manifest import Manifest
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INT64 = (TensorProto.INT64,)
+#: of a patch, and of an image of a fixed size with its three colours, at most
+_FEATURES, _PIXELS = 1 << 16, 3 << 24
 
 
 class Fault(Exception):
@@ -73,8 +76,14 @@ def _check_images(graph: GraphProto, images: ImageInputs, stage: str) -> None:
             _check_value(value, _INT64, [0, 0], "[batch, tokens] of int64")
         elif value.name == "image_grid_thw":
             _check_value(value, _INT64, [0, 3], "[images, 3] of int64")
-        elif _kind(value) != TensorProto.FLOAT or len(_dims(value)) != (2 if images.merge else 4) or _dims(value)[0]:
+        elif _kind(value) != TensorProto.FLOAT or not _are_pixels(_dims(value), images):
             raise Fault("has pixel_values that no processor makes")
+
+
+def _are_pixels(dims: list[int], images: ImageInputs) -> bool:
+    """Whether these are [patches, features] or [images, 3, S, S]: free, and of a size that a patch or an image has."""
+    most, rank = (_FEATURES, 2) if images.merge else (_PIXELS, 4)
+    return len(dims) == rank and dims[0] == 0 and 0 < math.prod(dims[1:]) <= most
 
 
 def _check_names(graph: GraphProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:

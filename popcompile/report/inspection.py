@@ -18,11 +18,12 @@ from popcompile.errors import PopcompileError
 from popcompile.package.compatibility import runtimes
 from popcompile.package.graph_check import check_package
 from popcompile.package.integrity import read_file
-from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
+from popcompile.package.manifest import IMAGE_GRAPHS, PASSES, REPORT, Manifest, read_manifest
 from popcompile.package.measurements import LayerChoice, Measurements, read_measurements
 from popcompile.package.report import format_layers
 from popcompile.report.bench import first_token_words, measured_on
 from popcompile.report.evaluation import evaluation_words
+from popcompile.report.images import ImageFlops
 from popcompile.report.words import (
     Table,
     answers_cell,
@@ -149,6 +150,7 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
         *([("part", f"the text decoder of a {whole}")] if (whole := manifest.source.get("text_decoder_of")) else []),
         *([("adapter", f"{adapter}, merged")] if (adapter := manifest.source.get("adapter")) else []),
         ("package", f"{folder} ({manifest.layout} layout, {manifest.dtype}, {size:.0f} MB)"),
+        *_graphs(manifest),
         ("pruned in prefill", f"{len(pruned)} of {manifest.num_layers} layers: {format_layers(pruned)}"),
         ("KV projection", {"layer": "the layer's own weights"}.get(manifest.kv_projection, manifest.kv_projection)),
         *_window(manifest),
@@ -158,6 +160,7 @@ def _summary(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
             f"{pop:.1f} G; full model {full:.1f} G, with one row of logits {best:.1f} G",
         ),
         ("FLOPs saved", f"{full / pop:.2f}x fewer; by the pruned layers alone {best / pop:.2f}x"),
+        *([("vision FLOPs", images.words())] if (images := ImageFlops.of(flops)) else []),
         *_measured(unmeasured(folder, manifest, found), found),
         *_made_in(report),
         *(("loads in" if known.loads else "does not load in", str(known)) for known in runtimes(manifest)),
@@ -173,6 +176,15 @@ def _made_in(report: dict[str, Any]) -> list[tuple[str, str]]:
     steps = sorted(((float(s), str(step)) for step, s in report["steps"].items()), reverse=True)
     longest = [f"{step} {s:.0f} s" for s, step in steps if s >= max(0.5, report["seconds"] / 50)]
     return [("made in", f"{report['seconds']:.0f} s" + (f": {', '.join(longest)}" if longest else ""))]
+
+
+def _graphs(manifest: Manifest) -> list[tuple[str, str]]:
+    """Of a package that takes images, who makes what for whom."""
+    if manifest.images is None:
+        return []
+    stages = [stage for stage in manifest.graphs if stage not in IMAGE_GRAPHS]
+    made, given = (" and ".join(manifest.graphs[stage] for stage in names) for names in (IMAGE_GRAPHS, stages))
+    return [("graphs", f"{given}, for embeddings of text and images, which {made} make")]
 
 
 def _window(manifest: Manifest) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from popcompile.package.measurements import Measurements, Quality, read_measurem
 from popcompile.package.report import format_layers
 from popcompile.report.bench import first_token_words, measured_on, time_rows
 from popcompile.report.evaluation import baseline_rows, code_rows, metric_rows, retrieval_rows
+from popcompile.report.images import ImageFlops
 from popcompile.report.inspection import layer_table, pass_table, read_package, readable_report
 from popcompile.report.output_file import replace_file, require_replaceable_file
 from popcompile.report.tasks import task_rows
@@ -108,6 +109,12 @@ def _content(folder: Path, manifest: Manifest, report: dict[str, Any], found: Me
         "passes": pass_table(report),
         "files": _files(manifest),
     }
+    if images := ImageFlops.of(report["flops"]):
+        content["image_flops"] = _table(*images.rows(), left=1)
+        content["image_flops_text"] = (
+            f"A prompt of {images.tokens:,} tokens, {images.image_tokens:,} of which are an image's. The vision tower"
+            f" is not pruned: with it, the prompt takes {images.speedup:.2f} times fewer FLOPs."
+        )
     return content | _measured(manifest, found)
 
 
@@ -168,6 +175,8 @@ def _figures(manifest: Manifest, report: dict[str, Any], found: Measurements) ->
             "fewer FLOPs in prefill",
         ),
     ]
+    if images := ImageFlops.of(flops):
+        figures.append((f"{images.speedup:.2f}x", f"fewer with vision, an image of {images.image_tokens:,} tokens"))
     if found.benchmark is not None:
         longest = max(found.benchmark["ratios"], key=lambda row: (row["over"] == "full", row["tokens"]))
         figures.append(

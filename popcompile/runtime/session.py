@@ -293,15 +293,24 @@ class Runtime:
         cache.assign(caches)
         return pad_sequence(logits, batch_first=True)
 
-    def run(self, stage: Stage, input_ids: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+    def run(
+        self,
+        stage: Stage,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        cache: KVCache,
+        images: Sequence[RowImages | None] | None = None,
+    ) -> Tensor:
         """One call of a graph, with the new tokens input_ids [B, S] padded on the right; returns its logits.
 
         lengths: tokens of every row with the new ones, whose entries go to the cache's slots [T - S, T), T being the
-        largest length.
+        largest length. images: of every row, among the new tokens.
         """
         before = [max(0, length - input_ids.shape[1]) for length in lengths]
-        batch, _ = self._batch(list(input_ids), before, cache.deltas)
-        return self._call(stage, batch, lengths, cache)
+        batch, deltas = self._batch(list(input_ids), before, cache.deltas, images)
+        logits = self._call(stage, batch, lengths, cache)
+        cache.deltas = deltas
+        return logits
 
     def _call(self, stage: Stage, batch: Batch, lengths: Sequence[int], cache: KVCache) -> Tensor:
         total = max(lengths)

@@ -19,10 +19,10 @@ TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %} w6 {% endfor %}"
     "{% if add_generation_prompt %}w7{% endif %}"
 )
-#: pictures between 16 x 16 and 32 x 32 pixels, in patches of PATCH
+#: pictures between 16 x 16 and 64 x 64 pixels, in patches of PATCH
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "patch_size": PATCH,
-    "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024},
+    "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096},
     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
 }  # fmt: skip
 
@@ -56,3 +56,9 @@ def draw_picture(file: Path, width: int, height: int, text: str = "42") -> Path:
     ImageDraw.Draw(picture).text((2, 2), text, fill="white")
     picture.save(file)
     return file
+
+
+def save_pictures(folder: Path) -> list[Path]:
+    """Two pictures of unlike sizes in an otherwise empty folder."""
+    folder.mkdir()
+    return [draw_picture(folder / "a.png", 80, 48), draw_picture(folder / "b.jpg", 64, 64)]

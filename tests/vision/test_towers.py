@@ -27,7 +27,7 @@ from vision import (
 
 from popcompile.errors import PopcompileError
 from popcompile.package.graph_check import _Checker
-from popcompile.passes.flops import flops_by_layer
+from popcompile.passes.flops import REFERENCE_IMAGE_TOKENS, flops_by_layer, image_flops
 from popcompile.passes.printing import print_graph
 from popcompile.upstream import attention_implementation
 from popcompile.vision.towers import embedding_width
@@ -144,6 +144,18 @@ def test_flops(family: str, qwen_vl: Any, gemma_vl: Any) -> None:
     sizes = {"num_image_tokens": images * patch // MERGE**2, "num_images": images, "total": patch}
     counted = flops_by_layer(trace_images(model).graphs["vision"], "vision", sizes)
     assert sum(counted.values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("family", "grid"), [("qwen", [[1, 32, 32]]), ("gemma", None)])
+@torch.no_grad()
+def test_flops_of_the_reference_image(family: str, grid: list[list[int]] | None, request: Any) -> None:
+    """256 tokens, of four patches each, where images have any size; and else as many as they have."""
+    model = request.getfixturevalue(f"{family}_vl")
+    inputs = (torch.randn(1, 3, 32, 32),) if grid is None else (patches(torch.tensor(grid)), torch.tensor(grid))
+    with attention_implementation(model, "eager"), FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(*inputs)
+    tokens = 16 if grid is None else REFERENCE_IMAGE_TOKENS
+    assert image_flops(trace_images(model).graphs["vision"]) == (tokens, counter.get_total_flops())
 
 
 def test_a_model_with_weights_gives_the_same_graphs(qwen_vl: Any) -> None:
