@@ -13,12 +13,14 @@ import onnx_ir as ir
 
 from popcompile.errors import PopcompileError
 from popcompile.export.genai_config import genai_config
+from popcompile.export.genai_images import PROCESSOR, genai_processor
 from popcompile.export.io_names import input_names, output_names
 from popcompile.export.onnx_graph import images_to_onnx, to_onnx
 from popcompile.export.weights import WeightError, data_size, pending_initializers, write_weights
 from popcompile.frontend.adapter import Adapter
 from popcompile.frontend.checkpoint import Checkpoint
 from popcompile.frontend.decoders import architecture
+from popcompile.frontend.processor_files import processor_settings
 from popcompile.frontend.source import Source
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.image_inputs import ImageInputs
@@ -62,12 +64,15 @@ class PackageWriter:
         self._hashes: dict[str, str] = {}
         #: file of each stage that was written
         self._graphs: dict[str, str] = {}
+        #: of what was written; None for a model of text alone
+        self._images: ImageInputs | None = None
 
     def write_model(self, program: Program) -> None:
         """Graphs and weights of a lowered program. Raises PopcompileError where the checkpoint's do not fit."""
         self._progress("export", 0, 1)
         models = to_onnx(program, self._files.graphs, self._target.provider)
         models |= images_to_onnx(program, self._target.provider)
+        self._images = self._image_inputs(program)
         self._graphs = self._files.graphs | {stage: file for stage, file in IMAGE_GRAPHS.items() if stage in models}
         self._hashes[self._files.weights] = self._write_weights(models, program)
         for stage, file in self._graphs.items():
@@ -96,22 +101,28 @@ class PackageWriter:
         source.config.save_pretrained(self._folder)
         source.generation_config.save_pretrained(self._folder)
         source.save_tokenizer(self._folder)
-        if source.has_images:
-            for name, content in source.processor_files().items():
-                _write_json(self._folder / name, content)
-            _leave_out_code(self._folder)
-            return
+        if self._images is not None:
+            self._write_processor(self._images)
         _leave_out_code(self._folder)
         config = genai_config(
             source.config,
             source.generation_config,
-            graphs=self._files.graphs,
+            graphs=self._graphs,
             head_size=sizes.head_size,
             kv_heads=sizes.kv_heads,
             vocab_size=sizes.vocab_size,
             provider=self._target.provider,
+            images=self._images,
         )
         _write_json(self._folder / "genai_config.json", config)
+
+    def _write_processor(self, images: ImageInputs) -> None:
+        """What makes pixels of pictures, in transformers' files and in genai's."""
+        files = self._source.processor_files()
+        for name, content in files.items():
+            _write_json(self._folder / name, content)
+        if files and (operations := genai_processor(processor_settings(self._source.name, self._folder), images)):
+            _write_json(self._folder / PROCESSOR, operations)
 
     def write_report(self, report: dict[str, Any]) -> None:
         _write_json(self._folder / REPORT, report)
@@ -141,20 +152,19 @@ class PackageWriter:
             inputs=input_names(program.num_layers, program.inputs),
             outputs=output_names(program.num_layers),
             versions=_versions(),
-            vision=self._images(program),
+            vision={} if self._images is None else asdict(self._images),
         )
         manifest = replace(manifest, files=describe_files(self._folder, self._files.weights, self._hashes))
         (self._folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         self._require_readable(manifest)
         return manifest
 
-    def _images(self, program: Program) -> dict[str, Any]:
-        """The fields of ImageInputs, none of a model of text alone."""
+    def _image_inputs(self, program: Program) -> ImageInputs | None:
         config = self._source.config
         if not self._source.has_images:
-            return {}
+            return None
         family, positions = vision_family(config), position_ids_of(program.graphs["prefill"])
-        inputs = ImageInputs(
+        return ImageInputs(
             tokens=family.image_tokens(config),
             inputs=list(inputs_of(program.graphs["vision"])),
             width=embedding_width(config),
@@ -162,7 +172,6 @@ class PackageWriter:
             tokens_per_image=family.tokens_per_image(config),
             axes=0 if positions is None else int(shape_of(positions)[0]),
         )
-        return asdict(inputs)
 
     def _described(self) -> dict[str, str]:
         """What the manifest says of the model."""

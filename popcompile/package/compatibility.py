@@ -1,6 +1,7 @@
 """Which runtimes load a package as it is, and why another does not: told before a user finds out.
 
-Each was tried with the packages of this version (tests/real/test_genai.py, examples/clients/).
+Each was tried with the packages of this version (tests/real/test_genai.py, tests/runtime/test_genai_images.py,
+examples/clients/), but for transformers.js with images, whose source asks for graphs that no package has.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from popcompile.package.manifest import Manifest
 
 #: the first ONNX Runtime whose GroupQueryAttention takes no new keys (export/attention_blocks.py)
 ONNXRUNTIME = "1.27"
+
+
+#: of a model of images, whose decoder genai takes from one graph and not from a pipeline
+_GENAI_IMAGES = "{} alone, a decoder; pictures (PNG, JPEG) in the first turn, rows of one length"
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,18 @@ class Compatibility:
 
 def runtimes(manifest: Manifest) -> list[Compatibility]:
     """What is known of each runtime, for a package with this manifest."""
-    graphs = " and ".join(manifest.graphs.values())
+    graphs = _listed(list(manifest.graphs.values()))
     found = [
         Compatibility("popcompile", True, "generate() of transformers, all rows of a batch"),
         Compatibility(f"ONNX Runtime {ONNXRUNTIME} or newer", True, f"{graphs}; batches padded on the right"),
     ]
+    if manifest.images is not None:
+        return [
+            *found,
+            Compatibility("onnxruntime-genai", True, _GENAI_IMAGES.format(manifest.graphs["prefill"])),
+            Compatibility("optimum", False, "no, it loads decoders of text; convert with --text-only"),
+            Compatibility("transformers.js", False, "no, it embeds text and images apart; convert with --text-only"),
+        ]
     if manifest.layout == "split":
         one_graph = "no, it loads one graph; convert with --layout unified"
         return [
@@ -49,3 +61,8 @@ def runtimes(manifest: Manifest) -> list[Compatibility]:
         Compatibility("optimum", True, left),
         Compatibility("transformers.js", True, left),
     ]
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

@@ -119,6 +119,11 @@ CONFIGS: dict[str, tuple[str, Callable[[dict], object], str]] = {
         lambda c: c.update(image_processor_type="X"),
         "image processor cannot be",
     ),
+    "patch of words": (
+        "preprocessor_config.json",
+        lambda c: c.update(patch_size="8"),
+        "image processor: patch_size is '8', not",
+    ),
     "no sizes": ("preprocessor_config.json", lambda c: c.update(size="big"), "image processor cannot be"),
 }
 
