@@ -30,6 +30,7 @@ from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.refinement import refine
 from popcompile.pruning.regression import Calibration, calibrate
 from popcompile.pruning.request import parse_request
+from popcompile.pruning.rows import AskedRows, Rows
 from popcompile.text.documents import default_texts, windows
 from popcompile.text.lists import retrieval_text
 
@@ -62,12 +63,12 @@ def main() -> None:
     measured = {
         name: HeldOut(
             model,
-            torch.stack(windows(tokenizer, texts, options.windows, tokens, 0, name)),
+            Rows(torch.stack(windows(tokenizer, texts, options.windows, tokens, 0, name))),
             pruned[0],
             prompt,
             0,
             options.window,
-            answers,
+            None if answers is None else AskedRows.of(answers),
         )
         for name, texts in default_texts().items()
     }
@@ -79,7 +80,7 @@ def main() -> None:
         few = HiddenStates(model, rows[: options.texts // 3], pruned[0], Path(folder))
         variants = _variants(states, few, pruned, options.steps)
         if lists is not None:
-            both = HiddenStates(model, torch.cat((rows, lists.rows)), pruned[0], Path(folder))
+            both = HiddenStates(model, Rows(torch.cat((rows.ids, lists.rows))), pruned[0], Path(folder))
             variants |= _with_lists(both, pruned, options.steps)
         table = []
         for label, fit in variants.items():

@@ -271,28 +271,3 @@ def _scope(node: fx.Node) -> str:
         else:
             parts.append(part)
     return "".join(f"/{part}" for part in parts)
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two dimensions are one, without asking what a free one may be."""
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return isinstance(a, int) and isinstance(b, int) and a == b
-
-
-def reshape(writer: Writer, x: fx.Node, node: fx.Node, sizes: Sequence[Any] | None = None) -> Any:
-    """x in the shape of `node`: 0 keeps a free size where it is, one -1 is what remains. sizes: nodes that compute it,
-    for a shape that this does not say.
-    """
-    before, after = shape_of(x), shape_of(node)
-    settled = [
-        size if isinstance(size, int) else 0 if place < len(before) and same_size(before[place], size) else -1
-        for place, size in enumerate(after)
-    ]
-    if settled.count(-1) <= 1 and 0 not in [size for size in after if isinstance(size, int)]:
-        target = writer.constant(settled)
-    elif sizes is None:
-        return NotImplemented
-    else:
-        target = writer.sizes(sizes)
-    return writer("Reshape", writer[x], target)

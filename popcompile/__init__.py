@@ -16,14 +16,20 @@ from popcompile.errors import PopcompileError
 if TYPE_CHECKING:
     __version__: str
     from popcompile.conversion import convert
+    from popcompile.package.configs import load_processor
     from popcompile.runtime.generation import PopForCausalLM, load
+    from popcompile.runtime.image_text import PopForImageTextToText
 
-__all__ = ["PopForCausalLM", "PopcompileError", "__version__", "convert", "load"]
+__all__ = [
+    "PopForCausalLM", "PopForImageTextToText", "PopcompileError", "__version__", "convert", "load", "load_processor",
+]  # fmt: skip
 
 _LAZY = {
     "convert": "popcompile.conversion",
     "load": "popcompile.runtime.generation",
+    "load_processor": "popcompile.package.configs",
     "PopForCausalLM": "popcompile.runtime.generation",
+    "PopForImageTextToText": "popcompile.runtime.image_text",
 }
 
 

@@ -147,6 +147,7 @@ def convert(
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
     )
+    source.processor_files()  # a model of images without one is refused before any work
     merged = Adapter(str(adapter)) if adapter is not None else None
     request, options = asked.for_model(source.decoder_config)
     tokenizer = None

@@ -97,8 +97,8 @@ class PackageWriter:
         source.generation_config.save_pretrained(self._folder)
         source.save_tokenizer(self._folder)
         if source.has_images:
-            if source.kind != "random":
-                source.save_processor(self._folder)
+            for name, content in source.processor_files().items():
+                _write_json(self._folder / name, content)
             _leave_out_code(self._folder)
             return
         _leave_out_code(self._folder)

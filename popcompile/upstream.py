@@ -181,9 +181,9 @@ def takes_videos(model_type: str) -> bool:
 
 def _processor_class(model_type: str) -> Any:
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
-    return getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    return getattr(transformers, processing_auto.PROCESSOR_MAPPING_NAMES[model_type])
 
 
 def ignored_tensors(module: PreTrainedModel) -> list[str]:

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
-from vision_package import save_vision_model
+from vision_checkpoint import save_vision_checkpoint, vision_model
 
 from popcompile.conversion import convert
 from popcompile.frontend import tracing
@@ -40,6 +40,8 @@ from popcompile.frontend.samples import sample_checkpoint, sample_model
 from popcompile.passes import Program
 from popcompile.pruning import execution
 
+#: what else has fixtures
+pytest_plugins = ("gguf_files", "pairs", "vision")
 #: for what tests run in processes of their own
 _TESTS = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_TESTS, _TESTS / "support")))
@@ -178,6 +180,12 @@ def tiny_package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     return parent / "out"
 
 
+@pytest.fixture(scope="session")
+def vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL."""
+    return save_vision_checkpoint(vision_model(), tmp_path_factory.mktemp("models") / "vision")
+
+
 @pytest.fixture
 def model(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint, to be damaged."""
@@ -210,11 +218,10 @@ def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def vision_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny vision-language model's, of four layers, with its processor."""
-    checkpoint = save_vision_model(tmp_path_factory.mktemp("vision") / "model")
-    options = {"layers": "1,2", "kv_projection": "layer", "window": 4}
-    return _package("vision", "POPCOMPILE_TEST_VISION", checkpoint, tmp_path_factory, **options)
+def vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers 3 and 4 of 6 pruned, with their own weights, and a window of 2."""
+    options = {"layers": "3-4", "kv_projection": "layer", "window": 2}
+    return _package("vision", "POPCOMPILE_TEST_VISION", vision_checkpoint, tmp_path_factory, **options)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ is shown a private folder that holds nothing but a link to it.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -19,14 +20,14 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
 from popcompile.frontend.decoders import require_decoder
 from popcompile.frontend.gguf_architectures import OWN_SPLITS, Architecture
 from popcompile.frontend.gguf_config import INSTEAD, architecture_of, gguf_config
 from popcompile.frontend.gguf_header import GgufHeader, read_header
-from popcompile.frontend.source import Source, TensorInfo, no_tensor, write_tokenizer
+from popcompile.frontend.source import Source, TensorInfo, no_tensor, read_tokenizer, write_tokenizer
 from popcompile.loading import one_line, quiet, reading, require_regular
 
 
@@ -82,8 +83,7 @@ class GgufSource(Source):
     def save_tokenizer(self, folder: Path) -> list[str]:
         if "tokenizer.ggml.tokens" not in self._header.metadata:
             return []
-        with alone(self.name, self._path) as link:
-            files = write_tokenizer(self.name, link.parent, folder, gguf_file=link.name, trust_remote_code=False)
+        files = write_tokenizer(self.name, self._tokenizer, folder)
         split = self._header.metadata.get("tokenizer.ggml.pre")
         if self._header.metadata.get("tokenizer.ggml.model") == "gpt2" and split in OWN_SPLITS:
             written = json.loads((folder / "tokenizer.json").read_bytes())
@@ -93,6 +93,12 @@ class GgufSource(Source):
                     f" {split!r}; update transformers"
                 )
         return files
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """As transformers builds it, which takes seconds; a conversion needs it twice."""
+        with alone(self.name, self._path) as link:
+            return read_tokenizer(self.name, link.parent, gguf_file=link.name)
 
     def fingerprint(self) -> dict[str, str]:
         with self._path.open("rb") as stream:

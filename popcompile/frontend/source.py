@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from popcompile import config_schema
 from popcompile.errors import PopcompileError
@@ -37,7 +37,7 @@ from popcompile.frontend.folder_configs import (
     processor_template,
 )
 from popcompile.frontend.hub import download, local_path
-from popcompile.frontend.processor_files import PROCESSOR_FILES, write_processor
+from popcompile.frontend.processor_files import PROCESSOR_FILES, read_processor
 from popcompile.frontend.token_inputs import decoder_config
 from popcompile.loading import (
     CONFIG_BYTES,
@@ -123,13 +123,13 @@ class Source(ABC):
             PopcompileError: the tokenizer cannot be loaded.
         """
 
-    def save_processor(self, folder: Path) -> list[str]:
-        """Write what the processor of images is configured by into `folder`; the files' names, or [] without any.
+    def processor_files(self) -> dict[str, dict[str, Any]]:
+        """What the processor of images is configured by: contents of JSON files, by name; {} where there are none.
 
         Raises:
-            PopcompileError: the processor cannot be loaded.
+            PopcompileError: the model takes images, and has no processor, or none that can be loaded.
         """
-        return []
+        return {}
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -228,12 +228,13 @@ class FolderSource(Source):
             return []
         template = processor_template(self.name, self._folder) if self.whole or self.has_images else None
         if self._trust_remote_code:
-            return write_tokenizer(self.name, self._folder, folder, template=template, trust_remote_code=True)
+            tokenizer = read_tokenizer(self.name, self._folder, template=template, trust_remote_code=True)
+            return write_tokenizer(self.name, tokenizer, folder, trust_remote_code=True)
         with private_copy(self.name, self._folder) as copy:
-            return write_tokenizer(self.name, copy, folder, template=template)
+            return write_tokenizer(self.name, read_tokenizer(self.name, copy, template=template), folder)
 
-    def save_processor(self, folder: Path) -> list[str]:
-        return write_processor(self.name, self._folder, folder)
+    def processor_files(self) -> dict[str, dict[str, Any]]:
+        return read_processor(self.name, self._folder) if self.has_images else {}
 
     def fingerprint(self) -> dict[str, str]:
         config = read_file(self.name, self._folder / "config.json", CONFIG_BYTES)
@@ -266,9 +267,6 @@ class RandomSource(Source):
 
     def save_tokenizer(self, folder: Path) -> list[str]:
         return self._base.save_tokenizer(folder)
-
-    def save_processor(self, folder: Path) -> list[str]:
-        return self._base.save_processor(folder)
 
     def fingerprint(self) -> dict[str, str]:
         marks = self._base.fingerprint()
@@ -349,24 +347,23 @@ def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bo
     return source
 
 
-def write_tokenizer(
-    model: str,
-    source: Path,
-    folder: Path,
-    *,
-    template: str | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> list[str]:
-    """Load the tokenizer of `source` (`options` are AutoTokenizer's) and write it; the names of its files.
-
-    template: the chat template of a tokenizer that has none of its own.
-    """
+def read_tokenizer(
+    model: str, source: Path, *, template: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`; `options` are AutoTokenizer's. template: the chat template of one that has none."""
     with quiet(), reading(model, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
         tokenizer.chat_template = tokenizer.chat_template or template
+        return tokenizer
+
+
+def write_tokenizer(
+    model: str, tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False
+) -> list[str]:
+    """Write the tokenizer into `folder`; the names of its files. trust_remote_code: it may be code of the model's."""
+    with quiet(), reading(model, "the tokenizer cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         written = tokenizer.save_pretrained(folder)
         _for_other_readers(folder / "tokenizer_config.json", tokenizer, trust_remote_code)

@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.arguments import SEED
@@ -30,8 +29,10 @@ from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
 from popcompile.pruning.execution import Reader, fast_products, held_in_memory, materialise
 from popcompile.pruning.importance import importance, random_stream
-from popcompile.pruning.sampling import random_starts, sample
+from popcompile.pruning.rows import Rows, decoder_inputs
+from popcompile.pruning.sampling import begun, random_starts, sample
 from popcompile.text.documents import read_texts, windows
+from popcompile.vision.tracing import build_model, trace_images
 
 #: texts and tokens of each by default: a few minutes on two cores for a model of 135 M parameters
 TEXTS, TOKENS = 24, 192
@@ -117,7 +118,7 @@ def analyze(
     documents = read_texts(text) if text is not None else None
     source = open_source(str(model), text_only=text_only, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     merged = Adapter(str(adapter)) if adapter is not None else None
-    if tokens > (positions := context_length(source.config)):
+    if tokens > (positions := context_length(source.decoder_config)):
         raise PopcompileError(f"--tokens {tokens}: {source.name} has {positions} positions; give fewer")
     tokenizer = source_tokenizer(source, trust_remote_code)
     chosen = None
@@ -126,6 +127,8 @@ def analyze(
     report("trace", 0, 1)
     settle_ties(source)
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
+    if source.has_images:
+        program.add(trace_images(build_model(source.config)))
     read = held_in_memory(Checkpoint(source, program, torch.float32, merged).read, source.name)
     try:
         PassManager(canonicalization()).run(program)
@@ -138,8 +141,7 @@ def analyze(
             f"{source.name}: {source.config.model_type} has a structure that popcompile cannot analyze ({error})"
         ) from error
     seconds = round(time.perf_counter() - started, 1)
-    count, length = chosen.shape
-    return Analysis(str(model), count, length, seed, part, seconds, found)
+    return Analysis(str(model), len(chosen), chosen.length, seed, part, seconds, found)
 
 
 def sample_texts(
@@ -150,15 +152,15 @@ def sample_texts(
     length: int,
     seed: int,
     progress: Callable[[int, int], Any] | None = None,
-) -> Tensor:
-    """Texts of the model's own, [count, length] int64, each from a start of its own; `program` is canonical."""
+) -> Rows:
+    """`count` texts of the model's own, each from a start of its own; `program` is canonical."""
     graph = program.graphs["model"]
     vocabulary = int(shape_of(outputs_of(graph)[0])[2])
     starts = random_starts(tokenizer, vocabulary, count, random_stream(seed, "starts"))
-    starts = [start[:length] for start in starts]
-    real = materialise(graph, program, read)
+    rows, given = begun([start[:length] for start in starts], length)
+    real, inputs = materialise(graph, program, read), decoder_inputs(program, read)
     with fast_products():
-        return sample(real, starts, length, seed=random_stream(seed, "texts"), progress=progress)
+        return sample(real, rows, given, seed=random_stream(seed, "texts"), inputs=inputs, progress=progress)
 
 
 def source_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -178,10 +180,10 @@ def _tokens_of(
     length: int,
     seed: int,
     model: str,
-) -> Tensor:
+) -> Rows:
     if tokenizer is None:
         raise PopcompileError(f"{model}: has no tokenizer, which --text {path} needs; leave out --text")
-    return torch.stack(windows(tokenizer, documents, count, length, seed, str(path)))
+    return Rows(torch.stack(windows(tokenizer, documents, count, length, seed, str(path))))
 
 
 def _with_error(value: float, error: float | None) -> str:

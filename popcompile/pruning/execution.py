@@ -73,8 +73,8 @@ class _RoundedLinear(TorchFunctionMode):
 
 def require_memory(program: Program, model: str) -> None:
     """Raise PopcompileError where the model so named does not fit into the free memory in fp32. program: canonical."""
-    graph = program.graphs["model"]
-    sizes = {n.target: n.meta["val"].numel() for n in graph.graph.nodes if n.op == "get_attr"}
+    nodes = [n for gm in program.graphs.values() for n in gm.graph.nodes if n.op == "get_attr"]
+    sizes = {n.target: n.meta["val"].numel() for n in nodes}
     needed, free = 4 * sum(sizes.values()), psutil.virtual_memory().available
     if needed > free:
         raise PopcompileError(

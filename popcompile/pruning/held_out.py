@@ -28,7 +28,7 @@ from popcompile.pruning.hidden_states import HiddenStates, at_positions
 from popcompile.pruning.layerwise import LayerwiseModel, Tokens
 from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
 from popcompile.pruning.regression import Calibration
-from popcompile.text.lists import RetrievalText
+from popcompile.pruning.rows import AskedRows, Rows
 
 #: rows that are run together, and their tokens, unless it is one row
 _BATCH, _BATCH_TOKENS = 4, 2048
@@ -37,7 +37,7 @@ _PROBES, _PROBED_TOKENS, _EARLIEST = 32, 128, 32
 
 
 class HeldOut:
-    """Rows of tokens [N, T], and the whole model's hidden states before each layer from `first` on and at the end.
+    """Rows of tokens, and the whole model's hidden states before each layer from `first` on and at the end.
 
     Layers before `first` are never pruned. prompt: tokens of a row that are its prompt; the others continue it.
     window: tokens at a prompt's end that take the whole model, fewer than it has. retrieval: texts whose answers stand
@@ -48,12 +48,12 @@ class HeldOut:
     def __init__(
         self,
         model: LayerwiseModel,
-        rows: Tensor,
+        rows: Rows,
         first: int,
         prompt: int,
         seed: int,
         window: int = 1,
-        retrieval: RetrievalText | None = None,
+        retrieval: AskedRows | None = None,
         asked_tokens: int | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -75,10 +75,10 @@ class HeldOut:
         self.window = window
         self._retrieval = self._asked and _HeldOutRetrieval(self._asked, window)
         rows, context = self._states.rows, self._prompt - window
-        self._continued = rows.shape[1] - self._prompt
+        self._continued = rows.length - self._prompt
         random = torch.Generator().manual_seed(self._seed)
-        ends = torch.stack([_probes(context, window, random) for _ in rows])
-        continuation = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
+        ends = torch.stack([_probes(context, window, random) for _ in range(len(rows))])
+        continuation = rows.slots[:, context:-1]
         probes = (ends[:, :, None] - torch.arange(window).flip(0)).flatten(1)
         begins = (torch.full_like(continuation, context), (ends - window + 1).repeat_interleave(window, 1))
         #: in the tail: the boundary token and the continuation, and the probes' last tokens
@@ -124,7 +124,7 @@ class HeldOut:
 
 
 class _Asked(NamedTuple):
-    """Rows of tokens [N, T], which of their tokens are parts of answers [N, T], and the tokens of their prompts."""
+    """Rows of tokens, which of their tokens are parts of answers [N, T], and the tokens of their prompts."""
 
     states: HiddenStates
     answers: Tensor
@@ -137,7 +137,7 @@ class _HeldOutRetrieval:
     def __init__(self, text: _Asked, window: int) -> None:
         states, answers, prompt = text
         rows, context = states.rows, prompt - window
-        positions = torch.arange(context, rows.shape[1] - 1).expand(len(rows), -1)
+        positions = rows.slots[:, context:-1]
         asked = answers[:, context + 1 :] & (positions + 1 >= prompt)
         count = int(asked.sum(1).min())
         assert count > 0
@@ -207,19 +207,18 @@ class _Tails:
     def __init__(self, states: HiddenStates, context: int, positions: Tensor, begins: Tensor, measured: Tensor) -> None:
         self._states, self._context, self._positions, self._begins = states, context, positions, begins
         self._measured = measured
-        self._ids = states.rows.gather(1, positions)
         at = positions.gather(1, measured)
-        self._next = states.rows.gather(1, at + 1)
+        self._next = states.rows.ids.gather(1, at + 1)
         self._final = at_positions(states.before(states.model.num_layers), at)
 
     def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
         """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
-        return _joined(self.compared(pruned, calibration, torch.arange(len(self._ids))))
+        return _joined(self.compared(pruned, calibration, torch.arange(len(self._next))))
 
     def compared(self, pruned: list[int], calibration: Calibration, order: Tensor) -> Iterator[Comparison]:
         """The same of some rows at a time, in this order."""
         begin = pruned[0] if pruned else self._states.first
-        count = max(1, min(_BATCH, _BATCH_TOKENS // self._states.rows.shape[1]))
+        count = max(1, min(_BATCH, _BATCH_TOKENS // self._states.rows.length))
         for batch in order.split(count):
             prompts, x = self._prompts(batch), self._states.before(begin)[batch]
             entering = x[:, : self._context], at_positions(x, self._positions[batch])
@@ -235,5 +234,5 @@ class _Tails:
         return Comparison(*map(torch.stack, zip(*rows, strict=True)))
 
     def _prompts(self, batch: Tensor) -> Prompts:
-        context = self._states.rows[batch, : self._context]
-        return Prompts.of(self._states.model, context, self._ids[batch], self._positions[batch], self._begins[batch])
+        rows, positions = self._states.rows[batch], self._positions[batch]
+        return Prompts.of(self._states.model, rows, self._context, positions, self._begins[batch])

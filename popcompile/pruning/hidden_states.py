@@ -19,15 +19,15 @@ from torch import Tensor
 from popcompile.errors import PopcompileError
 from popcompile.package.staging import require_disk_space
 from popcompile.pruning.layerwise import LayerwiseModel, Tokens
+from popcompile.pruning.rows import Rows
 
 #: tokens that a layer runs at a time
 _BATCH_TOKENS = 2560
 
 
 class HiddenStates:
-    """Rows of tokens [N, T] and the hidden states [N, T, hidden] that the whole model has before layers `first`..L.
+    """Rows of tokens and the hidden states [N, T, hidden] that the whole model has before layers `first`..L.
 
-    Rows may be embeddings [N, T, width], for a model that takes these, with position_ids [axes, N, T] for its RoPE.
     folder: where files may be, by default that of temporary files.
     `before(L)` is the last layer's output. Raises PopcompileError where a layer computes NaN or infinity.
     """
@@ -35,16 +35,13 @@ class HiddenStates:
     def __init__(
         self,
         model: LayerwiseModel,
-        rows: Tensor,
+        rows: Rows,
         first: int,
         folder: Path | None = None,
         progress: Callable[[int, int], Any] | None = None,
-        position_ids: Tensor | None = None,
     ) -> None:
         self.model, self.rows, self.first, self._folder = model, rows, first, folder
-        self._position_ids = position_ids
-        self._positions = torch.arange(rows.shape[1])[None]
-        self._causal = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool).tril()[None]
+        self._causal = torch.ones(rows.length, rows.length, dtype=torch.bool).tril()[None]
         self._states = [self.scratch() for _ in range(first, model.num_layers + 1)]
         batches = list(self.batches())
         for done, batch in enumerate(batches):
@@ -68,20 +65,18 @@ class HiddenStates:
         """Every `step`-th row, and the same hidden states."""
         thinned = copy.copy(self)
         thinned.rows = self.rows[::step]
-        thinned._position_ids = None if self._position_ids is None else self._position_ids[:, ::step]
         thinned._states = [states[::step] for states in self._states]
         return thinned
 
     def batches(self) -> Iterator[slice]:
         """Rows to run together."""
-        step = max(1, _BATCH_TOKENS // self.rows.shape[1])
+        step = max(1, _BATCH_TOKENS // self.rows.length)
         for start in range(0, len(self.rows), step):
             yield slice(start, min(start + step, len(self.rows)))
 
     def tokens(self, batch: slice) -> Tokens:
         rows = self.rows[batch]
-        position_ids = None if self._position_ids is None else self._position_ids[:, batch]
-        return self.model.tokens(rows, self._positions.expand(len(rows), -1), position_ids)
+        return self.model.tokens(rows, rows.slots)
 
     def run_layer(self, layer: int, x: Tensor, tokens: Tokens) -> Tensor:
         """A whole layer over rows of text, causally."""
@@ -89,7 +84,7 @@ class HiddenStates:
 
     def scratch(self) -> Tensor:
         """Room for hidden states of all rows."""
-        return scratch((*self.rows.shape[:2], self.model.hidden_size), self._folder)
+        return scratch((len(self.rows), self.rows.length, self.model.hidden_size), self._folder)
 
 
 def scratch(shape: tuple[int, ...], folder: Path | None) -> Tensor:

@@ -26,6 +26,7 @@ from popcompile.passes.insert_virtual_gates import GATES, Per
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
 from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, materialise
+from popcompile.pruning.rows import Rows, decoder_inputs
 
 #: prefixes of every text that are texts of their own, one forward and one backward pass each
 PREFIXES = 8
@@ -35,7 +36,7 @@ PREFIXES = 8
 def importance(
     program: Program,
     read: Reader,
-    tokens: Tensor,
+    texts: Rows,
     *,
     per: Per = "layer",
     seed: int = 0,
@@ -44,10 +45,9 @@ def importance(
 ) -> Importance:
     """Importance of every layer, or block of it, for both stages.
 
-    program: canonical, not split; it is left as it is. read: a parameter by its traced name. tokens [texts, length]
-    int64, without padding, at least 2 tokens each. prefixes: how many of every text are used, evenly from half of it to
-    the whole. seed: of the labels. progress(done, total) counts prefixes. The same arguments give the same numbers on
-    the same machine.
+    program: canonical, not split; it is left as it is. read: a parameter by its traced name. texts: at least 2 tokens
+    each. prefixes: how many of every text are used, evenly from half of it to the whole. seed: of the labels.
+    progress(done, total) counts prefixes. The same arguments give the same numbers on the same machine.
 
     Raises PopcompileError where the model's probabilities are no numbers, ContractError where the graph is not
     canonical or has no such blocks.
@@ -55,21 +55,23 @@ def importance(
     model, blocks = _gated_model(program, read, per)
     gates = torch.ones([int(d) for d in shape_of(inputs_of(model)[GATES])], requires_grad=True)
     caches = [torch.zeros(1, int(s[1]), 0, int(s[3])) for s in map(shape_of, find(model, op=ops.append_kv))]
-    run = call_reference(model)
+    run, inputs = call_reference(model), decoder_inputs(program, read)
     random = torch.Generator().manual_seed(random_stream(seed, "labels"))
-    lengths = prefix_lengths(tokens.shape[1], prefixes)
-    squares = torch.zeros(len(tokens), *gates.shape, dtype=torch.float64)
-    for i, text in enumerate(tokens):
+    lengths = prefix_lengths(texts.length, prefixes)
+    squares = torch.zeros(len(texts), *gates.shape, dtype=torch.float64)
+    for i in range(len(texts)):
+        text = texts[i : i + 1]
         for j, length in enumerate(lengths):
-            ids = text[None, :length].clone()  # sampled text may be an inference tensor, which autograd refuses
-            log_p = run(ids, torch.ones_like(ids), *caches, gates)[0][0, -1].float().log_softmax(-1)
+            tokens, *others = inputs.of(text, text.slots[:, :length])
+            mask = torch.ones(1, length, dtype=torch.int64)
+            log_p = run(tokens, mask, *others, *caches, gates)[0][0, -1].float().log_softmax(-1)
             _require_numbers(log_p, i)
             label = torch.multinomial(log_p.detach().exp(), 1, generator=random)[0]
             (gradient,) = torch.autograd.grad(log_p[label], gates)
             squares[i] += gradient.double() ** 2 / len(lengths)
             if progress:
-                progress(i * len(lengths) + j + 1, len(tokens) * len(lengths))
-    return _mean(squares.view(len(tokens), -1, 2), blocks)
+                progress(i * len(lengths) + j + 1, len(texts) * len(lengths))
+    return _mean(squares.view(len(texts), -1, 2), blocks)
 
 
 def prefix_lengths(length: int, count: int) -> list[int]:

@@ -29,6 +29,7 @@ from popcompile.passes.graph import (
     tokens_of,
 )
 from popcompile.passes.layers import layer_input, layer_output, projected_kv
+from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows
 
 _Values = dict[fx.Node, Any]
 
@@ -56,8 +57,9 @@ class Keys:
 class LayerwiseModel:
     """A canonical graph with real weights (execution.materialise), cut at its layers."""
 
-    def __init__(self, model: fx.GraphModule) -> None:
-        self._model = model
+    def __init__(self, model: fx.GraphModule, inputs: DecoderInputs = TOKEN_IDS) -> None:
+        """inputs: what the graph is given of tokens."""
+        self._model, self._inputs_of = model, inputs
         self.num_layers = len(find(model, op=ops.attention))
         self._parameters: _Values = {
             n: attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"
@@ -98,27 +100,20 @@ class LayerwiseModel:
         """Whether the next layer reads something else than what this one hands on."""
         return layer + 1 < self.num_layers and bool(self._between[layer])
 
-    def tokens(self, ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tokens:
-        """ids: [B, S], or embeddings [B, S, width] where the graph takes these. positions: their slots [B, S].
-
-        position_ids: [axes, B, S], where RoPE reads others than the slots.
-        """
+    def tokens(self, rows: Rows, slots: Tensor) -> Tokens:
+        """The tokens at slots [B, Q] of each row, to be run at the positions of these."""
         heads, size = self.kv_shape
-        values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(ids), heads, 0, size))
-        values[tokens_of(self._model)] = ids
-        values[mask_of(self._model)] = torch.ones(ids.shape[:2], dtype=torch.int64)
-        if (source := position_ids_of(self._model)) is not None:
-            given = positions[None] if position_ids is None else position_ids
-            values[source] = given.expand(int(source.meta["val"].shape[0]), -1, -1)
-        self._run(self._before, values, {ops.token_positions: lambda *_: positions})
-        return Tokens(positions, values)
+        values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(rows), heads, 0, size))
+        given = [n for n in (tokens_of(self._model), position_ids_of(self._model)) if n is not None]
+        values |= zip(given, self._inputs_of.of(rows, slots), strict=True)
+        values[mask_of(self._model)] = torch.ones(slots.shape, dtype=torch.int64)
+        self._run(self._before, values, {ops.token_positions: lambda *_: slots})
+        return Tokens(slots, values)
 
     def blank(self, count: int) -> Tokens:
         """So many tokens at position 0, of no text: for layers' own projections of any hidden state."""
-        value = tokens_of(self._model).meta["val"]
-        return self.tokens(
-            torch.zeros(1, count, *value.shape[2:], dtype=value.dtype), torch.zeros(1, count, dtype=torch.int64)
-        )
+        zeros = torch.zeros(1, count, dtype=torch.int64)
+        return self.tokens(Rows(zeros), zeros)
 
     def embed(self, tokens: Tokens) -> Tensor:
         """The hidden state before the first layer [B, S, hidden]."""

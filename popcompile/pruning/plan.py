@@ -32,6 +32,7 @@ from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.refinement import STEPS, Answers
 from popcompile.pruning.regression import Calibration
 from popcompile.pruning.request import Request
+from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
 from popcompile.pruning.text import SELF, TEXTS, calibration_text
 
@@ -106,7 +107,7 @@ def make_plan(
     layers = program.num_layers
     most = largest_count(layers) if request.how == "auto" else len(request.layers)
     first = min(request.layers) if request.how == "layers" else first_candidate(layers, most)
-    model = LayerwiseModel(materialise(program.graphs["model"], program, read))
+    model = LayerwiseModel(materialise(program.graphs["model"], program, read), decoder_inputs(program, read))
     states = None
     if options.calibrated:
         states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
@@ -144,7 +145,7 @@ def make_plan(
         prompt_tokens=text.prompt,
         asked_tokens=text.asked_tokens,
         window=chosen.window,
-        continuation_tokens=text.unseen.shape[1] - text.prompt,
+        continuation_tokens=text.unseen.length - text.prompt,
         loss=unseen.measure(chosen.pruned, calibration),
         own_projection=unseen.measure(chosen.pruned, Calibration()),
     )

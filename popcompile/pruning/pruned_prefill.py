@@ -17,6 +17,7 @@ from torch import Tensor
 
 from popcompile.pruning.layerwise import Keys, LayerwiseModel, Tokens
 from popcompile.pruning.regression import Calibration
+from popcompile.pruning.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,23 @@ class Prompts:
     visible: Tensor
 
     @classmethod
-    def of(cls, model: LayerwiseModel, context: Tensor, tail: Tensor, positions: Tensor, begins: Tensor) -> Prompts:
-        """context: ids [B, C], from position 0 on. tail: ids [B, Q] at positions [B, Q].
+    def of(cls, model: LayerwiseModel, rows: Rows, count: int, positions: Tensor, begins: Tensor) -> Prompts:
+        """count: tokens of the context, C, which begins each row. positions: of the tail's tokens, [B, Q].
 
         begins: [B, Q], where the block of a tail's token begins, which no two blocks of a row share.
         """
-        count, size = context.shape[1], context.shape[1] + tail.shape[1]
-        from_zero = torch.arange(count).expand(len(context), -1)
-        visible = torch.zeros(len(tail), size, size, dtype=torch.bool)
+        size = count + positions.shape[1]
+        from_zero = rows.slots[:, :count]
+        visible = torch.zeros(len(rows), size, size, dtype=torch.bool)
         visible[:, :count, :count] = torch.ones(count, count, dtype=torch.bool).tril()
         visible[:, count:, :count] = torch.arange(count) < begins[:, :, None]
         visible[:, count:, count:] = (begins[:, :, None] == begins[:, None]) & (
             positions[:, :, None] >= positions[:, None]
         )
         return cls(
-            context=model.tokens(context, from_zero),
-            tail=model.tokens(tail, positions),
-            together=model.tokens(torch.cat((context, tail), 1), torch.cat((from_zero, positions), 1)),
+            context=model.tokens(rows, from_zero),
+            tail=model.tokens(rows, positions),
+            together=model.tokens(rows, torch.cat((from_zero, positions), 1)),
             visible=visible,
         )
 

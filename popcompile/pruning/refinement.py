@@ -90,10 +90,10 @@ def refine(
 def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, rows: Tensor, random: Generator) -> Tensor:
     """Mean first-token KL of some boundary tokens of these rows, but for a constant: the whole model's entropy."""
     model, first = states.model, pruned[0]
-    ids = states.rows[rows]
-    positions = torch.stack([_boundary_tokens(ids.shape[1], random) for _ in ids])
+    text = states.rows[rows]
+    positions = torch.stack([_boundary_tokens(text.length, random) for _ in rows])
     x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
-    prompts = Prompts.of(model, ids, ids.gather(1, positions), positions, begins=positions)
+    prompts = Prompts.of(model, text, text.length, positions, begins=positions)
     y = last_hidden_state(model, prompts, (x, at_positions(x, positions)), first, pruned, calibration)
     with torch.no_grad():
         likely = model.logits(at_positions(final, positions), prompts.tail).flatten(0, 1).softmax(-1)
@@ -104,13 +104,11 @@ def _answers_loss(answers: Answers, pruned: list[int], calibration: Calibration,
     """Mean KL of the answers' tokens of these rows, after their context, but for a constant as `_loss`."""
     states, context = answers.states, answers.context
     model, first = states.model, pruned[0]
-    ids = states.rows[rows]
-    positions = torch.arange(context, ids.shape[1] - 1).expand(len(ids), -1)
+    text = states.rows[rows]
+    positions = text.slots[:, context:-1]
     measured = answers.of_answer[rows][:, context + 1 :]
     x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
-    prompts = Prompts.of(
-        model, ids[:, :context], ids[:, context:-1], positions, begins=torch.full_like(positions, context)
-    )
+    prompts = Prompts.of(model, text, context, positions, begins=torch.full_like(positions, context))
     y = last_hidden_state(model, prompts, (x[:, :context], x[:, context:-1]), first, pruned, calibration)
     with torch.no_grad():
         likely = model.logits(final[:, context:-1][measured][None], prompts.tail)[0].softmax(-1)

@@ -7,6 +7,7 @@ text all of its training text is represented, which transfers better than one re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,47 +18,55 @@ from popcompile.errors import PopcompileError
 from popcompile.passes import ops
 from popcompile.passes.graph import find, shape_of
 from popcompile.pruning.execution import NO_NUMBERS, call_reference, fast_products
+from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows
 
 
 @torch.inference_mode()
 def sample(
     model: fx.GraphModule,
-    starts: Sequence[Tensor],
-    length: int,
+    rows: Rows,
+    given: Sequence[int],
     *,
     seed: int,
+    inputs: DecoderInputs = TOKEN_IDS,
     temperatures: Sequence[float] | None = None,
     batch: int = 128,
     progress: Callable[[int, int], Any] | None = None,
-) -> Tensor:
-    """Rows of `length` tokens [len(starts), length] int64, row i beginning with the tokens of starts[i].
+) -> Rows:
+    """The rows with drawn tokens behind the first given[i] of row i.
 
-    model: the canonical graph with real weights (execution.materialise).
+    model: the canonical graph with real weights (execution.materialise). inputs: what it is given of tokens.
     temperatures: one per row, default 1. progress(done, total) counts decode steps.
     Raises PopcompileError where the model's probabilities are no numbers.
     """
     step = call_reference(model, {ops.append_kv: _write_in_place, ops.attention: _attend_to_all})
     random = torch.Generator().manual_seed(seed)
-    total, done = -(-len(starts) // batch) * (length - 1), 0
+    total, done = -(-len(rows) // batch) * (rows.length - 1), 0
     sampled = []
-    for first in range(0, len(starts), batch):
-        rows = starts[first : first + batch]
-        ids = torch.zeros(len(rows), length, dtype=torch.int64)
-        given = torch.tensor([len(row) for row in rows])
-        for row, start in zip(ids, rows, strict=True):
-            row[: len(start)] = start
-        heat = torch.tensor((temperatures or [1.0] * len(starts))[first : first + batch])[:, None]
-        cache = [torch.zeros(len(rows), *shape, dtype=torch.float32) for shape in _cache_shapes(model, length)]
-        for n in range(length - 1):
-            mask = torch.ones(len(rows), n + 1, dtype=torch.int64)
-            logits = step(ids[:, n : n + 1], mask, *(c[:, :, : n + 1] for c in cache))[0]
+    for first in range(0, len(rows), batch):
+        part, counts = rows[first : first + batch], torch.tensor(given[first : first + batch])
+        ids = part.ids.clone()
+        heat = torch.tensor((temperatures or [1.0] * len(rows))[first : first + batch])[:, None]
+        cache = [torch.zeros(len(ids), *shape, dtype=torch.float32) for shape in _cache_shapes(model, rows.length)]
+        for n in range(rows.length - 1):
+            tokens, *others = inputs.of(replace(part, ids=ids), torch.full((len(ids), 1), n))
+            mask = torch.ones(len(ids), n + 1, dtype=torch.int64)
+            logits = step(tokens, mask, *others, *(c[:, :, : n + 1] for c in cache))[0]
             likely = _draw(logits[:, -1] / heat, random)
-            ids[:, n + 1] = torch.where(n + 1 < given, ids[:, n + 1], likely)
+            ids[:, n + 1] = torch.where(n + 1 < counts, ids[:, n + 1], likely)
             done += 1
             if progress:
                 progress(done, total)
         sampled.append(ids)
-    return torch.cat(sampled)
+    return replace(rows, ids=torch.cat(sampled))
+
+
+def begun(starts: Sequence[Tensor], length: int) -> tuple[Rows, list[int]]:
+    """Rows of `length` tokens that begin with these, and how many tokens of each row are given: for `sample`."""
+    ids = torch.zeros(len(starts), length, dtype=torch.int64)
+    for row, start in zip(ids, starts, strict=True):
+        row[: len(start)] = start
+    return Rows(ids), [len(start) for start in starts]
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
@@ -16,8 +15,9 @@ from popcompile.passes import Program
 from popcompile.pruning.analyze import sample_texts
 from popcompile.pruning.execution import Reader
 from popcompile.pruning.importance import random_stream
+from popcompile.pruning.rows import AskedRows, Rows
 from popcompile.text.documents import read_texts, windows
-from popcompile.text.lists import RetrievalText, retrieval_text
+from popcompile.text.lists import retrieval_text
 
 #: "--calibration self": text sampled from the model itself
 SELF = "self"
@@ -38,26 +38,26 @@ _ASKING, _ASKED_TOKENS, _MOST_ASKED, _FEWEST_ASKED = 128, 32_768, 28, 4
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """calibration [N, T], held_out and unseen [M, T]: token ids. source: what they are, for the report.
+    """calibration, held_out and unseen: rows of one length. source: what they are, for the report.
 
     Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Of the last
     two there are texts as well whose answers stand in the prompt, their first `asked_tokens`; some rows of
     calibration are such, and refinement has more of them, as long as these.
     """
 
-    calibration: Tensor
-    held_out: Tensor
-    unseen: Tensor
+    calibration: Rows
+    held_out: Rows
+    unseen: Rows
     source: str
-    retrieval_refinement: RetrievalText | None = None
-    retrieval_held_out: RetrievalText | None = None
-    retrieval_unseen: RetrievalText | None = None
+    retrieval_refinement: AskedRows | None = None
+    retrieval_held_out: AskedRows | None = None
+    retrieval_unseen: AskedRows | None = None
     asked_tokens: int | None = None
 
     @property
     def prompt(self) -> int:
         """Tokens of a held-out text that are its prompt, four fifths; the others are its continuation."""
-        return self.held_out.shape[1] * 4 // 5
+        return self.held_out.length * 4 // 5
 
 
 def calibration_text(
@@ -97,12 +97,14 @@ def calibration_text(
             f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {FEWEST};"
             f" give more text, or --calibration {SELF}"
         )
-    divided = _divided(torch.stack(found), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}")
+    divided = _divided(
+        Rows(torch.stack(found)), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}"
+    )
     return _with_retrieval(divided, tokenizer, window, prompt_tokens, program.max_positions, seed)
 
 
-def _divided(rows: Tensor, held_out: int, source: str) -> CalibrationText:
-    decide, measure, fit = rows.split([held_out, held_out, len(rows) - 2 * held_out])
+def _divided(rows: Rows, held_out: int, source: str) -> CalibrationText:
+    fit, decide, measure = rows[2 * held_out :], rows[:held_out], rows[held_out : 2 * held_out]
     return CalibrationText(fit, decide, measure, source)
 
 
@@ -118,7 +120,7 @@ def _with_retrieval(
 
     context: tokens that the model has room for.
     """
-    tokens, listed = text.calibration.shape[1], text.prompt - window
+    tokens, listed = text.calibration.length, text.prompt - window
     if tokenizer is None or window == 1 or listed < _LISTED:
         return text
     prompt = max(text.prompt, min(prompt_tokens, context - _ASKING))
@@ -130,11 +132,11 @@ def _with_retrieval(
     refine = retrieval_text(tokenizer, _REFINING, tokens, listed, random_stream(seed, "refinement"))
     if fit is None or refine is None or made is None or not made.answers[:, prompt:].any(1).all():
         return text
-    decide, measure = map(RetrievalText, made.rows.split(count), made.answers.split(count))
+    decide, measure = AskedRows.of(made).split(count)
     return replace(
         text,
-        calibration=torch.cat((text.calibration, fit.rows)),
-        retrieval_refinement=refine,
+        calibration=Rows(torch.cat((text.calibration.ids, fit.rows))),
+        retrieval_refinement=AskedRows.of(refine),
         retrieval_held_out=decide,
         retrieval_unseen=measure,
         asked_tokens=prompt,

@@ -137,7 +137,7 @@ class Visuals:
             more = f" and the cache {sum(held)}" if any(held) else ""
             raise PopcompileError(
                 f"input_ids has {sum(new)} image tokens{more}, and the pixels are for {there}; give each image once,"
-                " with the tokens that the processor wrote for it"
+                " with all the tokens that the processor wrote for it"
             )
         before = held if there == sum(held) + sum(new) else [0] * len(new)
         order, rows = iter(range(len(self.tokens))), []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bad_input import refusal_to_open
-from gguf_files import MODELS, logits_of, model_of, save_gguf, tensors_of, write_gguf
+from gguf_files import MODELS, PLAIN, logits_of, model_of, save_gguf, tensors_of, write_gguf
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -21,8 +21,6 @@ from popcompile.frontend.gguf_architectures import ARCHITECTURES, NEUTRAL
 from popcompile.frontend.gguf_config import llama3_scaling
 from popcompile.frontend.source import Source, open_source
 
-PLAIN = {"attention_bias": False, "mlp_bias": False}
-
 
 def loaded(source: Source) -> PreTrainedModel:
     """transformers' module of a source's config with its tensors."""
@@ -31,16 +29,6 @@ def loaded(source: Source) -> PreTrainedModel:
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     assert set(state) == {name for name, _ in model.named_parameters()}
     return model
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return model_of("llama", **PLAIN)
-
-
-@pytest.fixture(scope="module")
-def pristine(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama", llama)
 
 
 # --- what a file says is what the model computes -------------------------------------------------------------------
@@ -60,11 +48,11 @@ def test_a_file_is_the_module_that_it_was_made_from(architecture: str, tmp_path:
     assert torch.allclose(logits_of(loaded(source)), logits_of(model), rtol=0, atol=1e-4)
 
 
-def test_quantized_blocks_are_what_gguf_makes_of_them(llama: PreTrainedModel, tmp_path: Path) -> None:
-    values = tensors_of("llama", llama)["blk.0.ffn_up.weight"]
+def test_quantized_blocks_are_what_gguf_makes_of_them(gguf_llama: PreTrainedModel, tmp_path: Path) -> None:
+    values = tensors_of("llama", gguf_llama)["blk.0.ffn_up.weight"]
     blocks = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
     assert np.abs(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0) - values).max() < 0.01
-    path = save_gguf(tmp_path / "x.gguf", "llama", llama, tensors={"blk.0.ffn_up.weight": blocks})
+    path = save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, tensors={"blk.0.ffn_up.weight": blocks})
     read = open_source(str(path)).read("model.layers.0.mlp.up_proj.weight").numpy()
     assert np.array_equal(read, gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
 
@@ -126,10 +114,10 @@ SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", SCALINGS)
-def test_positions_are_scaled_as_in_ggml(case: str, llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_positions_are_scaled_as_in_ggml(case: str, gguf_llama: PreTrainedModel, tmp_path: Path) -> None:
     metadata, expected = SCALINGS[case]
     changes = {f"llama.{key}": value for key, value in metadata.items()}
-    config = open_source(str(save_gguf(tmp_path / "x.gguf", "llama", llama, changes))).config
+    config = open_source(str(save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, changes))).config
     frequencies, magnitude = ggml_rope(**{"base": 5e5, "dims": 16} | expected)
     found, found_magnitude = rope_of(config)
     assert np.allclose(found, frequencies, rtol=1e-5, atol=0)
@@ -162,10 +150,10 @@ def test_rope_factors_reach_the_package(tmp_path: Path) -> None:
     assert torch.allclose(logits, logits_of(scaled)[-len(logits) :], rtol=0, atol=1e-4)
 
 
-def test_factors_of_ones_scale_nothing(llama: PreTrainedModel, pristine: Path, tmp_path: Path) -> None:
+def test_factors_of_ones_scale_nothing(gguf_llama: PreTrainedModel, gguf_file: Path, tmp_path: Path) -> None:
     ones = {"rope_freqs.weight": np.ones(8, np.float32)}
-    source = open_source(str(save_gguf(tmp_path / "x.gguf", "llama", llama, tensors=ones)))
-    assert source.config.rope_parameters == open_source(str(pristine)).config.rope_parameters
+    source = open_source(str(save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, tensors=ones)))
+    assert source.config.rope_parameters == open_source(str(gguf_file)).config.rope_parameters
 
 
 def test_long_and_short_factors_of_phi3(tmp_path: Path) -> None:
@@ -254,17 +242,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_refused(case: str, gguf_llama: PreTrainedModel, tmp_path: Path) -> None:
     metadata, message = REFUSED[case]
-    assert message in refusal_to_open(save_gguf(tmp_path / "x.gguf", "llama", llama, metadata))
+    assert message in refusal_to_open(save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, metadata))
 
 
-def test_keys_that_change_nothing(llama: PreTrainedModel, pristine: Path, tmp_path: Path) -> None:
+def test_keys_that_change_nothing(gguf_llama: PreTrainedModel, gguf_file: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {f"llama.{key}": values[-1] for key, values in NEUTRAL.items()}
     keys |= {"general.author": "A", "quantize.imatrix.entries_count": 3, "tokenizer.ggml.fim_pre_token_id": 7}
     keys |= {"llama.tensor_data_layout": "Meta AI original pth", "tokenizer.ggml.add_space_prefix": False}
-    source = open_source(str(save_gguf(tmp_path / "x.gguf", "llama", llama, keys)))
-    assert source.config.to_dict() == open_source(str(pristine)).config.to_dict()
+    source = open_source(str(save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, keys)))
+    assert source.config.to_dict() == open_source(str(gguf_file)).config.to_dict()
 
 
 EXTRA: dict[str, tuple[str, NDArray[np.float32], str]] = {
@@ -284,13 +272,13 @@ EXTRA: dict[str, tuple[str, NDArray[np.float32], str]] = {
 
 
 @pytest.mark.parametrize("case", EXTRA)
-def test_tensors_that_do_not_belong(case: str, llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_tensors_that_do_not_belong(case: str, gguf_llama: PreTrainedModel, tmp_path: Path) -> None:
     name, values, message = EXTRA[case]
-    assert message in refusal_to_open(save_gguf(tmp_path / "x.gguf", "llama", llama, tensors={name: values}))
+    assert message in refusal_to_open(save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, tensors={name: values}))
 
 
-def test_missing_tensors_are_named(llama: PreTrainedModel, tmp_path: Path) -> None:
-    path = save_gguf(tmp_path / "x.gguf", "llama", llama, leave_out=["blk.1.ffn_up.weight", "output_norm.weight"])
+def test_missing_tensors_are_named(gguf_llama: PreTrainedModel, tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, leave_out=["blk.1.ffn_up.weight", "output_norm.weight"])
     assert "the file has no blk.1.ffn_up.weight, output_norm.weight; download" in refusal_to_open(path)
 
 

@@ -18,31 +18,26 @@ import numpy as np
 import pytest
 import torch
 from bad_input import refusal, refusal_to_open
-from gguf_files import WORDS, model_of, save_gguf, tensors_of
+from gguf_files import PLAIN, WORDS, model_of, save_gguf, tensors_of
 from transformers import AutoTokenizer, PreTrainedModel
 
 from popcompile.errors import PopcompileError
 from popcompile.frontend.gguf import GgufSource
 from popcompile.frontend.source import Source, open_source
 
-PLAIN = {"attention_bias": False, "mlp_bias": False}
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return model_of("llama", **PLAIN)
-
-
-@pytest.fixture(scope="module")
-def pristine(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama", llama)
-
-
 # --- a file is read alone ------------------------------------------------------------------------------------------
 
 
 def tokenizer_of(source: Source, folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in source.save_tokenizer(folder)}
+
+
+def test_the_tokenizer_is_built_once(gguf_file: Path, tmp_path: Path) -> None:
+    """Which takes seconds for a real vocabulary, and a conversion writes it to sample text and to the package."""
+    source = open_source(str(shutil.copy(gguf_file, tmp_path / "x.gguf")))
+    first = tokenizer_of(source, tmp_path / "first")
+    (tmp_path / "x.gguf").unlink()
+    assert tokenizer_of(source, tmp_path / "second") == first
 
 
 ATTACK = "import pathlib; pathlib.Path({marker!r}).touch()\nfrom transformers import LlamaTokenizer as X\n"
@@ -75,15 +70,15 @@ BESIDE: dict[str, Callable[[Path, Path], None]] = {
 
 @pytest.mark.parametrize("case", BESIDE)
 def test_nothing_beside_a_file_is_read(
-    case: str, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "planted"
     folder.mkdir()
-    shutil.copy(pristine, folder / "x.gguf")
+    shutil.copy(gguf_file, folder / "x.gguf")
     BESIDE[case](folder, tmp_path / "ran")
     monkeypatch.setattr(sys, "stdin", StringIO("y\n" * 9))
     monkeypatch.chdir(folder)
-    before, after = open_source(str(pristine)), open_source(str(folder), gguf_file="x.gguf", trust_remote_code=True)
+    before, after = open_source(str(gguf_file)), open_source(str(folder), gguf_file="x.gguf", trust_remote_code=True)
     assert tokenizer_of(after, tmp_path / "after") == tokenizer_of(before, tmp_path / "before")
     assert AutoTokenizer.from_pretrained(tmp_path / "after")("cat").input_ids == [WORDS.index("cat")]
     assert after.generation_config.to_dict() == before.generation_config.to_dict()
@@ -93,39 +88,39 @@ def test_nothing_beside_a_file_is_read(
 
 
 def test_a_file_of_the_same_name_in_the_working_folder_is_not_read(
-    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = {"tokenizer.ggml.tokens": [*reversed(WORDS)]}
     save_gguf(tmp_path / "tiny.gguf", "llama", model_of("llama", **PLAIN), other)
     monkeypatch.chdir(tmp_path)
     assert WORDS.index("cat") != WORDS[::-1].index("cat")
-    source = open_source(str(pristine))
+    source = open_source(str(gguf_file))
     source.save_tokenizer(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("cat").input_ids == [WORDS.index("cat")]
 
 
-def test_the_hubs_cache_links_to_a_blob(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_cache_links_to_a_blob(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "hub/models--org--tiny/snapshots/0123456789abcdef0123456789abcdef01234567"
     (snapshot.parents[1] / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    shutil.copy(pristine, snapshot.parents[1] / "blobs/deadbeef")
+    shutil.copy(gguf_file, snapshot.parents[1] / "blobs/deadbeef")
     (snapshot / "x.gguf").symlink_to("../../blobs/deadbeef")
-    source, before = open_source(str(snapshot / "x.gguf")), open_source(str(pristine))
+    source, before = open_source(str(snapshot / "x.gguf")), open_source(str(gguf_file))
     assert tokenizer_of(source, tmp_path / "after") == tokenizer_of(before, tmp_path / "before")
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(source.read(name), before.read(name))
 
 
 @pytest.mark.parametrize("name", ["../x.gguf", "/etc/x.gguf", "a/../../x.gguf", "..", "."])
-def test_names_do_not_leave_the_folder(name: str, pristine: Path, tmp_path: Path) -> None:
-    shutil.copy(pristine, tmp_path / "x.gguf")
+def test_names_do_not_leave_the_folder(name: str, gguf_file: Path, tmp_path: Path) -> None:
+    shutil.copy(gguf_file, tmp_path / "x.gguf")
     (tmp_path / "a").mkdir()
     message = refusal_to_open(tmp_path / "a", gguf_file=name)
     assert f"--gguf-file {name}: leaves {tmp_path / 'a'}; name a file inside it" in message
 
 
-def test_names_of_sub_folders_are_read(pristine: Path) -> None:
-    source = open_source(str(pristine.parents[1]), gguf_file=f"{pristine.parent.name}/tiny.gguf")
+def test_names_of_sub_folders_are_read(gguf_file: Path) -> None:
+    source = open_source(str(gguf_file.parents[1]), gguf_file=f"{gguf_file.parent.name}/tiny.gguf")
     assert source.config.num_hidden_layers == 2
 
 
@@ -177,11 +172,11 @@ def outcome_of(path: Path, out: Path) -> str:
     return ""
 
 
-def test_mutated_files(pristine: Path, tmp_path: Path) -> None:
+def test_mutated_files(gguf_file: Path, tmp_path: Path) -> None:
     """Each of 100 damaged files is a model that can be read whole, or is refused in one line."""
     random = np.random.default_rng(0)
-    whole, path, refused = pristine.read_bytes(), tmp_path / "x.gguf", 0
-    size = GgufSource("x", pristine)._header.size
+    whole, path, refused = gguf_file.read_bytes(), tmp_path / "x.gguf", 0
+    size = GgufSource("x", gguf_file)._header.size
     extremes = [b"\0", b"\xff", b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 2**32), struct.pack("<f", math.nan), b"\t"]
     for _ in range(100):
         content = bytearray(whole)
@@ -199,13 +194,13 @@ def test_mutated_files(pristine: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 2**32 - 1, -1, math.nan, True, "\x1b[0m", [1, 2]])
-def test_every_key_with_a_wrong_value(value: Any, llama: PreTrainedModel, pristine: Path, tmp_path: Path) -> None:
+def test_every_key_with_a_wrong_value(value: Any, gguf_llama: PreTrainedModel, gguf_file: Path, tmp_path: Path) -> None:
     """Each key of the file with a value of another size or type, one at a time."""
-    keys = [key for key in GgufSource("x", pristine)._header.metadata if not key.startswith("general.")]
+    keys = [key for key in GgufSource("x", gguf_file)._header.metadata if not key.startswith("general.")]
     assert len(keys) > 15
-    tensors = tensors_of("llama", llama)
+    tensors = tensors_of("llama", gguf_llama)
     for number, key in enumerate(keys):
-        path = save_gguf(tmp_path / f"{number}.gguf", "llama", llama, {key: value}, tensors)
+        path = save_gguf(tmp_path / f"{number}.gguf", "llama", gguf_llama, {key: value}, tensors)
         line = outcome_of(path, tmp_path / "out")
         assert line == " ".join(line.split()) and (not line or line.isprintable()), line
 
@@ -222,7 +217,7 @@ BROKEN_TOKENIZERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_TOKENIZERS)
-def test_broken_tokenizers(case: str, llama: PreTrainedModel, tmp_path: Path) -> None:
-    path = save_gguf(tmp_path / "x.gguf", "llama", llama, BROKEN_TOKENIZERS[case])
+def test_broken_tokenizers(case: str, gguf_llama: PreTrainedModel, tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "x.gguf", "llama", gguf_llama, BROKEN_TOKENIZERS[case])
     message = refusal(lambda: open_source(str(path)).save_tokenizer(tmp_path / "out"))
     assert "tokenizer" in message

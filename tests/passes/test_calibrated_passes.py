@@ -26,6 +26,7 @@ from popcompile.passes.graph import find, runs
 from popcompile.passes.insert_kv_projection import InsertKVProjection
 from popcompile.passes.printing import print_graph
 from popcompile.pruning.regression import AffineMap, Calibration, own_projection
+from popcompile.pruning.rows import Rows
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -206,7 +207,7 @@ def test_maps_that_are_the_layers_own_change_nothing(family: str) -> None:
     inputs = make_inputs(found.model, [9, 4])
     inputs.ids[:, 0] = 5  # one first token: the sinks are its values
     cut = hidden_state(found.model, inputs.ids[:1, :1], 1)
-    tokens = found.layers.tokens(inputs.ids[:1, :1], torch.zeros(1, 1, dtype=torch.int64))
+    tokens = found.layers.tokens(Rows(inputs.ids[:1, :1]), torch.zeros(1, 1, dtype=torch.int64))
     own = {}
     for layer in pruned:
         both = own_projection(found.layers, layer).float()

@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime": {"export", "package", "text"},
     "evaluation": {"package", "runtime", "text", "variants"},
     "bench": {"export", "package", "runtime", "variants"},
-    "pruning": {"passes", "frontend", "package", "text", "evaluation"},
+    "pruning": {"passes", "frontend", "package", "text", "evaluation", "vision"},
     "report": {"package"},
     "variants": {"passes", "export", "frontend", "package", "target"},
     "target": {"passes", "export"},

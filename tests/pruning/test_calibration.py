@@ -24,6 +24,7 @@ from popcompile.pruning import hidden_states
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import Keys, LayerwiseModel
 from popcompile.pruning.regression import AffineMap, Calibration, calibrate, own_projection
+from popcompile.pruning.rows import Rows
 
 LAYERS = 6
 CONFIGS = {
@@ -49,7 +50,7 @@ def text() -> Tensor:
 
 @cache
 def states(family: str, folder: Path) -> HiddenStates:
-    return HiddenStates(traced(family).layers, text(), 1, folder)
+    return HiddenStates(traced(family).layers, Rows(text()), 1, folder)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_own_projection_is_read_off_the_layer(family: str) -> None:
 
 def test_first_tokens_make_the_sinks_and_nothing_else(tmp_path: Path) -> None:
     """Their hidden states are replaced by outliers: sinks follow, weights and biases do not."""
-    before = HiddenStates(traced("llama").layers, text(), 1, tmp_path)
+    before = HiddenStates(traced("llama").layers, Rows(text()), 1, tmp_path)
     plain = calibrate(before, [1, 2])
     for layer in range(1, LAYERS + 1):
         before.before(layer)[:, 0] *= 1000
@@ -254,7 +255,7 @@ def test_hidden_states_are_transformers(
     """For any batches: of one row, of five with a rest, of all."""
     monkeypatch.setattr(hidden_states, "_BATCH_TOKENS", batch_tokens)
     seen: list[tuple[int, int]] = []
-    found = HiddenStates(traced(family).layers, text(), 2, tmp_path, lambda *n: seen.append(n))
+    found = HiddenStates(traced(family).layers, Rows(text()), 2, tmp_path, lambda *n: seen.append(n))
     batches = {1: ROWS, 5 * LENGTH: 6, 2560: 1}[batch_tokens]
     assert seen == [(n + 1, batches) for n in range(batches)]
     whole, _ = activations(traced(family).model)
@@ -265,7 +266,7 @@ def test_hidden_states_are_transformers(
 
 def test_hidden_states_leave_no_file(tmp_path: Path) -> None:
     """They lie in a file without a name, which goes with the process."""
-    found = HiddenStates(traced("llama").layers, text(), 3, tmp_path)
+    found = HiddenStates(traced("llama").layers, Rows(text()), 3, tmp_path)
     assert list(tmp_path.iterdir()) == []
     mapped = Path("/proc/self/maps")
     if mapped.exists():
@@ -281,7 +282,7 @@ def test_nan_weights_name_the_layer(tmp_path: Path) -> None:
     weights[name] = torch.full_like(weights[name], float("nan"))
     damaged = LayerwiseModel(materialise(source.program.graphs["model"], source.program, weights))
     with pytest.raises(PopcompileError, match=r"^layer 2 computes NaN or infinity .* fix it, or convert with"):
-        HiddenStates(damaged, text(), 4, tmp_path)
+        HiddenStates(damaged, Rows(text()), 4, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,7 +295,7 @@ def test_layer_by_layer_is_the_model(family: str) -> None:
     layers, ids = traced(family).layers, text()[:3]
     logits, kv = transformers_forward(traced(family).model, ids)
     positions = torch.arange(LENGTH).expand(3, -1)
-    tokens = layers.tokens(ids, positions)
+    tokens = layers.tokens(Rows(ids), positions)
     causal = torch.ones(1, LENGTH, LENGTH, dtype=torch.bool).tril()
     x = layers.embed(tokens)
     inputs = []
@@ -302,7 +303,7 @@ def test_layer_by_layer_is_the_model(family: str) -> None:
         inputs.append(x)
         x = layers.layer(layer, x, tokens, causal)
     torch.testing.assert_close(layers.logits(x, tokens), logits, rtol=0, atol=1e-4)  # other kernels; up to 10
-    early, late = (layers.tokens(ids[:, part], positions[:, part]) for part in (slice(9), slice(9, None)))
+    early, late = (layers.tokens(Rows(ids), positions[:, part]) for part in (slice(9), slice(9, None)))
     y = layers.embed(late)
     for layer in range(layers.num_layers):
         context = inputs[layer][:, :9]
@@ -325,11 +326,12 @@ from conftest import tiny_llama
 from popcompile.pruning.regression import calibrate
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.refinement import refine
+from popcompile.pruning.rows import Rows
 
 def fit(count):
     rows = torch.randint(64, (count, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        states = HiddenStates(layers, rows, 1, Path(sys.argv[1]))
+        states = HiddenStates(layers, Rows(rows), 1, Path(sys.argv[1]))
         refine(states, [1, 3], calibrate(states, [1, 3]), steps=2)
     return states
 

@@ -26,6 +26,7 @@ from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.regression import Calibration, calibrate
+from popcompile.pruning.rows import Rows
 
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=4),
@@ -119,7 +120,7 @@ CHOICES = {
 def test_loss_is_brute_force(family: str, name: str) -> None:
     pruned, calibrated, bypassed = CHOICES[name]
     calibration = random_maps(traced(family).model, calibrated, bypassed, seed=2)
-    held = HeldOut(traced(family).layers, text(), pruned[0], PROMPT, seed=0)
+    held = HeldOut(traced(family).layers, Rows(text()), pruned[0], PROMPT, seed=0)
     theirs = brute_force(family, text(), PROMPT, pruned, calibration, all_before(PROMPT))
     assert theirs.kl > 0.05 and theirs.first_token_kl > 0.05  # pruning costs something here
     assert_losses(held.measure(pruned, calibration), theirs)
@@ -133,7 +134,7 @@ def test_loss_with_a_window_is_brute_force(family: str, name: str) -> None:
     for window, prompt in ((4, PROMPT), (10, PROMPT), (6, 7)):
         context = prompt - window
         probes = [list(range(window - 1 + context // 2, prompt - 1))] * ROWS
-        held = HeldOut(traced(family).layers, text(), pruned[0], prompt, seed=0, window=window)
+        held = HeldOut(traced(family).layers, Rows(text()), pruned[0], prompt, seed=0, window=window)
         theirs = brute_force(family, text(), prompt, pruned, calibration, probes, window)
         assert theirs.kl > 0.01 and theirs.first_token_kl > 0.01
         assert_losses(held.measure(pruned, calibration), theirs)
@@ -141,7 +142,7 @@ def test_loss_with_a_window_is_brute_force(family: str, name: str) -> None:
 
 def test_one_held_out_serves_every_later_choice() -> None:
     """`first` says which layers are never pruned, not where a run begins."""
-    held = HeldOut(traced("llama").layers, text(), 0, PROMPT, seed=0)
+    held = HeldOut(traced("llama").layers, Rows(text()), 0, PROMPT, seed=0)
     for pruned, calibrated, bypassed in CHOICES.values():
         calibration = random_maps(traced("llama").model, calibrated, bypassed, seed=3)
         theirs = brute_force("llama", text(), PROMPT, pruned, calibration, all_before(PROMPT))
@@ -151,8 +152,8 @@ def test_one_held_out_serves_every_later_choice() -> None:
 def test_another_window_on_the_same_text() -> None:
     layers, (pruned, calibrated, bypassed) = traced("llama").layers, next(iter(CHOICES.values()))
     calibration = random_maps(traced("llama").model, calibrated, bypassed, seed=3)
-    held = HeldOut(layers, text(), pruned[0], PROMPT, seed=0, window=6)
-    there, here = held.at(3), HeldOut(layers, text(), pruned[0], PROMPT, seed=0, window=3)
+    held = HeldOut(layers, Rows(text()), pruned[0], PROMPT, seed=0, window=6)
+    there, here = held.at(3), HeldOut(layers, Rows(text()), pruned[0], PROMPT, seed=0, window=3)
     assert there.measure(pruned, calibration) == here.measure(pruned, calibration)
     assert (held.window, there.window) == (6, 3)
     assert held.measure(pruned, calibration) != there.measure(pruned, calibration)
@@ -161,7 +162,7 @@ def test_another_window_on_the_same_text() -> None:
 @pytest.mark.parametrize("pruned", [[], [3]])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_nothing_or_the_last_layer_costs_nothing(family: str, pruned: list[int]) -> None:
-    held = HeldOut(traced(family).layers, text(), 2, PROMPT, seed=0)
+    held = HeldOut(traced(family).layers, Rows(text()), 2, PROMPT, seed=0)
     loss = held.measure(pruned, Calibration())
     # one arithmetic but for how many rows a matrix product has
     for name, value in _measured(loss).items():
@@ -172,7 +173,7 @@ def test_nothing_or_the_last_layer_costs_nothing(family: str, pruned: list[int])
 def test_short_rows_have_as_many_probes_as_fit(length: int, prompt: int) -> None:
     """Down to a prompt of one context token and its boundary token, and a continuation of one token."""
     calibration = random_maps(traced("llama").model, [2], [1], seed=2)
-    held = HeldOut(traced("llama").layers, text(length), 1, prompt, seed=0)
+    held = HeldOut(traced("llama").layers, Rows(text(length)), 1, prompt, seed=0)
     theirs = brute_force("llama", text(length), prompt, [1, 2], calibration, all_before(prompt))
     assert_losses(held.measure([1, 2], calibration), theirs)
 
@@ -182,16 +183,16 @@ def test_probes_are_drawn_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out, "_PROBES", 3)
     monkeypatch.setattr(held_out, "_EARLIEST", 4)
     calibration = random_maps(traced("llama").model, [2], [1], seed=2)
-    losses = [HeldOut(traced("llama").layers, text(), 1, PROMPT, s).measure([1, 2], calibration) for s in (0, 0, 1)]
+    losses = [
+        HeldOut(traced("llama").layers, Rows(text()), 1, PROMPT, s).measure([1, 2], calibration) for s in (0, 0, 1)
+    ]
     assert losses[0] == losses[1]
     assert losses[0].first_token_kl != losses[2].first_token_kl
     assert losses[0].kl == pytest.approx(losses[2].kl, abs=1e-6)
     every = [list(range(4, PROMPT - 1))] * ROWS
     mean = brute_force("llama", text(), PROMPT, [1, 2], calibration, every).first_token_kl
-    average = sum(
-        HeldOut(traced("llama").layers, text(), 1, PROMPT, s).measure([1, 2], calibration).first_token_kl
-        for s in range(20)
-    )
+    layers, rows = traced("llama").layers, Rows(text())
+    average = sum(HeldOut(layers, rows, 1, PROMPT, s).measure([1, 2], calibration).first_token_kl for s in range(20))
     assert average / 20 == pytest.approx(mean, rel=0.15)  # 300 of 75 probes, with repetition
 
 

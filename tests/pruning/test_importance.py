@@ -24,6 +24,7 @@ from popcompile.package.report import Importance
 from popcompile.passes.printing import print_graph
 from popcompile.pruning.analyze import importance_rows
 from popcompile.pruning.importance import importance, prefix_lengths, random_stream
+from popcompile.pruning.rows import Rows
 from popcompile.pruning.sampling import random_starts
 from popcompile.report.plots import importance_svg
 
@@ -36,7 +37,7 @@ def texts(seed: int = 0) -> Tensor:
 
 def measure(family: str, **options: Any) -> Importance:
     model, program = canonical(family)
-    return importance(program, model.state_dict().__getitem__, texts(), **{"prefixes": PREFIXES, **options})
+    return importance(program, model.state_dict().__getitem__, Rows(texts()), **{"prefixes": PREFIXES, **options})
 
 
 # --- against transformers --------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_the_program_and_the_weights_are_left_alone() -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.inference_mode():  # as sampled text is made
         sampled = texts().clone()
-    importance(program, model.state_dict().__getitem__, sampled)
+    importance(program, model.state_dict().__getitem__, Rows(sampled))
     assert list(program.graphs) == ["model"] and print_graph(program.graphs["model"]) == before
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in weights.items())
 
@@ -134,7 +135,7 @@ def test_prefix_lengths(length: int, count: int, lengths: list[int]) -> None:
 
 def test_a_single_text_has_no_standard_error() -> None:
     model, program = canonical("llama")
-    found = importance(program, model.state_dict().__getitem__, texts()[:1], prefixes=1)
+    found = importance(program, model.state_dict().__getitem__, Rows(texts()[:1]), prefixes=1)
     rows = importance_rows(found)
     assert len(rows) == LAYERS and all(row["prefill_error"] is row["decode_error"] is None for row in rows)
     json.dumps(rows, allow_nan=False)
@@ -143,7 +144,7 @@ def test_a_single_text_has_no_standard_error() -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_two_tokens_are_enough(family: str) -> None:
     model, program = canonical(family)
-    found = importance(program, model.state_dict().__getitem__, texts()[:, :2])
+    found = importance(program, model.state_dict().__getitem__, Rows(texts()[:, :2]))
     assert all(math.isfinite(value) and value > 0 for value in (*found.prefill[:-1], *found.decode))
 
 

@@ -19,7 +19,7 @@ from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.refinement import Answers, refine
 from popcompile.pruning.regression import Calibration, calibrate
-from popcompile.text.lists import RetrievalText
+from popcompile.pruning.rows import AskedRows, Rows
 
 CONFIGS = {
     "llama": tiny_llama(num_hidden_layers=4),
@@ -50,7 +50,7 @@ def tensors(calibration: Calibration) -> list[Tensor]:
 @torch.no_grad()
 def test_refined_maps_lose_less(traced: Traces, family: str, pruned: list[int], tmp_path: Path) -> None:
     layers = traced(family).layers
-    states = HiddenStates(layers, random_rows(16, 1), 1, tmp_path)
+    states = HiddenStates(layers, Rows(random_rows(16, 1)), 1, tmp_path)
     same_text = HeldOut(layers, states.rows, 1, 22, seed=0)
     closed_form = calibrate(states, pruned)
     before = [t.clone() for t in tensors(closed_form)]
@@ -69,14 +69,14 @@ def test_answers_are_refined(traced: Traces, tmp_path: Path) -> None:
     layers, context, prompt = traced("llama").layers, 20, 22
     rows = random_rows(16, 1)
     for place in range(prompt, 28):
-        final = HiddenStates(layers, rows, 3, tmp_path).before(4)[:, place - 1 : place]
-        tokens = layers.tokens(rows[:, place - 1 : place], torch.full((16, 1), place - 1))
+        final = HiddenStates(layers, Rows(rows), 3, tmp_path).before(4)[:, place - 1 : place]
+        tokens = layers.tokens(Rows(rows), torch.full((16, 1), place - 1))
         rows[:, place] = layers.logits(final, tokens)[:, 0].argmax(-1)
     of_answer = torch.zeros_like(rows, dtype=torch.bool)
     of_answer[:, prompt:] = True
-    states = HiddenStates(layers, rows, 1, tmp_path)
-    text = RetrievalText(rows, of_answer)
-    held_out = HeldOut(layers, rows, 1, prompt, seed=0, window=prompt - context, retrieval=text)
+    states = HiddenStates(layers, Rows(rows), 1, tmp_path)
+    text = AskedRows(Rows(rows), of_answer)
+    held_out = HeldOut(layers, Rows(rows), 1, prompt, seed=0, window=prompt - context, retrieval=text)
     closed_form = calibrate(states, [2, 3])
     maps = {
         "closed form": closed_form,
@@ -91,7 +91,7 @@ def test_answers_are_refined(traced: Traces, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_seed_repeats(traced: Traces, tmp_path: Path) -> None:
-    states = HiddenStates(traced("llama").layers, random_rows(20, 1), 1, tmp_path)
+    states = HiddenStates(traced("llama").layers, Rows(random_rows(20, 1)), 1, tmp_path)
     maps = calibrate(states, [2, 3])
     one, same, other = (tensors(refine(states, [2, 3], maps, steps=5, seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
@@ -100,10 +100,10 @@ def test_a_seed_repeats(traced: Traces, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_nothing_to_refine(traced: Traces, tmp_path: Path) -> None:
-    states = HiddenStates(traced("llama").layers, random_rows(8, 1), 3, tmp_path)
+    states = HiddenStates(traced("llama").layers, Rows(random_rows(8, 1)), 3, tmp_path)
     maps = calibrate(states, [3])
     assert not maps.projections  # the first pruned layer sees its own input
     assert refine(states, [3], maps) is maps
-    states = HiddenStates(traced("llama").layers, random_rows(8, 1), 2, tmp_path)
+    states = HiddenStates(traced("llama").layers, Rows(random_rows(8, 1)), 2, tmp_path)
     maps = calibrate(states, [2, 3])
     assert refine(states, [2, 3], maps, steps=0) is maps

@@ -20,6 +20,7 @@ from popcompile.pruning import held_out
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
+from popcompile.pruning.rows import AskedRows, Rows
 from popcompile.text.documents import default_texts
 from popcompile.text.lists import RetrievalText, retrieval_text
 
@@ -122,7 +123,7 @@ def test_loss_of_answers_is_brute_force(window: int) -> None:
             answers[row, place] = True
         answers[row, 12] = True  # within the prompt: not measured
     calibration = random_maps(model, [1, 2], [1], seed=2)
-    held = HeldOut(traced().layers, rows, 1, prompt, 0, window, RetrievalText(rows, answers))
+    held = HeldOut(traced().layers, Rows(rows), 1, prompt, 0, window, AskedRows(Rows(rows), answers))
     loss = held.measure(pruned, calibration)
     kl, kept, found, by_row = [], [], [], []
     for row in rows:
@@ -155,9 +156,10 @@ def test_answers_in_prompts_of_another_length() -> None:
     answers = torch.zeros_like(longer, dtype=torch.bool)
     answers[:, 26:29] = True
     calibration = random_maps(traced().model, [2], [1], seed=2)
-    held = HeldOut(traced().layers, rows, 1, 20, 0, 4)
-    asked = HeldOut(traced().layers, rows, 1, 20, 0, 4, RetrievalText(longer, answers), 24)
-    alone = HeldOut(traced().layers, longer, 1, 24, 0, 4, RetrievalText(longer, answers))
+    text = AskedRows(Rows(longer), answers)
+    held = HeldOut(traced().layers, Rows(rows), 1, 20, 0, 4)
+    asked = HeldOut(traced().layers, Rows(rows), 1, 20, 0, 4, text, 24)
+    alone = HeldOut(traced().layers, Rows(longer), 1, 24, 0, 4, text)
     one, other = (h.measure([1, 2], calibration) for h in (asked, alone))
     assert held.measure([1, 2], calibration).retrieval_found is None
     assert one.first_token_kl == held.measure([1, 2], calibration).first_token_kl
@@ -172,7 +174,7 @@ def test_measuring_ends_where_the_loss_is_over_the_limit_for_certain(monkeypatch
     for row in range(12):
         rows[row, 21] = transformers_forward(traced().model, rows[row : row + 1, :21])[0][0, -1].argmax()
     answers[:, 21:24] = True
-    held = HeldOut(traced().layers, rows, 1, 20, 0, 5, RetrievalText(rows, answers))
+    held = HeldOut(traced().layers, Rows(rows), 1, 20, 0, 5, AskedRows(Rows(rows), answers))
     calibration = random_maps(traced().model, [1, 2], [1], seed=2)
     batches: list[int] = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from conftest import materialise, tiny_gemma3, tiny_llama, transformers_forward
 from torch import Tensor, fx
 
 from popcompile.errors import PopcompileError
-from popcompile.pruning.sampling import sample
+from popcompile.pruning.sampling import begun, sample
 
 CONFIGS = {
     "llama": tiny_llama(),
@@ -34,16 +36,21 @@ def graph(family: str) -> fx.GraphModule:
 STARTS = [torch.tensor(start) for start in ([3], [5, 9, 1], [7], [7], [2, 4], [60, 1, 1, 1, 1])]
 
 
+def drawn(model: fx.GraphModule, starts: Sequence[Tensor], length: int, **options: Any) -> Tensor:
+    """[len(starts), length]"""
+    return sample(model, *begun(starts, length), **options).ids
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_seed_gives_a_text(family: str) -> None:
     seen: list[tuple[int, int]] = []
-    one = sample(graph(family), STARTS, LENGTH, seed=1, batch=4, progress=lambda *n: seen.append(n))
+    one = drawn(graph(family), STARTS, LENGTH, seed=1, batch=4, progress=lambda *n: seen.append(n))
     assert one.shape == (len(STARTS), LENGTH) and one.dtype == torch.int64
     assert one.min() >= 0 and one.max() < 64
     for row, start in zip(one, STARTS, strict=True):
         assert torch.equal(row[: len(start)], start)
-    assert torch.equal(one, sample(graph(family), STARTS, LENGTH, seed=1, batch=4))
-    another = sample(graph(family), STARTS, LENGTH, seed=2, batch=4)
+    assert torch.equal(one, drawn(graph(family), STARTS, LENGTH, seed=1, batch=4))
+    another = drawn(graph(family), STARTS, LENGTH, seed=2, batch=4)
     assert not any(torch.equal(a, b) for a, b in zip(one, another, strict=True))
     assert not torch.equal(one[2], one[3])  # rows of one start are drawn apart
     steps = 2 * (LENGTH - 1)  # two batches
@@ -53,8 +60,8 @@ def test_a_seed_gives_a_text(family: str) -> None:
 def test_a_start_may_be_the_whole_row() -> None:
     """Nothing is left to draw."""
     whole = torch.arange(5)
-    assert torch.equal(sample(graph("llama"), [whole, whole[:2]], 5, seed=0)[0], whole)
-    assert torch.equal(sample(graph("llama"), [whole[:1]], 1, seed=0), whole[None, :1])
+    assert torch.equal(drawn(graph("llama"), [whole, whole[:2]], 5, seed=0)[0], whole)
+    assert torch.equal(drawn(graph("llama"), [whole[:1]], 1, seed=0), whole[None, :1])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -62,7 +69,7 @@ def test_tokens_are_as_frequent_as_they_are_likely(family: str) -> None:
     """Third tokens after two given ones, at two temperatures, by Pearson's chi-squared test."""
     count, start = 6000, torch.tensor([3, 11])
     for seed, heat in enumerate((1.0, 4.0)):
-        rows = sample(graph(family), [start] * count, 3, seed=seed, temperatures=[heat] * count, batch=count)
+        rows = drawn(graph(family), [start] * count, 3, seed=seed, temperatures=[heat] * count, batch=count)
         logits = transformers_forward(traced(family).model, start[None])[0][0, -1]
         expected = (logits.double() / heat).softmax(-1) * count
         observed = torch.bincount(rows[:, 2], minlength=64).double()
@@ -79,7 +86,7 @@ def test_tokens_are_as_frequent_as_they_are_likely(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_without_heat_the_likeliest_token_follows(family: str) -> None:
     """transformers' greedy search, row by row; at a temperature of 1e-4 a lead of 0.01 is a certainty."""
-    texts = sample(graph(family), STARTS, LENGTH, seed=0, temperatures=[1e-4] * len(STARTS), batch=4)
+    texts = drawn(graph(family), STARTS, LENGTH, seed=0, temperatures=[1e-4] * len(STARTS), batch=4)
     for row, start in zip(texts, STARTS, strict=True):
         assert torch.equal(row, greedy(family, start))
 
@@ -95,7 +102,7 @@ def greedy(family: str, start: Tensor) -> Tensor:
 
 def test_rows_have_temperatures_of_their_own() -> None:
     starts = [torch.tensor([7])] * 4
-    texts = sample(graph("llama"), starts, LENGTH, seed=0, temperatures=[1e-4, 5.0, 1e-4, 5.0])
+    texts = drawn(graph("llama"), starts, LENGTH, seed=0, temperatures=[1e-4, 5.0, 1e-4, 5.0])
     assert torch.equal(texts[0], greedy("llama", starts[0])) and torch.equal(texts[2], texts[0])
     assert not torch.equal(texts[1], texts[0]) and not torch.equal(texts[1], texts[3])
 
@@ -106,4 +113,4 @@ def test_nan_weights_are_one_error() -> None:
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
     damaged = materialise(source.program.graphs["model"], source.program, weights)
     with pytest.raises(PopcompileError, match=r"^the model cannot be sampled from: .* fix the checkpoint$"):
-        sample(damaged, STARTS, LENGTH, seed=0)
+        drawn(damaged, STARTS, LENGTH, seed=0)

@@ -6,6 +6,7 @@ The model is Qwen3-VL's text decoder of 6 layers, with features behind layers 0 
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -24,6 +25,8 @@ from popcompile.pruning.layerwise import LayerwiseModel, Tokens
 from popcompile.pruning.plan import predicted_speedup
 from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
 from popcompile.pruning.regression import Calibration, calibrate
+from popcompile.pruning.rows import ImageTokens, Rows, decoder_inputs
+from popcompile.vision.tracing import build_model, trace_images
 
 CONFIG = reference.qwen3_vl()
 MODEL = cache(lambda: reference.random_model(deepcopy(CONFIG)))
@@ -36,13 +39,17 @@ TOLERANCE = 1e-4
 @cache
 def canonical() -> Program:
     program = trace(deepcopy(CONFIG))
+    program.add(trace_images(build_model(deepcopy(CONFIG))))
     PassManager(canonicalization()).run(program)
     return program
 
 
 @cache
 def layers() -> LayerwiseModel:
-    return LayerwiseModel(materialise(canonical().graphs["model"], canonical(), MODEL().state_dict()))
+    program, weights = canonical(), MODEL().state_dict()
+    return LayerwiseModel(
+        materialise(program.graphs["model"], program, weights), decoder_inputs(program, weights.__getitem__)
+    )
 
 
 @cache
@@ -50,9 +57,15 @@ def prompt() -> Given:
     return given_of(MODEL(), make_prompt(PARTS))
 
 
-def tokens_of(given: Given, begin: int = 0) -> Tokens:
-    slots = begin + torch.arange(given.wide.shape[1])[None]
-    return layers().tokens(given.wide, slots, given.positions)
+def rows_of(given: Given) -> Rows:
+    """The prompt's ids, and what the vision tower makes of its images, for the places of these."""
+    index = torch.where(given.visual, given.visual.cumsum(1) - 1, -1)
+    return Rows(make_prompt(PARTS).ids, ImageTokens(given.wide[given.visual], index, given.positions))
+
+
+def tokens_of(begin: int = 0, end: int | None = None) -> Tokens:
+    rows = rows_of(prompt())
+    return layers().tokens(rows, rows.slots[:, begin:end])
 
 
 def causal(count: int) -> Tensor:
@@ -77,22 +90,24 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 def test_layer_by_layer_is_the_model() -> None:
-    given = prompt()
-    tokens = tokens_of(given)
+    tokens = tokens_of()
     x = layers().embed(tokens)
-    assert torch.equal(x, given.embeddings)
+    assert torch.equal(x, prompt().embeddings)
     for layer in range(layers().num_layers):
         x = layers().layer(layer, x, tokens, causal(x.shape[1]))
     expected = reference.full_logits(MODEL(), make_prompt(PARTS))
     assert difference(layers().logits(x, tokens), expected) < TOLERANCE
-    text = layers().tokens(given.wide, torch.arange(x.shape[1])[None])  # every axis the slot
+    rows = rows_of(prompt())
+    assert rows.images is not None
+    by_slot = replace(rows.images, position_ids=rows.slots.expand(3, -1, -1))
+    text = layers().tokens(replace(rows, images=by_slot), rows.slots)
     y = layers().layer(0, layers().embed(text), text, causal(x.shape[1]))
     assert difference(y, layers().layer(0, layers().embed(tokens), tokens, causal(x.shape[1]))) > 0.01
 
 
 @torch.no_grad()
 def test_what_is_handed_on_has_the_features() -> None:
-    given, tokens = prompt(), tokens_of(prompt())
+    given, tokens = prompt(), tokens_of()
     for layer in range(6):
         x = torch.randn(given.embeddings.shape, generator=torch.Generator().manual_seed(layer))
         added = given.features[layer] if layer < 2 else torch.zeros(())
@@ -108,7 +123,9 @@ def test_pruned_prefill_before_it_is_compiled_is_the_graph(window: int) -> None:
     given = prompt()
     count = given.wide.shape[1] - window
     context, tail = given.part(0, count), given.part(count)
-    prompts = Prompts(tokens_of(context), tokens_of(tail, count), tokens_of(given), causal(given.wide.shape[1]))
+    rows = rows_of(given)
+    positions = rows.slots[:, count:]
+    prompts = Prompts.of(layers(), rows, count, positions, torch.full_like(positions, count))
     found = []
     for maps in (Calibration(), fitted(PRUNED)):
         entering = (context.embeddings, tail.embeddings)
@@ -122,7 +139,7 @@ def test_pruned_prefill_before_it_is_compiled_is_the_graph(window: int) -> None:
 def fitted(pruned: tuple[int, ...], bypass: bool = True) -> Calibration:
     """To a prompt with fewer tokens than a hidden state has features: on it maps make what layers do."""
     with torch.no_grad():
-        states = HiddenStates(layers(), prompt().wide, 0, position_ids=prompt().positions)
+        states = HiddenStates(layers(), rows_of(prompt()), 0)
         return calibrate(states, list(pruned), bypass=bypass, ridge=1e-9)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -30,16 +29,6 @@ TEXTS = [
     "A list is a mutable sequence type in Python. A tuple is",
     "My favourite book is",
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_package: Path, smollm2_checkpoint: Path) -> Pair:
-    return Pair(smollm2_package, smollm2_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def gemma(gemma_package: Path, gemma_checkpoint: Path) -> Pair:
-    return Pair(gemma_package, gemma_checkpoint)
 
 
 @pytest.fixture(params=["smollm2", pytest.param("gemma", marks=pytest.mark.real)])

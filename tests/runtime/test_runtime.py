@@ -20,17 +20,6 @@ from popcompile.errors import PopcompileError
 from popcompile.runtime.generation import load
 from popcompile.runtime.session import Runtime
 
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_package: Path, smollm2_checkpoint: Path) -> Pair:
-    return Pair(smollm2_package, smollm2_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def gemma(gemma_package: Path, gemma_checkpoint: Path) -> Pair:
-    return Pair(gemma_package, gemma_checkpoint)
-
-
 # --- one call --------------------------------------------------------------------------------------------------
 
 LENGTHS = [("smollm2", n) for n in (1, 2, 17, 300)]

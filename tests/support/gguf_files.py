@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from conftest import tiny_model
 from numpy.typing import NDArray
@@ -40,6 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.25, "norm_eps": 1e-3, "head_dim": 16}, {}),
     "gpt2": ("gpt2", _GPT2, {}),
 }
+#: Llama's models as most are, without biases
+PLAIN = {"attention_bias": False, "mlp_bias": False}
 
 
 def model_of(architecture: str, **changes: Any) -> PreTrainedModel:
@@ -169,3 +172,17 @@ def save_gguf(
 def logits_of(model: PreTrainedModel, length: int = 40) -> torch.Tensor:
     ids = torch.randint(48, (1, length), generator=torch.Generator().manual_seed(1))
     return model(ids).logits[0]
+
+
+# --- fixtures, which conftest.py registers ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def gguf_llama() -> PreTrainedModel:
+    return model_of("llama", **PLAIN)
+
+
+@pytest.fixture(scope="session")
+def gguf_file(gguf_llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of gguf_llama, for tests that read it and leave it as it is."""
+    return save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama", gguf_llama)

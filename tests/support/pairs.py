@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
@@ -41,6 +42,16 @@ class Pair:
     def tokens(self, length: int, seed: int = 0) -> Tensor:
         random = torch.Generator().manual_seed(seed)
         return torch.randint(5, 40_000, (1, length), generator=random)
+
+
+@pytest.fixture(scope="module")  # and no longer: each holds a model in fp32
+def smollm2(smollm2_package: Path, smollm2_checkpoint: Path) -> Pair:
+    return Pair(smollm2_package, smollm2_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def gemma(gemma_package: Path, gemma_checkpoint: Path) -> Pair:
+    return Pair(gemma_package, gemma_checkpoint)
 
 
 def tolerance(expected: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 import torch
 from random_weights import randomize
 from transformers import AutoModelForImageTextToText, Gemma3Config, PreTrainedConfig, Qwen3VLConfig
@@ -100,3 +101,28 @@ def close(found: np.ndarray, expected: torch.Tensor, tolerance: float = 1e-4) ->
     """Whether all numbers differ by at most a fraction of the largest one, which is what fp32 promises of sums."""
     assert found.shape == tuple(expected.shape)
     return bool(np.abs(found - expected.numpy()).max() <= tolerance * expected.abs().max().item())
+
+
+# --- fixtures, which conftest.py registers ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def qwen_vl() -> Any:
+    """A model of tiny_qwen3_vl."""
+    return random_model(tiny_qwen3_vl())
+
+
+@pytest.fixture(scope="session")
+def gemma_vl() -> Any:
+    """A model of tiny_gemma3_vision."""
+    return random_model(tiny_gemma3_vision())
+
+
+@pytest.fixture(scope="session")
+def qwen_vl_graphs(qwen_vl: Any, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    return Graphs(qwen_vl, tmp_path_factory.mktemp("qwen_vl"))
+
+
+@pytest.fixture(scope="session")
+def gemma_vl_graphs(gemma_vl: Any, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    return Graphs(gemma_vl, tmp_path_factory.mktemp("gemma_vl"))

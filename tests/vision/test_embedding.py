@@ -64,16 +64,6 @@ def grids_of(rows: list[Row]) -> list[list[int]]:
     return [[1, *part][-3:] for row in rows for part in row if not isinstance(part, int)]
 
 
-@pytest.fixture(scope="module")
-def qwen() -> Any:
-    return random_model(tiny_qwen3_vl())
-
-
-@pytest.fixture(scope="module")
-def graphs(qwen: Any, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    return Graphs(qwen, tmp_path_factory.mktemp("qwen"))
-
-
 @torch.no_grad()
 def given_to_decoder(model: Any, **inputs: Any) -> dict[str, Any]:
     """What transformers' model calls its language model with."""
@@ -96,7 +86,7 @@ def wide(seen: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", [pytest.param(rows, id=name) for name, rows in ROWS.items()])
-def test_qwen(qwen: Any, graphs: Graphs, rows: list[Row]) -> None:
+def test_qwen(qwen_vl: Any, qwen_vl_graphs: Graphs, rows: list[Row]) -> None:
     ids, every = batch(rows), grids_of(rows)
     pixels = [patches(torch.tensor([grid]), seed) for seed, grid in enumerate(every)]
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -107,10 +97,10 @@ def test_qwen(qwen: Any, graphs: Graphs, rows: list[Row]) -> None:
             inputs[values] = torch.cat([pixels[i] for i in mine])
             inputs[f"{kind}_grid_thw"] = torch.tensor([every[i] for i in mine])
     positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)  # of no concern here
-    expected = wide(given_to_decoder(qwen, position_ids=positions, **inputs))
-    features = [graphs.features(p, torch.tensor([grid])) for p, grid in zip(pixels, every, strict=True)]
+    expected = wide(given_to_decoder(qwen_vl, position_ids=positions, **inputs))
+    features = [qwen_vl_graphs.features(p, torch.tensor([grid])) for p, grid in zip(pixels, every, strict=True)]
     empty = np.zeros((0, expected.shape[2]), np.float32)
-    assert close(graphs.embeddings(ids, np.concatenate([empty, *features])), expected)
+    assert close(qwen_vl_graphs.embeddings(ids, np.concatenate([empty, *features])), expected)
 
 
 @pytest.mark.parametrize("token", [100, 93])
@@ -129,19 +119,19 @@ def test_gemma(token: int, images: int, tmp_path: Any) -> None:
     assert (found[..., -1] == (ids == token).numpy()).all()
 
 
-def test_image_tokens_without_features_are_text(qwen: Any, graphs: Graphs) -> None:
+def test_image_tokens_without_features_are_text(qwen_vl: Any, qwen_vl_graphs: Graphs) -> None:
     """As in transformers' model, which may write such a token itself."""
     ids = torch.tensor([[3, IMAGE, VIDEO]])
-    table = qwen.get_input_embeddings().weight
-    found = graphs.embeddings(ids, np.zeros((0, 192), np.float32))
+    table = qwen_vl.get_input_embeddings().weight
+    found = qwen_vl_graphs.embeddings(ids, np.zeros((0, 192), np.float32))
     assert close(found, torch.nn.functional.pad(table[ids], (0, 128)).detach())
 
 
 @pytest.mark.parametrize("given", [1, 3, 5])
-def test_another_number_of_features_is_an_error(graphs: Graphs, given: int) -> None:
+def test_another_number_of_features_is_an_error(qwen_vl_graphs: Graphs, given: int) -> None:
     ids = torch.tensor([[3, *[IMAGE] * 4]])
     with pytest.raises(Exception, match="ONNXRuntimeError"):
-        graphs.embeddings(ids, np.zeros((given, 192), np.float32))
+        qwen_vl_graphs.embeddings(ids, np.zeros((given, 192), np.float32))
 
 
 def test_a_table_tied_to_the_head_is_stored_once() -> None:

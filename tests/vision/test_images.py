@@ -16,23 +16,12 @@ from vision import (
     random_model,
     side_by_side,
     tiny_gemma3_vision,
-    tiny_qwen3_vl,
 )
 
 from popcompile.errors import PopcompileError
 from popcompile.runtime.images import encode_grids, encode_images
 
 SIZES = [[1, 4, 6], [1, 8, 4], [1, 4, 6], [2, 4, 6], [1, 2, 2], [1, 8, 4], [1, 6, 4]]
-
-
-@pytest.fixture(scope="module")
-def qwen() -> Any:
-    return random_model(tiny_qwen3_vl())
-
-
-@pytest.fixture(scope="module")
-def graphs(qwen: Any, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    return Graphs(qwen, tmp_path_factory.mktemp("qwen"))
 
 
 class Counted:
@@ -47,18 +36,18 @@ class Counted:
 
 
 @torch.no_grad()
-def test_one_call_for_each_size(qwen: Any, graphs: Graphs) -> None:
+def test_one_call_for_each_size(qwen_vl: Any, qwen_vl_graphs: Graphs) -> None:
     grids = torch.tensor(SIZES)
-    pixels, session = patches(grids), Counted(graphs.vision)
+    pixels, session = patches(grids), Counted(qwen_vl_graphs.vision)
     found = encode_grids(session, pixels.numpy(), grids.numpy(), MERGE)
-    assert close(found, side_by_side(qwen.model.get_image_features(pixels, grids, return_dict=True)))
+    assert close(found, side_by_side(qwen_vl.model.get_image_features(pixels, grids, return_dict=True)))
     assert [len(call) for call in session.grids] == [3, 2, 1, 1]
 
 
-def test_calls_are_no_larger_than_asked_for(graphs: Graphs) -> None:
+def test_calls_are_no_larger_than_asked_for(qwen_vl_graphs: Graphs) -> None:
     grids = torch.tensor([[1, 4, 4]] * 5 + [[1, 8, 8]])
-    pixels, session = patches(grids), Counted(graphs.vision)
-    whole = encode_grids(graphs.vision, pixels.numpy(), grids.numpy(), MERGE)
+    pixels, session = patches(grids), Counted(qwen_vl_graphs.vision)
+    whole = encode_grids(qwen_vl_graphs.vision, pixels.numpy(), grids.numpy(), MERGE)
     found = encode_grids(session, pixels.numpy(), grids.numpy(), MERGE, most=32)
     assert [len(call) for call in session.grids] == [2, 2, 1, 1]
     assert close(found, torch.tensor(whole))
@@ -84,7 +73,7 @@ def test_gemma(tmp_path: Any) -> None:
         ([[1.0, 4.0, 6.0]], "whole numbers"),
     ],
 )
-def test_what_does_not_fit_is_refused(graphs: Graphs, grids: Any, message: str) -> None:
+def test_what_does_not_fit_is_refused(qwen_vl_graphs: Graphs, grids: Any, message: str) -> None:
     pixels = np.zeros((24, PATCH_FEATURES), np.float32)
     with pytest.raises(PopcompileError, match=message):
-        encode_grids(graphs.vision, pixels, np.array(grids), MERGE)
+        encode_grids(qwen_vl_graphs.vision, pixels, np.array(grids), MERGE)

@@ -1,0 +1,122 @@
+"""Rows of tokens that a model is run on, and what its decoder is given of them.
+
+    text                input_ids
+    text and images     inputs_embeds, of the program's "embedding" graph, and position_ids where RoPE reads several
+
+What is stored, drawn and compared are ids, whatever the decoder takes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from popcompile.passes import Program, ops
+from popcompile.passes.graph import inputs_of, position_ids_of, shape_of
+from popcompile.pruning.execution import Reader, call_reference, materialise
+from popcompile.text.lists import RetrievalText
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The image tokens of rows. features: [n, W], of all of them. index: [N, T] int64, a token's row in features, -1 of
+    text. position_ids: [axes, N, T], of all tokens, with axes 0 for a decoder without.
+    """
+
+    features: Tensor
+    index: Tensor
+    position_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens of one length. ids: [N, T] int64. images: None for text alone."""
+
+    ids: Tensor
+    images: ImageTokens | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, chosen: slice | Tensor) -> Rows:
+        """Some of the rows."""
+        if (images := self.images) is not None:
+            images = replace(images, index=images.index[chosen], position_ids=images.position_ids[:, chosen])
+        return Rows(self.ids[chosen], images)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.ids.shape[1]
+
+    @property
+    def slots(self) -> Tensor:
+        """Of all tokens of every row, [N, T]."""
+        return torch.arange(self.length).expand(len(self), -1)
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """Rows whose answers stand in them. answers: whether a token is a part of one, [N, T]."""
+
+    rows: Rows
+    answers: Tensor
+
+    @classmethod
+    def of(cls, text: RetrievalText) -> AskedRows:
+        return cls(Rows(text.rows), text.answers)
+
+    def split(self, count: int) -> tuple[AskedRows, AskedRows]:
+        """The first `count` rows, and the others."""
+        first, others = slice(count), slice(count, None)
+        return AskedRows(self.rows[first], self.answers[first]), AskedRows(self.rows[others], self.answers[others])
+
+
+class DecoderInputs(ABC):
+    """What a decoder is given of tokens beside mask and cache."""
+
+    @abstractmethod
+    def of(self, rows: Rows, slots: Tensor) -> tuple[Tensor, ...]:
+        """Of the tokens at slots [N, Q] of each row, in the order of the graph's inputs: ids or embeddings first."""
+
+
+class TokenIds(DecoderInputs):
+    """input_ids [N, Q]."""
+
+    def of(self, rows: Rows, slots: Tensor) -> tuple[Tensor, ...]:
+        return (rows.ids.gather(1, slots),)
+
+
+class TokenEmbeddings(DecoderInputs):
+    """inputs_embeds [N, Q, W], and position_ids [axes, N, Q] where RoPE reads these."""
+
+    def __init__(self, embedding: fx.GraphModule, axes: int) -> None:
+        """embedding: the graph with real weights. axes: 0 for a decoder without position_ids."""
+        self._embed, self._axes = call_reference(embedding), axes
+        self._no_features = torch.empty(0, int(shape_of(inputs_of(embedding)["image_features"])[1]))
+
+    def of(self, rows: Rows, slots: Tensor) -> tuple[Tensor, ...]:
+        (embeddings,) = self._embed(rows.ids.gather(1, slots), self._no_features)
+        position_ids = slots.expand(self._axes, -1, -1)
+        if (images := rows.images) is not None:
+            index = images.index.gather(1, slots)
+            places = index >= 0
+            embeddings = ops.REFERENCE[ops.scatter_features](embeddings, places, images.features[index[places]])
+            position_ids = images.position_ids.gather(2, position_ids)
+        return (embeddings, position_ids) if self._axes else (embeddings,)
+
+
+#: of a decoder that takes ids
+TOKEN_IDS = TokenIds()
+
+
+def decoder_inputs(program: Program, read: Reader) -> DecoderInputs:
+    """What the decoder of a canonical program takes, in fp32. Raises PopcompileError as `read` does."""
+    if "embedding" not in program.graphs:
+        return TOKEN_IDS
+    position_ids = position_ids_of(program.graphs["model"])
+    axes = 0 if position_ids is None else int(shape_of(position_ids)[0])
+    return TokenEmbeddings(materialise(program.graphs["embedding"], program, read), axes)
