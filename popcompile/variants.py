@@ -78,7 +78,7 @@ class Variants:
         """The package without `layers`, in prefill and in decode; written to `out`, which must not exist."""
         layers = sorted(set(layers))
         passes = [SplitStages(), DropLayers(layers), PruneLMHead()]
-        return self._write(out, tuple(self.manifest.graphs), passes, pruned=layers, kv_projection="layer")
+        return self._write(out, tuple(self.manifest.stages), passes, pruned=layers, kv_projection="layer")
 
     def complete(self, out: Path) -> Path:
         """The package with a graph of the full model, which the unified layout leaves out; written to `out`, which must

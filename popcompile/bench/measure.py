@@ -6,6 +6,8 @@ others wait; so what else the machine does, and how warm it is, meets all of the
     pop     the package as it is
     full    the same model with nothing pruned and one row of logits: the fair baseline, compiled for the purpose
     DIR     what --against names
+
+Where prompts have images, the vision tower is timed apart: nothing of it is pruned.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from popcompile.bench.images import image_sizes, require_images
 from popcompile.bench.process import WorkerProcess
 from popcompile.bench.settings import BenchSettings
 from popcompile.bench.subjects import Subject, find_peers, package_subject, require_runtime
@@ -36,6 +40,8 @@ from popcompile.variants import Variants
 
 LENGTHS = (256, 1024, 2048)
 MEASURES = ("prefill", "time_to_first_token", "decode")
+#: of prompts with images, beside these
+VISION = "vision"
 _REST = 0.05  # seconds between turns, in which the last subject's threads stop spinning
 
 
@@ -51,20 +57,26 @@ def bench(
     runtime: str = "popcompile",
     seed: int = 0,
     progress: Progress | None = None,
+    *,
+    images: Sequence[str] = (),
+    image_tokens: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Measure the package in `folder`, its full model, and the packages and decoders of `against`.
 
     lengths: of the prompts, in tokens; they are random ones, the same for all subjects, `batch` rows of each.
     decode_tokens: greedy steps after every prompt. repeats: turns that count, after one that warms up. threads: of
     every subject; None: the machine's cores. runtime: of packages, the full model's among them: popcompile's, or
-    onnxruntime-genai, in which its model builder's folders run as well.
+    onnxruntime-genai, in which its model builder's folders run as well. images: picture files, and image_tokens: of
+    images, how many tokens they have; such images, of noise, stand in every row of every prompt, beside its text.
 
     Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "gpu", "subjects", "ratios", "warnings",
     "seconds"}.
     A subject: {"name", "kind", "path", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths": [{"tokens",
     "first_token" of every row, and of each of MEASURES {"seconds" by turn, "median", "half_spread",
-    "tokens_per_second"}}]}. "prefill" is the call of the graph, "time_to_first_token" also the making of a cache and
-    the picking of the token; "anonymous" and "peak" are the most anonymous and the most resident memory of its process.
+    "tokens_per_second"}}]}. "tokens" are those of text. "prefill" is the call of the graph, "time_to_first_token" also
+    the making of a cache and the picking of the token; "anonymous" and "peak" are the most anonymous and the most
+    resident memory of its process. With images there is "vision" too, from their pixels to their features, which is
+    part of the time to the first token; "images" of the settings are rows and columns in tokens.
     With the provider cuda "gpu" is the GPU's name, and in "memory" what the process took of its memory.
     A ratio: the median of "over" by that of "pop", of each measure.
     Raises PopcompileError for what cannot be measured, and where a process ends.
@@ -73,14 +85,17 @@ def bench(
     report = progress or (lambda step, done, total: None)
     settings = BenchSettings.of(
         lengths=lengths, batch=batch, decode_tokens=decode_tokens, repeats=repeats, threads=threads, provider=provider,
-        runtime=runtime, seed=seed,
+        runtime=runtime, seed=seed, images=[],
     )  # fmt: skip
     require_runtime(runtime)
     find_provider(provider)
     manifest = read_manifest(folder)
+    settings = replace(settings, images=image_sizes(folder, manifest, images, image_tokens))
     peers = find_peers(folder, [Path(path) for path in against], runtime)
     check_package(folder, manifest)
     pop = package_subject("pop", folder, runtime)
+    if settings.images:
+        require_images([pop, *peers])
     for subject in (pop, *peers):
         settings.require_room(subject)
     with tempfile.TemporaryDirectory(prefix="popcompile-") as temporary, ExitStack() as stack:
@@ -91,11 +106,11 @@ def bench(
             report("load", index, len(peers) + 2)
             workers.append(stack.enter_context(_Measured(subject)))
             with workers[-1].may_fail():
-                workers[-1].load(provider, settings.threads)
+                workers[-1].load(settings)
         _take_turns(workers, settings, report)
     warnings = [worker.failure for worker in workers if worker.failure]
     workers = [worker for worker in workers if not worker.failure]
-    subjects = [worker.to_json(batch, decode_tokens) for worker in workers]
+    subjects = [worker.to_json(settings) for worker in workers]
     subjects[1]["path"] = None  # it was compiled for the purpose
     return {
         "package": str(folder),
@@ -108,7 +123,7 @@ def bench(
         "cpu": _cpu(),
         "gpu": gpu_name() if PROVIDERS[provider].gpu else None,
         "subjects": subjects,
-        "ratios": _ratios(subjects),
+        "ratios": _ratios(subjects, measured(settings)),
         "warnings": warnings + _other_first_tokens(workers, manifest),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -154,11 +169,12 @@ class _Measured(WorkerProcess):
                 raise
             self.failure = str(error)
 
-    def load(self, provider: str, threads: int) -> None:
-        reply = self.ask({"load": self.subject.to_json(), "provider": provider, "threads": threads})
+    def load(self, settings: BenchSettings) -> None:
+        asked = {"provider": settings.provider, "threads": settings.threads, "images": settings.images}
+        reply = self.ask({"load": self.subject.to_json(), **asked})
         self._load_seconds = reply["seconds"]
         self._memory = {"anonymous": reply["anonymous"], "peak": None}
-        if PROVIDERS[provider].gpu:
+        if PROVIDERS[settings.provider].gpu:
             self._memory["gpu"] = reply["gpu"]
 
     def turn(self, length: int, ids: list[list[int]], steps: int, *, warm_up: bool) -> None:
@@ -174,11 +190,15 @@ class _Measured(WorkerProcess):
         if "gpu" in self._memory:  # which ONNX Runtime keeps
             self._memory["gpu"] = (self._memory["gpu"] or 0) + reply["gpu"]
 
-    def to_json(self, batch: int, steps: int) -> dict[str, Any]:
+    def to_json(self, settings: BenchSettings) -> dict[str, Any]:
         rows = []
         for length, turns in self._turns.items():
-            tokens = {"prefill": length * batch, "time_to_first_token": length * batch, "decode": steps * batch}
-            measures = {name: _summary([turn[name] for turn in turns], tokens[name]) for name in MEASURES}
+            prompt, seen = length + settings.image_tokens, settings.image_tokens
+            tokens = {VISION: seen, "prefill": prompt, "time_to_first_token": prompt, "decode": settings.decode_tokens}
+            measures = {
+                name: _summary([turn[name] for turn in turns], tokens[name] * settings.batch)
+                for name in measured(settings)
+            }
             rows.append({"tokens": length, "first_token": self.first_tokens[length], **measures})
         return {
             "name": self.subject.name,
@@ -188,6 +208,11 @@ class _Measured(WorkerProcess):
             "memory": self._memory,
             "lengths": rows,
         }
+
+
+def measured(settings: BenchSettings) -> tuple[str, ...]:
+    """What is timed."""
+    return (VISION, *MEASURES) if settings.images else MEASURES
 
 
 def _summary(seconds: list[float], tokens: int) -> dict[str, Any]:
@@ -200,11 +225,11 @@ def _summary(seconds: list[float], tokens: int) -> dict[str, Any]:
     }
 
 
-def _ratios(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ratios(subjects: list[dict[str, Any]], measures: Sequence[str]) -> list[dict[str, Any]]:
     pop, *others = subjects
     return [
         {"tokens": ours["tokens"], "over": other["name"]}
-        | {name: theirs[name]["median"] / ours[name]["median"] for name in MEASURES}
+        | {name: theirs[name]["median"] / ours[name]["median"] for name in measures}
         for other in others
         for ours, theirs in zip(pop["lengths"], other["lengths"], strict=True)
     ]

@@ -1,15 +1,15 @@
 """One way to run each kind of subject of a benchmark: prompt in, first tokens out, then greedy steps.
 
-A worker (worker.py) times these, in this order: `begin` (an empty cache), `prefill`, `pick`, and `step` for every
-further token; then, untimed, `end`. Tokens come as `encode` made them. What a subject needs is imported by its own
-runner, so that a worker's memory is the subject's.
+A worker (worker.py) times these, in this order: `begin` (an empty cache), `see` (the prompt's images), `prefill`,
+`pick`, and `step` for every further token; then, untimed, `end`. Prompts come as `encode` made them. What a subject
+needs is imported by its own runner, so that a worker's memory is the subject's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +26,15 @@ class Runner(Protocol):
     """Runs one subject. Every row of a batch has the same number of tokens."""
 
     def encode(self, ids: list[list[int]]) -> Any:
-        """Tokens [batch, tokens] in the subject's own form."""
+        """A prompt of tokens [batch, tokens] and the images that the runner has, in the subject's own form."""
         ...
 
     def begin(self, prompt: Any, steps: int) -> None:
         """Make an empty cache for the prompt and `steps` tokens after it."""
+        ...
+
+    def see(self, prompt: Any) -> None:
+        """Encode the prompt's images, where it has any."""
         ...
 
     def prefill(self, prompt: Any) -> None:
@@ -54,8 +58,12 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(subject: dict[str, Any], provider: str, threads: int) -> Runner:
-    """The runner of a subject as bench_subjects.Subject.to_json describes it."""
+def open_runner(subject: dict[str, Any], provider: str, threads: int, images: Sequence[Sequence[int]]) -> Runner:
+    """The runner of a subject as bench_subjects.Subject.to_json describes it. images: as ImagePackageRunner takes them,
+    for packages alone.
+    """
+    if images:
+        return ImagePackageRunner(Path(subject["path"]), provider, threads, images)
     if subject["kind"] == "package":
         return PackageRunner(Path(subject["path"]), provider, threads)
     if subject["kind"] == "genai":
@@ -81,6 +89,9 @@ class PackageRunner:
     def begin(self, prompt: Any, steps: int) -> None:
         self._cache = self._runtime.new_cache(len(prompt))
 
+    def see(self, prompt: Any) -> None:
+        pass
+
     def prefill(self, prompt: Any) -> None:
         self._logits = self._runtime.feed(prompt, self._cache, "prefill")
 
@@ -92,11 +103,41 @@ class PackageRunner:
         return self._tokens
 
     def step(self) -> list[int]:
-        self._logits = self._runtime.feed(self.encode([[t] for t in self._tokens]), self._cache, "prefill")
+        tokens = [self._torch.tensor([token]) for token in self._tokens]
+        self._logits = self._runtime.feed(tokens, self._cache, "prefill")
         return self.pick()
 
     def end(self) -> None:
         del self._cache, self._logits
+
+
+class ImagePackageRunner(PackageRunner):
+    """A package whose prompts have images of noise in every row."""
+
+    def __init__(self, folder: Path, provider: str, threads: int, images: Sequence[Sequence[int]]) -> None:
+        """images: rows and columns of each, in tokens."""
+        super().__init__(folder, provider, threads)
+        self._sizes = [(rows, columns) for rows, columns in images]
+        self._runtime.open("vision")
+
+    def encode(self, ids: list[list[int]]) -> Any:
+        from popcompile.runtime.noise import make_pixels, make_prompt
+
+        inputs = self._runtime.manifest.images
+        assert inputs is not None
+        prompts = [make_prompt(inputs, row, self._sizes) for row in super().encode(ids)]
+        self._places = prompts[0][1]
+        self._pixels = make_pixels(self._runtime, self._sizes * len(ids), seed=0)
+        return [row for row, _ in prompts]
+
+    def see(self, prompt: Any) -> None:
+        from popcompile.runtime.embeddings import RowImages
+
+        features = self._runtime.encode_images(*self._pixels)
+        self._images = [RowImages(row, self._places) for row in features.chunk(len(prompt))]
+
+    def prefill(self, prompt: Any) -> None:
+        self._logits = self._runtime.feed(prompt, self._cache, "prefill", images=self._images)
 
 
 @contextlib.contextmanager
@@ -143,6 +184,9 @@ class OnnxRunner:
         for (heads, size), window in zip(self._decoder["cache_shapes"], self._decoder["windows"], strict=True):
             empty = np.zeros((len(prompt), heads, window, size), dtype=self._decoder["cache_dtype"])
             self._cache.append(self._value(empty, self._device))
+
+    def see(self, prompt: Any) -> None:
+        pass
 
     def prefill(self, prompt: Any) -> None:
         self._feed(prompt)
@@ -241,6 +285,9 @@ class GenaiRunner:
             num_beams=1,
         )
         self._generator: Any = self._og.Generator(self._model, params)
+
+    def see(self, prompt: Any) -> None:
+        pass
 
     def prefill(self, prompt: Any) -> None:
         self._generator.append_tokens(prompt)

@@ -9,13 +9,16 @@ from typing import Any
 import psutil
 
 from popcompile.arguments import POSITIVE, SEED
+from popcompile.bench.images import Size
 from popcompile.bench.subjects import Subject
 from popcompile.errors import PopcompileError
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """As the arguments of `bench`, in the order of the report; threads: a number, also where the user gave none."""
+    """As the arguments of `bench`, in the order of the report; threads: a number, also where the user gave none.
+    images: rows and columns of each, in tokens.
+    """
 
     lengths: list[int]
     batch: int
@@ -25,6 +28,12 @@ class BenchSettings:
     provider: str
     runtime: str
     seed: int
+    images: list[Size]
+
+    @property
+    def image_tokens(self) -> int:
+        """Of a prompt, beside those of its text."""
+        return sum(rows * columns for rows, columns in self.images)
 
     @classmethod
     def of(cls, *, lengths: Sequence[int], threads: int | None, **others: Any) -> BenchSettings:
@@ -46,11 +55,12 @@ class BenchSettings:
 
     def require_room(self, subject: Subject) -> None:
         """Raises PopcompileError where the prompts are longer than the subject's context."""
-        limit, longest = subject.context_length, max(self.lengths)
-        if limit is not None and longest + self.decode_tokens > limit:
+        limit, longest, seen = subject.context_length, max(self.lengths), self.image_tokens
+        if limit is not None and longest + seen + self.decode_tokens > limit:
+            images = f", images of {seen} tokens" if seen else ""
             raise PopcompileError(
-                f"--lengths {longest} and --decode-tokens {self.decode_tokens} are more than the context of {limit} of"
-                f" {subject.path}; lower one of them"
+                f"--lengths {longest}{images} and --decode-tokens {self.decode_tokens} are more than the context of"
+                f" {limit} of {subject.path}; lower one of them"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from popcompile.bench.onnx_decoder import GENAI_CONFIG, LOOKED_FOR, OnnxDecoder,
 from popcompile.errors import PopcompileError
 from popcompile.files import require_utf8
 from popcompile.loading import read_json
+from popcompile.package.image_inputs import ImageInputs
 from popcompile.package.manifest import MANIFEST, read_manifest
 
 #: what a package runs in, and its subject's kind
@@ -25,7 +26,7 @@ class Subject:
     """One thing that is measured, in a process of its own.
 
     kind: "package" (through popcompile's runtime), "onnx" (its graph, `decoder`, through ONNX Runtime), or "genai" (the
-    folder through onnxruntime-genai). required: without it there is no benchmark.
+    folder through onnxruntime-genai). required: without it there is no benchmark. images: what a package takes of them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Subject:
     context_length: int | None
     decoder: OnnxDecoder | None = None
     required: bool = True
+    images: ImageInputs | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the worker."""
@@ -57,7 +59,8 @@ def package_subject(name: str, folder: Path, runtime: str) -> Subject:
     """runtime: one of RUNTIMES. Raises PopcompileError where `folder` is no package."""
     require_utf8(folder)
     manifest = read_manifest(folder)
-    return Subject(name, RUNTIMES[runtime], folder, manifest.vocab_size, manifest.context_length)
+    vocabulary, context = manifest.vocab_size, manifest.context_length
+    return Subject(name, RUNTIMES[runtime], folder, vocabulary, context, images=manifest.images)
 
 
 def find_peers(package: Path, against: Iterable[Path], runtime: str) -> list[Subject]:

@@ -2,10 +2,10 @@
 
 Requests and replies are JSON, a line each, on stdin and stdout. What libraries print on stdout goes to stderr.
 
-    {"load": subject, "provider", "threads"}      -> {"seconds", "anonymous", "gpu"}                 (bytes)
-    {"turn": ids, "steps"}                        -> {"prefill", "time_to_first_token", "decode"}    (seconds)
-    {"warm_up": ids, "steps"}                     -> {"first_token", "anonymous", "peak", "gpu"}
-    whatever fails                                -> {"error": one line, "fixable": whether it says how}
+    {"load": subject, "provider", "threads", "images": sizes}   -> {"seconds", "anonymous", "gpu"}           (bytes)
+    {"turn": ids, "steps"}      -> {"vision", "prefill", "time_to_first_token", "decode"}                    (seconds)
+    {"warm_up": ids, "steps"}   -> {"first_token", "anonymous", "peak", "gpu"}
+    whatever fails              -> {"error": one line, "fixable": whether it says how}
 
 "gpu" is what the request took of the GPU's memory while no other process asked for any.
 """
@@ -54,7 +54,7 @@ class _Worker:
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         self._on_gpu = PROVIDERS[request["provider"]].gpu
         taken, started = self._gpu_bytes(), time.perf_counter()
-        self._runner: Runner = open_runner(request["load"], request["provider"], request["threads"])
+        self._runner: Runner = open_runner(request["load"], request["provider"], request["threads"], request["images"])
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "anonymous": anonymous_bytes(), "gpu": self._gpu_bytes() - taken}
 
@@ -63,6 +63,7 @@ class _Worker:
         runner, prompt, taken = self._runner, self._runner.encode(ids), self._gpu_bytes()
         with AnonymousPeak() as anonymous:
             runner.begin(prompt, steps)
+            runner.see(prompt)
             runner.prefill(prompt)
             first = runner.likeliest()
             runner.pick()
@@ -77,6 +78,8 @@ class _Worker:
         gc.collect()
         began = time.perf_counter()
         runner.begin(prompt, steps)
+        begun = time.perf_counter()
+        runner.see(prompt)
         given = time.perf_counter()
         runner.prefill(prompt)
         encoded = time.perf_counter()
@@ -86,7 +89,12 @@ class _Worker:
             runner.step()
         done = time.perf_counter()
         runner.end()
-        return {"prefill": encoded - given, "time_to_first_token": picked - began, "decode": done - picked}
+        return {
+            "vision": given - begun,
+            "prefill": encoded - given,
+            "time_to_first_token": picked - began,
+            "decode": done - picked,
+        }
 
     def _gpu_bytes(self) -> int:
         return (gpu_bytes() or 0) if self._on_gpu else 0

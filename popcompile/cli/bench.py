@@ -36,6 +36,22 @@ def add_bench(commands: Any) -> None:
         default="256,1024,2048",
         help="prompt lengths in tokens (default 256,1024,2048)",
     )
+    parser.add_argument(
+        "--image",
+        dest="images",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a picture of whose size an image stands in every prompt beside its text, of a vision-language model; as"
+        " often as there are images",
+    )
+    parser.add_argument(
+        "--image-tokens",
+        metavar="LIST",
+        type=numbers,
+        default=[],
+        help="images of so many tokens each, in place of pictures, for example 256,256",
+    )
     parser.add_argument("--batch", metavar="N", type=POSITIVE, default=1, help="prompts per batch (default 1)")
     parser.add_argument(
         "--decode-tokens", metavar="N", type=POSITIVE, default=32, help="greedy steps after every prompt (default 32)"
@@ -72,12 +88,14 @@ def _bench(options: argparse.Namespace) -> None:
         require_saveable(options.package)
         manifest = read_manifest(options.package)
     names = ("against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "runtime", "seed")
+    names += ("images", "image_tokens")
     with progress_bar(BENCH_STEPS) as progress:
         result = bench(options.package, **{name: getattr(options, name) for name in names}, progress=progress)
     for warning in result["warnings"]:
         say(f"popcompile: {warning}")
     if manifest is not None:
-        save_in_report(options.package, manifest, "benchmark", result)
+        key = "benchmark_images" if result["settings"]["images"] else "benchmark"
+        save_in_report(options.package, manifest, key, result)
     show(json.dumps(result, indent=2) if options.json else bench_text(result))
     if options.plot:
         write_prefill_plot(options.plot, result)

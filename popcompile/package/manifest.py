@@ -110,6 +110,11 @@ class Manifest:
         """What the graphs take of images; None for a model of text alone."""
         return ImageInputs(**self.vision) if self.vision else None
 
+    @property
+    def stages(self) -> list[str]:
+        """Those with a graph of the decoder."""
+        return [stage for stage in self.graphs if stage not in IMAGE_GRAPHS]
+
     def to_json(self) -> str:
         content = asdict(self)
         return json.dumps(content | {_CHECKSUM: _checksum(content)}, indent=2) + "\n"

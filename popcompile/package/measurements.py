@@ -117,7 +117,7 @@ class MeasuredImportance:
 @dataclass(frozen=True)
 class Measurements:
     """None: not measured. evaluation, evaluation_tasks: what `popcompile evaluate --save` kept; benchmark: what
-    `popcompile bench --save` did.
+    `popcompile bench --save` did. benchmark_images: of prompts with images.
     """
 
     importance: MeasuredImportance | None
@@ -126,6 +126,7 @@ class Measurements:
     evaluation: dict[str, Any] | None
     evaluation_tasks: dict[str, Any] | None
     benchmark: dict[str, Any] | None
+    benchmark_images: dict[str, Any] | None
 
 
 def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurements:
@@ -142,6 +143,7 @@ def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurem
         evaluation=part("evaluation", dict),
         evaluation_tasks=part("evaluation_tasks", dict),
         benchmark=part("benchmark", dict),
+        benchmark_images=part("benchmark_images", dict),
     )
 
 

@@ -8,6 +8,8 @@ from itertools import groupby
 
 #: tokens of the prompts that FLOPs in a report are of, where it does not say (passes/flops.py)
 REFERENCE_TOKENS = 1024
+#: and of an image, where images have any size
+REFERENCE_IMAGE_TOKENS = 256
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
+
+from popcompile.report.words import share
 
 
 def bench_text(result: dict[str, Any]) -> str:
@@ -16,7 +19,8 @@ def bench_text(result: dict[str, Any]) -> str:
     headers, rows = time_rows(result)
     align = ("right", "left", *["right"] * (len(headers) - 2))
     times = tabulate(rows, headers, disable_numparse=True, colalign=align)
-    return "\n\n".join(["\n".join([head, *measured_on(result)]), times, _memory(result)])
+    seen = [f"prompts: {images_words(result)} beside their tokens of text"] if _images(result) else []
+    return "\n\n".join(["\n".join([head, *seen, *measured_on(result)]), times, _memory(result)])
 
 
 def measured_on(result: dict[str, Any]) -> tuple[str, str]:
@@ -33,15 +37,38 @@ def measured_on(result: dict[str, Any]) -> tuple[str, str]:
     )
 
 
+def images_words(result: dict[str, Any]) -> str:
+    """The images of a prompt: how many there are, and of how many tokens each is."""
+    counts = [f"{rows * columns:,}" for rows, columns in _images(result)]
+    return f"{len(counts)} image{'s' * (len(counts) > 1)} of {'+'.join(counts)} tokens"
+
+
+def _images(result: Mapping[str, Any]) -> list[list[int]]:
+    """Rows and columns of each; reports of text alone may not say that there are none."""
+    found: list[list[int]] = result["settings"].get("images", [])
+    return found
+
+
+def prompt_tokens(result: Mapping[str, Any], length: int) -> int:
+    """Of a prompt with so many tokens of text."""
+    return length + sum(rows * columns for rows, columns in _images(result))
+
+
 def first_token_words(result: dict[str, Any]) -> list[tuple[int, str]]:
-    """For each length of prompt, in tokens, the time to the first token, of the package and of its full model."""
+    """For each length of prompt, in tokens of text, the time to the first token, of the package and its full model."""
     pop, full = result["subjects"][:2]
+    images = f"{images_words(result)}: " if _images(result) else ""
     words = []
     for pruned, whole in zip(pop["lengths"], full["lengths"], strict=True):
         ours, theirs = pruned["time_to_first_token"], whole["time_to_first_token"]
-        times = f"{_milliseconds(ours)} ms; full model {_milliseconds(theirs)} ms"
+        seen = f", {_vision_share(pruned)} of it vision" if images else ""
+        times = f"{images}{_milliseconds(ours)} ms{seen}; full model {_milliseconds(theirs)} ms"
         words.append((pruned["tokens"], f"{times} ({theirs['median'] / ours['median']:.2f}x)"))
     return words
+
+
+def _vision_share(row: dict[str, Any]) -> str:
+    return share(row["vision"]["median"] / row["time_to_first_token"]["median"])
 
 
 def _uses_genai(result: dict[str, Any]) -> bool:
@@ -49,18 +76,23 @@ def _uses_genai(result: dict[str, Any]) -> bool:
 
 
 def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers, and a row for each length and subject; ratios are how many times pop's median."""
+    """Headers, and a row for each length and subject; ratios are how many times pop's median. With images, what vision
+    takes of the time to the first token stands before the decoder's prefill.
+    """
     ratios = {(ratio["over"], ratio["tokens"]): ratio for ratio in result["ratios"]}
+    has_images = bool(_images(result))
     rows = []
     for index, length in enumerate(result["settings"]["lengths"]):
         for subject in result["subjects"]:
             measured = subject["lengths"][index]
             prefill, first, decode = (measured[name] for name in ("prefill", "time_to_first_token", "decode"))
             ratio = ratios.get((subject["name"], length), {})
+            vision = [_milliseconds(measured["vision"]), _vision_share(measured)] if has_images else []
             rows.append(
                 [
                     f"{length:,}",
                     subject["name"],
+                    *vision,
                     _milliseconds(prefill),
                     _ratio(ratio.get("prefill")),
                     f"{prefill['tokens_per_second']:,.0f}",
@@ -69,8 +101,9 @@ def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     f"{decode['tokens_per_second']:.1f}",
                 ]
             )
-    headers = ["tokens", "subject", "prefill, ms", "/ pop", "tokens/s", "first token, ms", "/ pop", "decode, tokens/s"]
-    return headers, rows
+    vision = ["vision, ms", "of first token"] if has_images else []
+    headers = ["tokens", "subject", *vision, "prefill, ms", "/ pop", "tokens/s", "first token, ms", "/ pop"]
+    return [*headers, "decode, tokens/s"], rows
 
 
 def _milliseconds(measure: dict[str, Any]) -> str:

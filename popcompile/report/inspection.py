@@ -41,8 +41,9 @@ from popcompile.report.words import (
 def inspect_json(folder: Path) -> dict[str, Any]:
     """Manifest and report as one JSON document. Raises PopcompileError.
 
-    {"manifest", "report", "not_measured": of "quality", "time", "importance" and "frontier" those that the report
-    lacks, with the command that measures, "runtimes": [{"runtime", "loads", "note"}]}
+    {"manifest", "report", "not_measured": of "quality", "time", "importance", "frontier" and, where the model takes
+    images, "image_time" those that the report lacks, with the command that measures, "runtimes": [{"runtime", "loads",
+    "note"}]}
     """
     manifest, report = read_package(folder)
     with readable_report(folder):
@@ -182,8 +183,8 @@ def _graphs(manifest: Manifest) -> list[tuple[str, str]]:
     """Of a package that takes images, who makes what for whom."""
     if manifest.images is None:
         return []
-    stages = [stage for stage in manifest.graphs if stage not in IMAGE_GRAPHS]
-    made, given = (" and ".join(manifest.graphs[stage] for stage in names) for names in (IMAGE_GRAPHS, stages))
+    graphs = manifest.graphs
+    made, given = (" and ".join(graphs[stage] for stage in stages) for stages in (IMAGE_GRAPHS, manifest.stages))
     return [("graphs", f"{given}, for embeddings of text and images, which {made} make")]
 
 
@@ -194,10 +195,17 @@ def _window(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _time(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:
-    if found.benchmark is None:
-        return [("first token", not_measured(missing["time"]))]
-    rows = [(f"first token, {tokens:,} tokens", words) for tokens, words in first_token_words(found.benchmark)]
-    return [*rows, ("- measured on", measured_on(found.benchmark)[0])]
+    rows = _benchmark("first token", found.benchmark) or [("first token", not_measured(missing["time"]))]
+    if "image_time" in missing:
+        return [*rows, ("- with images", not_measured(missing["image_time"]))]
+    return rows + _benchmark("with images", found.benchmark_images)
+
+
+def _benchmark(name: str, result: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if result is None:
+        return []
+    rows = [(f"{name}, {tokens:,} tokens", words) for tokens, words in first_token_words(result)]
+    return [*rows, ("- measured on", measured_on(result)[0])]
 
 
 def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]:

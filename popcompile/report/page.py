@@ -13,7 +13,7 @@ from popcompile.errors import PopcompileError
 from popcompile.package.manifest import MANIFEST, Manifest, read_manifest
 from popcompile.package.measurements import Measurements, Quality, read_measurements
 from popcompile.package.report import format_layers
-from popcompile.report.bench import first_token_words, measured_on, time_rows
+from popcompile.report.bench import first_token_words, images_words, measured_on, time_rows
 from popcompile.report.evaluation import baseline_rows, code_rows, metric_rows, retrieval_rows
 from popcompile.report.images import ImageFlops
 from popcompile.report.inspection import layer_table, pass_table, read_package, readable_report
@@ -127,6 +127,10 @@ def _measured(manifest: Manifest, found: Measurements) -> dict[str, Any]:
         content["times"] = _table(*time_rows(found.benchmark), left=2)
         content["time_text"] = "; ".join(measured_on(found.benchmark))
         content["time_plot"] = prefill_svg(found.benchmark)
+    if found.benchmark_images is not None:
+        content["image_times"] = _table(*time_rows(found.benchmark_images), left=2)
+        on = "; ".join(measured_on(found.benchmark_images))
+        content["image_time_text"] = f"{images_words(found.benchmark_images)} in every prompt; {on}"
     if found.choice and found.choice.frontier:
         content["frontier_plot"] = frontier_svg(found.choice)
         content["frontier"] = frontier_table(found.choice)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popcompile.errors import PopcompileError
+from popcompile.report.bench import prompt_tokens
 from popcompile.report.output_file import replace_file, require_replaceable_file
 from popcompile.terminal import printable
 
@@ -289,7 +290,7 @@ def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
         high = [max(times) - median for median, times in zip(medians, turns, strict=True)]
         style = _LINES[index % len(_LINES)]
         label = _plain(subject["name"])
-        tokens = [row["tokens"] for row in rows]
+        tokens = [prompt_tokens(result, row["tokens"]) for row in rows]
         axes.errorbar(tokens, medians, yerr=(low, high), label=label, markersize=5, elinewidth=0.8, capsize=3, **style)
     model = str(result["source"]).rstrip("/").rpartition("/")[2]  # of a path, of a hub id
     axes.set_title(_plain(f"Prefill, {model}, {result['dtype']}"), loc="left")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from popcompile.package.manifest import Manifest
 from popcompile.package.measurements import LayerChoice, Measurements, Quality
-from popcompile.package.report import Loss, format_layers
+from popcompile.package.report import REFERENCE_IMAGE_TOKENS, Loss, format_layers
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Table:
 
 
 def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
-    """The command that measures it, for each of "quality", "time", "importance" and "frontier" that is not measured."""
+    """The command that measures it, for each of "quality", "time", "importance" and "frontier" that is not measured,
+    and "image_time" of a model that takes images.
+    """
     out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
     if "text_decoder_of" in manifest.source:
         source += " --text-only"
@@ -34,6 +36,9 @@ def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[st
         commands["quality"] = f"popcompile evaluate {out} --save"
     if found.benchmark is None:
         commands["time"] = f"popcompile bench {out} --save"
+    if manifest.images is not None and found.benchmark_images is None:
+        tokens = manifest.images.tokens_per_image or REFERENCE_IMAGE_TOKENS
+        commands["image_time"] = f"popcompile bench {out} --image-tokens {tokens} --save"
     if found.importance is None:
         commands["importance"] = f"popcompile analyze {source}"
     if found.choice is None or not found.choice.frontier:

@@ -119,7 +119,7 @@ def test_memory(result: dict[str, Any]) -> None:
 def test_what_it_ran_on(result: dict[str, Any], tiny_package: Path) -> None:
     assert (result["package"], result["pruned"], result["dtype"]) == (str(tiny_package), [1], "fp32")
     settings = {"lengths": LENGTHS, "batch": 1, "decode_tokens": STEPS, "repeats": REPEATS, "threads": 1}
-    assert result["settings"] == settings | {"provider": "cpu", "runtime": "popcompile", "seed": 3}
+    assert result["settings"] == settings | {"provider": "cpu", "runtime": "popcompile", "seed": 3, "images": []}
     assert set(result["versions"]) == {"popcompile", "onnxruntime", "onnxruntime_genai", "python"}
     assert result["versions"]["popcompile"] and result["versions"]["onnxruntime"]
     assert (result["versions"]["onnxruntime_genai"] is not None) == GENAI

@@ -108,6 +108,8 @@ def test_page_shows_every_section(page: str) -> None:
         "the first token after 1,024 tokens takes 1024 ± 20 ms; full model 1536 ± 20 ms (1.50x).",
         "1,024 full 1536 ± 20 1.50x 667",
         "threads: 2, CPU <1>; onnxruntime 1.31; median ± half the spread of 3 turns",
+        "1,024 pop 100 ± 10 9.8% 1024 ± 20",
+        "2 images of 256+128 tokens in every prompt; popcompile, cpu",
         "Measured on 6 texts of 32 tokens",
         "last 16 tokens own projection of x entering layer 2",
         "InsertBoundaryRecompute",
@@ -243,6 +245,7 @@ def test_text(full: Path, cli: Cli) -> None:
     assert "layers chosen by popcompile; budget: KL of at most 0.15 nats; met" in lines
     assert "first token, 256 tokens 256 ± 20 ms; full model 384 ± 20 ms (1.50x)" in words
     assert "- measured on popcompile, cpu, threads: 2, CPU <1>; onnxruntime 1.31" in words
+    assert "with images, 1,024 tokens 2 images of 256+128 tokens: 1024 ± 20 ms, 9.8% of it vision; full" in words
     quality = "first-token KL 0.1250 ± 0.0125 nats, agreement 93.8%; perplexity 1.125 times full"
     assert f"quality on held-out text {quality}" in words
     assert "- measured on 6 texts, sampled from the model itself: prompts of 24 tokens and 8 after them" in words
