@@ -181,9 +181,9 @@ def takes_videos(model_type: str) -> bool:
 
 def _processor_class(model_type: str) -> Any:
     import transformers
-    from transformers.models.auto import processing_auto
 
-    return getattr(transformers, processing_auto.PROCESSOR_MAPPING_NAMES[model_type])
+    names = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING_NAMES
+    return getattr(transformers, names[model_type])
 
 
 def ignored_tensors(module: PreTrainedModel) -> list[str]:

@@ -20,14 +20,21 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    TOKENIZER_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from popcompile.errors import PopcompileError
 from popcompile.frontend.decoders import require_decoder
 from popcompile.frontend.gguf_architectures import OWN_SPLITS, Architecture
 from popcompile.frontend.gguf_config import INSTEAD, architecture_of, gguf_config
 from popcompile.frontend.gguf_header import GgufHeader, read_header
-from popcompile.frontend.source import Source, TensorInfo, no_tensor, read_tokenizer, write_tokenizer
+from popcompile.frontend.source import Source, TensorInfo, no_tensor, write_tokenizer
 from popcompile.loading import one_line, quiet, reading, require_regular
 
 
@@ -96,9 +103,12 @@ class GgufSource(Source):
 
     @functools.cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """As transformers builds it, which takes seconds; a conversion needs it twice."""
-        with alone(self.name, self._path) as link:
-            return read_tokenizer(self.name, link.parent, gguf_file=link.name)
+        """As transformers builds it, of the class that AutoTokenizer would choose after it has read the file for a
+        config, which takes ten times as long.
+        """
+        kind = TOKENIZER_MAPPING.get(type(self.config), PreTrainedTokenizerFast)
+        with alone(self.name, self._path) as link, quiet(), reading(self.name, "the tokenizer cannot be loaded"):
+            return kind.from_pretrained(link.parent, gguf_file=link.name, local_files_only=True)
 
     def fingerprint(self) -> dict[str, str]:
         with self._path.open("rb") as stream:

@@ -228,10 +228,10 @@ class FolderSource(Source):
             return []
         template = processor_template(self.name, self._folder) if self.whole or self.has_images else None
         if self._trust_remote_code:
-            tokenizer = read_tokenizer(self.name, self._folder, template=template, trust_remote_code=True)
+            tokenizer = _read_tokenizer(self.name, self._folder, template, trust_remote_code=True)
             return write_tokenizer(self.name, tokenizer, folder, trust_remote_code=True)
         with private_copy(self.name, self._folder) as copy:
-            return write_tokenizer(self.name, read_tokenizer(self.name, copy, template=template), folder)
+            return write_tokenizer(self.name, _read_tokenizer(self.name, copy, template), folder)
 
     def processor_files(self) -> dict[str, dict[str, Any]]:
         return read_processor(self.name, self._folder) if self.has_images else {}
@@ -347,14 +347,12 @@ def _open(model: str, text_only: bool, gguf_file: str | None, random_weights: bo
     return source
 
 
-def read_tokenizer(
-    model: str, source: Path, *, template: str | None = None, trust_remote_code: bool = False, **options: Any
+def _read_tokenizer(
+    model: str, folder: Path, template: str | None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `source`; `options` are AutoTokenizer's. template: the chat template of one that has none."""
+    """The tokenizer of a folder. template: the chat template of one that has none of its own."""
     with quiet(), reading(model, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, local_files_only=True, trust_remote_code=trust_remote_code, **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         tokenizer.chat_template = tokenizer.chat_template or template
         return tokenizer
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from popcompile import config_schema
 from popcompile.errors import PopcompileError

@@ -34,7 +34,7 @@ from popcompile.pruning.regression import Calibration
 from popcompile.pruning.request import Request
 from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
-from popcompile.pruning.text import SELF, TEXTS, calibration_text
+from popcompile.pruning.text import SELF, TEXTS, CalibrationText, calibration_text
 
 #: the loss that `convert` allows where the user says nothing: KL in nats
 MAX_KL = 0.05
@@ -99,9 +99,10 @@ def make_plan(
     require_memory(program, name)
     window, *smaller = options.windows
     read = held_in_memory(read, name)
+    decides = request.how != "layers" or (options.calibrated and options.steps > 0)
     text = calibration_text(
         options.origin, program, read, tokenizer, texts=options.texts, window=window,
-        prompt_tokens=options.prompt_tokens if request.how != "layers" else 0, seed=options.seed,
+        prompt_tokens=options.prompt_tokens if request.how != "layers" else 0, decides=decides, seed=options.seed,
         progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     layers = program.num_layers
@@ -135,23 +136,34 @@ def make_plan(
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
     progress("measure", 0, 1)
-    unseen = HeldOut(
-        model, text.unseen, chosen.pruned[0], text.prompt, options.seed, chosen.window, text.retrieval_unseen,
-        text.asked_tokens, folder,
-    )  # fmt: skip
-    quality = Quality(
+    quality = _quality(held_out, text, chosen, calibration, options.seed, folder)
+    choice = _choice(search, speedup, chosen, request, options)
+    sections = {"choice": choice.to_json(), "quality": quality.to_json()}
+    return Plan(chosen.pruned, chosen.window, calibration, sections)
+
+
+def _quality(
+    held_out: HeldOut, text: CalibrationText, chosen: Candidate, calibration: Calibration, seed: int, folder: Path
+) -> Quality:
+    """What skipping the chosen layers costs, on text that had no part in the choice. held_out: text that decided."""
+    if text.unseen is text.held_out:  # there was nothing to decide
+        unseen, loss = held_out, chosen.loss
+    else:
+        unseen = HeldOut(
+            held_out.model, text.unseen, chosen.pruned[0], text.prompt, seed, chosen.window, text.retrieval_unseen,
+            text.asked_tokens, folder,
+        )  # fmt: skip
+        loss = unseen.measure(chosen.pruned, calibration)
+    return Quality(
         text=text.source,
         texts=len(text.unseen),
         prompt_tokens=text.prompt,
         asked_tokens=text.asked_tokens,
         window=chosen.window,
         continuation_tokens=text.unseen.length - text.prompt,
-        loss=unseen.measure(chosen.pruned, calibration),
+        loss=loss,
         own_projection=unseen.measure(chosen.pruned, Calibration()),
     )
-    choice = _choice(search, speedup, chosen, request, options)
-    sections = {"choice": choice.to_json(), "quality": quality.to_json()}
-    return Plan(chosen.pruned, chosen.window, calibration, sections)
 
 
 def _choice(search: Search, speedup: Speedup, chosen: Candidate, request: Request, options: Options) -> LayerChoice:

@@ -19,12 +19,12 @@ from popcompile.pruning.rows import AskedRows, Rows
 from popcompile.text.documents import read_texts, windows
 from popcompile.text.lists import retrieval_text
 
-#: "--calibration self": text sampled from the model itself
-SELF = "self"
+#: "--calibration self": text sampled from the model itself; what the report calls it
+SELF, _SAMPLED = "self", "text sampled from the model itself"
 #: texts to calibrate on, texts to choose by, as many to measure the result on, and tokens of each
 TEXTS, HELD_OUT, TOKENS = 104, 12, 320
-#: the least that calibration makes sense with
-FEWEST, _SHORTEST = 8, 64
+#: the least that calibration makes sense with; and texts that a standard error can be told from
+FEWEST, _SHORTEST, _FEWEST_HELD_OUT = 8, 64, 2
 #: tokens at a prompt's end that take the whole model; and windows that a text holds, at least
 WINDOW, WINDOWS = 64, 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
@@ -40,9 +40,9 @@ _ASKING, _ASKED_TOKENS, _MOST_ASKED, _FEWEST_ASKED = 128, 32_768, 28, 4
 class CalibrationText:
     """calibration, held_out and unseen: rows of one length. source: what they are, for the report.
 
-    Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Of the last
-    two there are texts as well whose answers stand in the prompt, their first `asked_tokens`; some rows of
-    calibration are such, and refinement has more of them, as long as these.
+    Maps are fitted to `calibration`, `held_out` decides between them, and `unseen` has a part in neither. Where nothing
+    is to be decided the two are one. Of both there are texts as well whose answers stand in the prompt, their
+    first `asked_tokens`; some rows of calibration are such, and refinement has more of them, as long as these.
     """
 
     calibration: Rows
@@ -69,12 +69,15 @@ def calibration_text(
     texts: int = TEXTS,
     window: int = 1,
     prompt_tokens: int = 0,
+    decides: bool = True,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CalibrationText:
-    """origin: "self" or a text file (text/documents.py says of what kinds). program: canonical. window: tokens at a
-    prompt's end that take the whole model; texts are long enough for prompts of several windows. prompt_tokens: of the
-    prompts in which answers stand, where that is more than the others have and the context allows.
+    """origin: "self" or a text file (text/documents.py says of what kinds). program: canonical. texts: how many to
+    calibrate on. window: tokens at a prompt's end that take the whole model; texts are long enough for prompts of
+    several windows. prompt_tokens: of the prompts in which answers stand, where that is more than the others have and
+    the context allows. decides: whether maps are to be chosen between; else nothing but the measuring text is held out,
+    and less of it the fewer the texts.
 
     Raises PopcompileError where the file cannot be used or the model's context is too short.
     """
@@ -84,28 +87,33 @@ def calibration_text(
             f"the model's context of {tokens} tokens is too short to calibrate on ({_SHORTEST} are needed); give"
             " --kv-projection layer"
         )
+    held_out, parts = (HELD_OUT, 2) if decides else (max(_FEWEST_HELD_OUT, min(HELD_OUT, texts // 8)), 1)
+    count = texts + parts * held_out
     if origin == SELF:
-        rows = sample_texts(program, read, tokenizer, texts + 2 * HELD_OUT, tokens, seed, progress)
-        divided = _divided(rows, HELD_OUT, "text sampled from the model itself")
-        return _with_retrieval(divided, tokenizer, window, prompt_tokens, program.max_positions, seed)
+        rows, source = sample_texts(program, read, tokenizer, count, tokens, seed, progress), _SAMPLED
+    else:
+        rows, source = _read(origin, tokenizer, count, tokens, seed), f"held-out part of {Path(origin).name}"
+    if len(rows) < count:
+        held_out = min(held_out, len(rows) // 8)
+    decide = rows[:held_out]
+    measure = rows[held_out : 2 * held_out] if decides else decide
+    divided = CalibrationText(rows[parts * held_out :], decide, measure, source)
+    lists = _MOST_ASKED if decides else _MOST_ASKED * held_out // HELD_OUT
+    return _with_retrieval(divided, tokenizer, window, prompt_tokens, program.max_positions, lists, seed)
+
+
+def _read(origin: str, tokenizer: PreTrainedTokenizerBase | None, count: int, tokens: int, seed: int) -> Rows:
+    """As many pieces of the file as it has, [count, tokens] at most."""
     documents = read_texts(Path(origin))
     if tokenizer is None:
         raise PopcompileError(f"--calibration {origin}: the model has no tokenizer; give --calibration {SELF}")
-    found = windows(tokenizer, documents, texts + 2 * HELD_OUT, tokens, seed, origin)
+    found = windows(tokenizer, documents, count, tokens, seed, origin)
     if len(found) < FEWEST:
         raise PopcompileError(
             f"--calibration {origin}: too short, it has {len(found)} pieces of {tokens} tokens and needs {FEWEST};"
             f" give more text, or --calibration {SELF}"
         )
-    divided = _divided(
-        Rows(torch.stack(found)), min(HELD_OUT, len(found) // 8), f"held-out part of {Path(origin).name}"
-    )
-    return _with_retrieval(divided, tokenizer, window, prompt_tokens, program.max_positions, seed)
-
-
-def _divided(rows: Rows, held_out: int, source: str) -> CalibrationText:
-    fit, decide, measure = rows[2 * held_out :], rows[:held_out], rows[held_out : 2 * held_out]
-    return CalibrationText(fit, decide, measure, source)
+    return Rows(torch.stack(found))
 
 
 def _with_retrieval(
@@ -114,21 +122,23 @@ def _with_retrieval(
     window: int,
     prompt_tokens: int,
     context: int,
+    lists: int,
     seed: int,
 ) -> CalibrationText:
     """The text with self-made ones whose answers stand in them, where the tokenizer allows and they have the room.
 
-    context: tokens that the model has room for.
+    context: tokens that the model has room for. lists: the most that decide, and that measure.
     """
     tokens, listed = text.calibration.length, text.prompt - window
     if tokenizer is None or window == 1 or listed < _LISTED:
         return text
     prompt = max(text.prompt, min(prompt_tokens, context - _ASKING))
     long = min(prompt + _ASKING, context)
-    count = max(_FEWEST_ASKED, min(_MOST_ASKED, _ASKED_TOKENS // long))
+    count = max(_FEWEST_ASKED, min(lists, _ASKED_TOKENS // long))
     few = max(1, round(len(text.calibration) * _RETRIEVAL))
     fit = retrieval_text(tokenizer, few, tokens, listed, random_stream(seed, "retrieval"))
-    made = retrieval_text(tokenizer, 2 * count, long, prompt - window, random_stream(seed, "asked"))
+    parts = 1 if text.unseen is text.held_out else 2
+    made = retrieval_text(tokenizer, parts * count, long, prompt - window, random_stream(seed, "asked"))
     refine = retrieval_text(tokenizer, _REFINING, tokens, listed, random_stream(seed, "refinement"))
     if fit is None or refine is None or made is None or not made.answers[:, prompt:].any(1).all():
         return text
@@ -138,6 +148,6 @@ def _with_retrieval(
         calibration=Rows(torch.cat((text.calibration.ids, fit.rows))),
         retrieval_refinement=AskedRows.of(refine),
         retrieval_held_out=decide,
-        retrieval_unseen=measure,
+        retrieval_unseen=measure if parts == 2 else decide,
         asked_tokens=prompt,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from popcompile.errors import PopcompileError
@@ -46,7 +45,7 @@ class Encoder:
         if self._raw:
             raise PopcompileError("--raw: the chat template says where an image is in a prompt; leave --raw out")
 
-    def encode(self, messages: list[Message]) -> dict[str, Tensor]:
+    def encode(self, messages: list[Message]) -> dict[str, Any]:
         """input_ids [1, S], and what the processor makes of pictures. Raises PopcompileError."""
         if all(isinstance(message["content"], str) for message in messages):
             return {"input_ids": encode(self.tokenizer, messages, self._raw)}

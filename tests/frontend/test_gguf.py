@@ -13,13 +13,13 @@ import torch
 from bad_input import refusal_to_open
 from gguf_files import MODELS, PLAIN, logits_of, model_of, save_gguf, tensors_of, write_gguf
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import popcompile
 from popcompile.frontend.gguf_architectures import ARCHITECTURES, NEUTRAL
 from popcompile.frontend.gguf_config import llama3_scaling
-from popcompile.frontend.source import Source, open_source
+from popcompile.frontend.source import Source, open_source, write_tokenizer
 
 
 def loaded(source: Source) -> PreTrainedModel:
@@ -46,6 +46,17 @@ def test_a_file_is_the_module_that_it_was_made_from(architecture: str, tmp_path:
         assert torch.allclose(source.read(name), parameter, rtol=0, atol=1e-6), name  # norms: + 1 - 1
         assert source.tensors()[name].shape == parameter.shape
     assert torch.allclose(logits_of(loaded(source)), logits_of(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_tokenizer_is_the_one_that_transformers_chooses(architecture: str, tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "x.gguf", architecture, model_of(architecture))
+    chosen = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name, local_files_only=True)
+    write_tokenizer("x", chosen, tmp_path / "chosen")
+    files = open_source(str(path)).save_tokenizer(tmp_path / "ours")
+    assert "tokenizer.json" in files
+    for name in files:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "chosen" / name).read_bytes()
 
 
 def test_quantized_blocks_are_what_gguf_makes_of_them(gguf_llama: PreTrainedModel, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def tokenizer_of(source: Source, folder: Path) -> dict[str, bytes]:
 
 
 def test_the_tokenizer_is_built_once(gguf_file: Path, tmp_path: Path) -> None:
-    """Which takes seconds for a real vocabulary, and a conversion writes it to sample text and to the package."""
+    """Of a real vocabulary that takes seconds, and a conversion writes it to sample text and to the package."""
     source = open_source(str(shutil.copy(gguf_file, tmp_path / "x.gguf")))
     first = tokenizer_of(source, tmp_path / "first")
     (tmp_path / "x.gguf").unlink()

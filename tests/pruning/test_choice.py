@@ -294,6 +294,19 @@ def test_calibrated_package_beats_the_own_projections(checkpoint: Path, tmp_path
     assert len(verify(tmp_path / "out")) == 4
 
 
+def test_nothing_is_decided_of_given_layers_without_refinement(checkpoint: Path, tmp_path: Path) -> None:
+    """So no text is held out for it, and the text that measures is run once for both places in the report."""
+    few: dict[str, Any] = {"layers": "3-5", "calibration_texts": 24}
+    reports = {}
+    for steps in (0, 8):
+        popcompile.convert(checkpoint, tmp_path / f"{steps}", refinement_steps=steps, **few)
+        reports[steps] = report_of(tmp_path / f"{steps}")
+    quality, (only,) = reports[0]["quality"], reports[0]["choice"]["frontier"]
+    assert only["loss"] == quality["loss"] != quality["own_projection"] and quality["texts"] == 3
+    losses = [row["loss"] for row in reports[8]["choice"]["frontier"]]
+    assert reports[8]["quality"]["loss"] not in losses and reports[8]["quality"]["texts"] == 12
+
+
 def test_a_count_is_chosen_by_loss(checkpoint: Path, tmp_path: Path) -> None:
     manifest = popcompile.convert(checkpoint, tmp_path / "out", prune=3, calibration_texts=24, refinement_steps=8)
     frontier = report_of(tmp_path / "out")["choice"]["frontier"]

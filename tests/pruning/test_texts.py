@@ -8,11 +8,14 @@ import os
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
+from popcompile.pruning.text import calibration_text
 from popcompile.text.documents import default_texts, read_texts, windows
 
 
@@ -173,3 +176,44 @@ def test_bos_where_the_tokenizer_adds_it(gemma_tokenizer: PreTrainedTokenizerBas
     places(ids_of(gemma_tokenizer, document), [w[1:].tolist() for w in found])
     with pytest.raises(PopcompileError, match="leaves none for text"):
         windows(gemma_tokenizer, [document], 5, 1, 0, "test")
+
+
+# --- parts of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "decides", "fit", "held_out", "lists"),
+    [
+        (24, True, 24, 12, 28),
+        (24, False, 24, 3, 7),
+        (8, False, 8, 2, 4),
+        (40, False, 40, 5, 11),
+        (900, True, None, 6, 28),  # there are some 49: an eighth decides, and an eighth measures
+        (900, False, None, 6, 14),
+    ],
+)
+def test_parts_of_a_file(
+    texts: int,
+    decides: bool,
+    fit: int | None,
+    held_out: int,
+    lists: int,
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    """What was asked for is calibrated on; as much decides as ever; where nothing is to be decided less measures."""
+    prose = "\n\n".join(default_texts()["prose"])
+    file = write(tmp_path / "prose.txt", prose[: len(prose) // 2])
+    program: Any = SimpleNamespace(max_positions=8192)
+    parts = calibration_text(
+        str(file), program, lambda name: pytest.fail(name), smollm2_tokenizer, texts=texts, window=64, decides=decides
+    )
+    fitted = len(parts.calibration) if fit is None else fit + round(fit * 0.2)
+    assert [len(rows) for rows in (parts.calibration, parts.held_out, parts.unseen)] == [fitted, held_out, held_out]
+    assert (parts.held_out is parts.unseen) == (not decides)
+    assert parts.retrieval_held_out is not None and parts.retrieval_unseen is not None
+    assert len(parts.retrieval_held_out.rows) == len(parts.retrieval_unseen.rows) == lists
+    assert (parts.retrieval_held_out is parts.retrieval_unseen) == (not decides)
+    kept = [parts.held_out, parts.unseen] if decides else [parts.unseen]
+    rows = [tuple(row) for part in (parts.calibration, *kept) for row in part.tolist()]
+    assert len(set(rows)) == len(rows)
