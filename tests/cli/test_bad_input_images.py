@@ -122,7 +122,7 @@ CONFIGS: dict[str, tuple[str, Callable[[dict], object], str]] = {
     "patch of words": (
         "preprocessor_config.json",
         lambda c: c.update(patch_size="8"),
-        "image processor: patch_size is '8', not",
+        'image processor: patch_size is "8", not an integer',
     ),
     "no sizes": ("preprocessor_config.json", lambda c: c.update(size="big"), "image processor cannot be"),
 }

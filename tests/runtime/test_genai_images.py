@@ -190,7 +190,7 @@ def processed(package: Path, folder: Path, questions: Sequence[Sequence[Path]]) 
 
 def test_pictures_from_files(unified_package: Path, tmp_path: Path) -> None:
     """Enlarged, reduced and as they are; two of different size, which genai pads in between; and none."""
-    sizes = [(64, 64), (32, 16), (10, 12), (96, 28)]
+    sizes = [(64, 64), (32, 16), (10, 12), (144, 40)]
     pictures = [draw_picture(tmp_path / f"{w}-{h}.png", w, h) for w, h in sizes]
     questions = [*([picture] for picture in pictures), [pictures[0]] * 2, [pictures[3], pictures[2]], []]
     *alone, equal, different, none = processed(unified_package, tmp_path, questions)
