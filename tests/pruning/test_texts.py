@@ -215,5 +215,5 @@ def test_parts_of_a_file(
     assert len(parts.retrieval_held_out.rows) == len(parts.retrieval_unseen.rows) == lists
     assert (parts.retrieval_held_out is parts.retrieval_unseen) == (not decides)
     kept = [parts.held_out, parts.unseen] if decides else [parts.unseen]
-    rows = [tuple(row) for part in (parts.calibration, *kept) for row in part.tolist()]
+    rows = [tuple(row) for part in (parts.calibration, *kept) for row in part.ids.tolist()]
     assert len(set(rows)) == len(rows)
