@@ -48,7 +48,7 @@ _INPUTS = {"GroupQueryAttention": 7, "MatMulNBits": 3, "Div": 2, "Mod": 2, "Loop
 
 
 #: inputs with a row for every token, or patch
-_COUNTED = ("input_ids", "attention_mask", "pixel_values")
+_COUNTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values", "image_features")
 
 #: blocks of a Loop, at most, where they are not counted by tokens
 _STEPS = 1 << 16
@@ -295,6 +295,8 @@ def _counts_tokens(name: str, made: Mapping[str, Any], depth: int = 16) -> bool:
         return False
     if maker.op_type == "Shape":
         return maker.input[0] in _COUNTED or maker.input[0].startswith("past_key_values.")
+    if maker.op_type == "Size":
+        return maker.input[0] == "attention_mask"
     counts = [_counts_tokens(i, made, depth - 1) for i in maker.input]
     if maker.op_type == "Div":
         return counts[0] and _is_positive(maker.input[1], made, depth - 1)
