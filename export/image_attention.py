@@ -7,7 +7,8 @@
 
 key and value are the cache with the new tokens in it. An image is a run of tokens that see beyond themselves: its last
 token does not, and is right already. `stop` is behind that one. `low` is 0, or where the sliding window of the first
-query begins; those of the others are a bias. A prompt without images runs nothing in the loop and scatters nothing, in
+query begins; those of the others are a bias, for which a provider's kernels may want more keys than there are, hidden
+ones (Provider.key_multiple). A prompt without images runs nothing in the loop and scatters nothing, in
 place, and a single token never sees beyond itself.
 
 A head of MultiHeadAttention has keys of its own, so the heads that share some are folded into queries. Images come one
@@ -40,15 +41,19 @@ def forget_images(model: ir.Model) -> None:
         RemoveUnusedNodesPass()(model)
 
 
-def attend_to_images(model: ir.Model) -> bool:
-    """Rewrite the attention of images of a graph for several tokens, in place; returns whether it has any."""
+def attend_to_images(model: ir.Model, key_multiple: int) -> bool:
+    """Rewrite the attention of images of a graph for several tokens, in place; returns whether it has any.
+
+    key_multiple: what divides the number of keys of attention with a bias.
+    """
     found = _image_attention(model.graph)
     if not found:
         return False
     emitters = Emitters(model.graph, "image")
-    slots = emitters.emitter("/images")
-    every = slots("Range", 0, slots("Squeeze", slots("Shape", mask_input(model.graph), start=1, end=2)), 1)
-    model.graph.insert_before(model.graph[0], slots.nodes)
+    first = emitters.emitter("/images")
+    total = first("Shape", mask_input(model.graph), start=1, end=2)
+    slots = first("Range", 0, first("Squeeze", first("Add", total, [key_multiple - 1])), 1)
+    model.graph.insert_before(model.graph[0], first.nodes)
     sets: dict[tuple[ir.Value | None, ...], _Images] = {}  # among all tokens, and among the tails
     for node in found:
         key = tuple(node.inputs[4:6])
@@ -57,7 +62,8 @@ def attend_to_images(model: ir.Model) -> bool:
             sets[key] = _Images(shared, mask_input(model.graph), *key)
             model.graph.insert_before(node, shared.nodes)
         emit = emitters.emitter(str(node.name))
-        rewrite(model.graph, [node], emit, [_Attention(node, emitters, sets[key], every).emit(emit)])
+        attention = _Attention(node, emitters, sets[key], slots, key_multiple)
+        rewrite(model.graph, [node], emit, [attention.output(emit)])
     return True
 
 
@@ -92,10 +98,11 @@ def _found(emit: Emitter, places: ir.Value) -> ir.Value:
 
 
 class _Attention:
-    """One layer's. slots: 0, 1, ... [T]."""
+    """One layer's. slots: 0, 1, ..., as many as there are keys at most."""
 
-    def __init__(self, node: ir.Node, emitters: Emitters, images: _Images, slots: ir.Value) -> None:
-        self.node, self.emitters, self.images, self.slots = node, emitters, images, slots
+    def __init__(self, node: ir.Node, emitters: Emitters, images: _Images, slots: ir.Value, key_multiple: int) -> None:
+        self.node, self.emitters, self.images = node, emitters, images
+        self.slots, self.key_multiple = slots, key_multiple
         self.out, self.query, key, value, self.positions, _, *self.tables = node.inputs
         self.cache = (key, value)
         self.heads, self.kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
@@ -104,7 +111,7 @@ class _Attention:
         self.head_size = self.width // self.heads
         self.dtype = node.outputs[0].dtype
 
-    def emit(self, emit: Emitter) -> ir.Value:
+    def output(self, emit: Emitter) -> ir.Value:
         """The output [B, S, heads x head size], with the images' rows."""
         none = emit("Slice", emit("Reshape", self.out, [-1, self.width]), [0], [0], [0])
         rows = emit("Loop", self.images.count, True, none, body=self._body())
@@ -130,31 +137,45 @@ class _Attention:
         place = emit("Gather", self.images.places, number, axis=0)
         row, begin, count, position, stop = emit("Split", place, [1] * 5, outputs=5, axis=0)
 
-        def part(x: ir.Value, begin: ir.Value, end: ir.Value, axis: int) -> ir.Value:
-            """Of x [B, ...] the image's row, [begin, end) along an axis."""
-            made: ir.Value = emit("Slice", emit("Slice", x, begin, end, [axis]), row, emit("Add", row, [1]), [0])
+        def of_row(x: ir.Value) -> ir.Value:
+            """The image's row [1, ...] of x [B, ...]."""
+            made: ir.Value = emit("Slice", x, row, emit("Add", row, [1]), [0])
             return made
 
         end = emit("Add", begin, count)
-        query, positions = (part(x, begin, end, 1) for x in (self.query, self.positions))
+        query, positions = (of_row(emit("Slice", x, begin, end, [1])) for x in (self.query, self.positions))
         query.type, query.shape = self.node.outputs[0].type, ir.Shape([1, None, self.width])
         if self.tables:
             query = rotate(emit, query, positions, self.tables, self.heads, self.head_size)
-        low = emit("Max", emit("Sub", position, [self.window - 1]), [0]) if self.window else [0]
-        keys = (part(cached, low, stop, 2) for cached in self.cache)
-        bias = self._bias(emit, positions, emit("Slice", self.slots, low, stop, [0])) if self.window else None
-        scale = self.node.attributes["scale"].as_float()
+        if self.window:
+            slots = self._near(emit, position, stop)
+            near = emit("Min", slots, emit("Sub", stop, [1]))
+            keys = [of_row(emit("Gather", cached, near, axis=2)) for cached in self.cache]
+            bias = self._bias(emit, positions, slots, stop)
+        else:
+            keys = [of_row(emit("Slice", cached, [0], stop, [2])) for cached in self.cache]
+            bias = None
         attended = emit(
             "MultiHeadAttention", self._fold(emit, query), *keys, None, None, bias,
-            domain=CONTRIB, num_heads=self.kv_heads, scale=scale,
+            domain=CONTRIB, num_heads=self.kv_heads, scale=self.node.attributes["scale"].as_float(),
         )  # fmt: skip
         return self._unfold(emit, attended)
 
-    def _bias(self, emit: Emitter, positions: ir.Value, slots: ir.Value) -> ir.Value:
-        """What hides keys at slots [T] from folded queries, of positions [1, n], by a window: [1, 1, n x group, T]."""
+    def _near(self, emit: Emitter, position: ir.Value, stop: ir.Value) -> ir.Value:
+        """Slots [T] from the window of a query at `position` on, up to `stop` and as many more as kernels ask for."""
+        low = emit("Max", emit("Sub", position, [self.window - 1]), [0])
+        more = emit("Mod", emit("Sub", low, stop), [self.key_multiple])
+        slots: ir.Value = emit("Slice", self.slots, low, emit("Add", stop, more), [0])
+        return slots
+
+    def _bias(self, emit: Emitter, positions: ir.Value, slots: ir.Value, stop: ir.Value) -> ir.Value:
+        """What hides keys at slots [T] from folded queries at positions [1, n], of [1, 1, n x group, T] scores.
+
+        Those behind a query's window, and from `stop` on.
+        """
         each = emit("Expand", emit("Reshape", positions, [-1, 1]), [1, self.group])
         least = emit("Sub", emit("Reshape", each, [1, 1, -1, 1]), [self.window])
-        seen = emit("Greater", slots, least)
+        seen = emit("And", emit("Greater", slots, least), emit("Less", slots, stop))
         bias: ir.Value = emit("Cast", emit("Where", seen, 0, _HIDDEN), to=int(self.dtype))
         return bias
 

@@ -39,7 +39,7 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
     models = {}
     for stage in stages:
         model = decode.clone() if stage == "decode" else _written(program, stage)
-        if attend_to_prompts(model, chosen.query_block) | attend_to_images(model):
+        if attend_to_prompts(model, chosen.query_block) | attend_to_images(model, chosen.key_multiple):
             model = choose_by_tokens(one.clone(), model)
         if not chosen.fp16_products:
             widen_products(model)

@@ -290,9 +290,10 @@ def test_dropped_layers() -> None:
 # --- in ONNX Runtime ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pruned", "window"), [((1,), 1), ((0, 2), 9)])
-def test_onnx_is_the_model(pruned: tuple[int, ...], window: int, tmp_path: Path) -> None:
-    require_onnx(SMALL, pruned, window, tmp_path)
+@pytest.mark.parametrize(("pruned", "window", "provider"), [((1,), 1, "cpu"), ((0, 2), 9, "cpu"), ((0, 2), 9, "cuda")])
+def test_onnx_is_the_model(pruned: tuple[int, ...], window: int, provider: str, tmp_path: Path) -> None:
+    """Graphs for CUDA as well: they attend to more keys than there are, whose number its kernels ask for."""
+    require_onnx(SMALL, pruned, window, tmp_path, provider)
 
 
 @pytest.mark.slow
@@ -311,12 +312,14 @@ def test_onnx_of_other_shapes(changes: dict[str, int], pruned: tuple[int, ...], 
     require_onnx(CompiledDecoder(gemma3(3, **changes)), pruned, window, tmp_path)
 
 
-def require_onnx(decoder: CompiledDecoder, pruned: tuple[int, ...], window: int, folder: Path) -> None:
+def require_onnx(
+    decoder: CompiledDecoder, pruned: tuple[int, ...], window: int, folder: Path, provider: str = "cpu"
+) -> None:
     """Both graphs of a split package are transformers' model, and its pruned prefill, and go on after it.
 
     Of prompts of one and of several blocks of attention. Heads may be wider in the cache, for kernels need it.
     """
-    sessions, program = decoder.sessions(folder, pruned, window), decoder.lowered(pruned, window)
+    sessions, program = decoder.sessions(folder, pruned, window, provider), decoder.lowered(pruned, window)
     size = decoder.model.config.text_config.head_dim
     for parts in (*PROMPTS.values(), LONG):
         prompt = make_prompt(parts)
@@ -366,7 +369,7 @@ def test_a_token_computes_nothing_for_images() -> None:
 
 def test_a_package_may_have_these_graphs(tmp_path: Path) -> None:
     """What graph_check looks at: operators, their attributes, and that loops end."""
-    SMALL.sessions(tmp_path, (1,), 9)
+    SMALL.sessions(tmp_path, (1,), 9, "cuda")
     manifest = SimpleNamespace(
         num_kv_heads=2, head_size=16, weights="weights.onnx.data",
         files={"weights.onnx.data": {"size": (tmp_path / "weights.onnx.data").stat().st_size}},

@@ -57,10 +57,12 @@ class CompiledDecoder:
         """A stage's graph with weights."""
         return self.with_weights(self.compiled(pruned, window), stage)
 
-    def sessions(self, folder: Path, pruned: Sequence[int], window: int = 1) -> dict[str, onnxruntime.InferenceSession]:
-        """Both graphs of a split package."""
+    def sessions(
+        self, folder: Path, pruned: Sequence[int], window: int = 1, provider: str = "cpu"
+    ) -> dict[str, onnxruntime.InferenceSession]:
+        """Both graphs of a split package for a provider, on the CPU."""
         program = self.lowered(pruned, window)
-        models = to_onnx(program, ["prefill", "decode"], "cpu")
+        models = to_onnx(program, ["prefill", "decode"], provider)
         write_weights(folder / "weights.onnx.data", models, program, self.model.state_dict().__getitem__)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
