@@ -35,7 +35,7 @@ def forget_images(model: ir.Model) -> None:
     """Leave out, in place, what a graph computes for images: for single tokens, which see nothing beyond themselves."""
     found = _image_attention(model.graph)
     for node in found:
-        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        ir.convenience.replace_all_uses_with(node.outputs[0], _inputs(node)[0])
         model.graph.remove(node, safe=True)
     if found:
         RemoveUnusedNodesPass()(model)
@@ -54,12 +54,13 @@ def attend_to_images(model: ir.Model, key_multiple: int) -> bool:
     total = first("Shape", mask_input(model.graph), start=1, end=2)
     slots = first("Range", 0, first("Squeeze", first("Add", total, [key_multiple - 1])), 1)
     model.graph.insert_before(model.graph[0], first.nodes)
-    sets: dict[tuple[ir.Value | None, ...], _Images] = {}  # among all tokens, and among the tails
+    sets: dict[tuple[ir.Value, ir.Value], _Images] = {}  # among all tokens, and among the tails
     for node in found:
-        key = tuple(node.inputs[4:6])
+        _, _, _, _, positions, ends, *_ = _inputs(node)
+        key = (positions, ends)
         if key not in sets:
             shared = emitters.emitter(f"/images_{len(sets)}")
-            sets[key] = _Images(shared, mask_input(model.graph), *key)
+            sets[key] = _Images(shared, mask_input(model.graph), positions, ends)
             model.graph.insert_before(node, shared.nodes)
         emit = emitters.emitter(str(node.name))
         attention = _Attention(node, emitters, sets[key], slots, key_multiple)
@@ -69,6 +70,11 @@ def attend_to_images(model: ir.Model, key_multiple: int) -> bool:
 
 def _image_attention(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if f"{node.domain}::{node.op_type}" == IMAGE_ATTENTION]
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    """All of them: none is left out."""
+    return [value for value in node.inputs if value is not None]
 
 
 class _Images:
@@ -103,13 +109,15 @@ class _Attention:
     def __init__(self, node: ir.Node, emitters: Emitters, images: _Images, slots: ir.Value, key_multiple: int) -> None:
         self.node, self.emitters, self.images = node, emitters, images
         self.slots, self.key_multiple = slots, key_multiple
-        self.out, self.query, key, value, self.positions, _, *self.tables = node.inputs
+        self.out, self.query, key, value, self.positions, _, *self.tables = _inputs(node)
         self.cache = (key, value)
         self.heads, self.kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
         self.window = node.attributes.get_int("local_window_size", 0)
         self.width = width_of(node.outputs[0], 2)
         self.head_size = self.width // self.heads
-        self.dtype = node.outputs[0].dtype
+        dtype = node.outputs[0].dtype
+        assert dtype is not None
+        self.dtype = dtype
 
     def output(self, emit: Emitter) -> ir.Value:
         """The output [B, S, heads x head size], with the images' rows."""
@@ -122,8 +130,7 @@ class _Attention:
         """The body of a Loop over images: (image, cond, rows before) -> (cond, those and the image's [n, width])."""
         emit = self.emitters.emitter(f"{self.node.name}/image")
 
-        def state(name: str, dtype: ir.DataType | None, sizes: Sequence[int | None]) -> ir.Value:
-            assert dtype is not None
+        def state(name: str, dtype: ir.DataType, sizes: Sequence[int | None]) -> ir.Value:
             return ir.Value(name=f"{emit.prefix}/{name}", type=ir.TensorType(dtype), shape=ir.Shape(sizes))
 
         number, go_on = state("number", ir.DataType.INT64, []), state("go_on", ir.DataType.BOOL, [])

@@ -10,7 +10,7 @@ prompt that has some, before the model is traced, and tried on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -71,18 +71,18 @@ def causal_mask(*_: Any, mask_function: Rule, config: PretrainedConfig, **__: An
         return Mask(config.model_type, _window(mask_function), mask_function)
 
 
-def image_masks(model: PreTrainedModel) -> Mapping[str, Mask]:
+def image_masks(model: PreTrainedModel) -> dict[str, Mask]:
     """What a model that is told its tokens' types takes as its mask: a `Mask` for each type of layers.
 
     Raises PopcompileError where its tokens of an image see something else than all of it, beside what text sees: for
     images of `mm_tokens_per_image` tokens. Before transformers 5.15 a larger one than the window was seen beyond it.
     """
+    make: Any = model.create_masks_for_generate
     with disable_current_modes():
         is_image = _prompt_with_images(getattr(model.config, "mm_tokens_per_image", 256))
-        arguments = dict.fromkeys(("attention_mask", "position_ids", cache_argument(model.create_masks_for_generate)))
-        masks = model.create_masks_for_generate(
+        masks = make(
             config=model.config, inputs_embeds=torch.empty(1, len(is_image), 1), token_type_ids=is_image.long()[None],
-            **arguments,
+            attention_mask=None, position_ids=None, **{cache_argument(make): None},
         )  # fmt: skip
         found = {kind: _window(mask.rule, is_image) for kind, mask in masks.items()} if isinstance(masks, dict) else {}
     if not found or None in found.values():

@@ -39,7 +39,7 @@ _FEATURES = "deepstack_visual_embeds"
 _TYPES = "token_type_ids"
 #: what the modules of a vision-language model may be given. Whatever else they take would change what is computed.
 _UNDERSTOOD = {
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "kwargs",
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache",
     "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "labels",
     "logits_to_keep",
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "rope_deltas",
@@ -108,7 +108,7 @@ class Embeddings(TokenInputs):
         #: of M-RoPE's positions, as the model that was built has them; 0 where a token's position is its slot
         self.axes = 0
         #: by type of layer, of a model that sees its images in both directions
-        self.masks: Mapping[str, Mask] = {}
+        self.masks: dict[str, Mask] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,8 +124,8 @@ class Embeddings(TokenInputs):
         model = AutoModelForImageTextToText.from_config(config, **options)
         decoder = self.decoder(model)
         for module in (model, decoder):
-            other = sorted(set(inspect.signature(module.forward).parameters) - _UNDERSTOOD)
-            if other:
+            named = (p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD)
+            if other := sorted({p.name for p in named} - _UNDERSTOOD):
                 raise PopcompileError(f"{type(module).__name__} takes {other[0]}, which is not supported; {SUPPORTED}")
         if _TYPES in inspect.signature(model.forward).parameters:
             self.masks = image_masks(model)
@@ -158,7 +158,7 @@ class Embeddings(TokenInputs):
     def logits(self, model: PreTrainedModel, given: list[Tensor], slots: Tensor, cache: Any) -> Tensor:
         embeddings, _, *position_ids = given
         own, *rest = embeddings.split(self.hidden, dim=2) if self.width > self.hidden else (embeddings,)
-        features = rest[: self.features]
+        features: list[Tensor] = rest[: self.features]
         named: dict[str, Any] = {cache_argument(model.forward): cache}
         if self.masks:
             named["attention_mask"] = self.masks
