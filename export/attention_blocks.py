@@ -20,9 +20,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from popcompile.passes.onnx_ops import CONTRIB
-
-from .attention_graph import END, Emitter, Shared, choose, like, width_of
+from .attention_graph import END, Emitter, Shared, choose, like, rotate, width_of
 
 _INT32, _INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 
@@ -136,9 +134,7 @@ class _WindowBlocks(_Blocks):
             query.type, query.shape = self.attention.outputs[0].type, ir.Shape([None, None, width])
         nothing = emit("Slice", key, [0], [0], [1])
         if self.tables:
-            rotated = 2 * width_of(self.tables[0], 1)
-            sizes = {"num_heads": kv_heads, "rotary_embedding_dim": rotated if rotated < head_size else 0}
-            key = emit("RotaryEmbedding", key, self.shared.before, *self.tables, domain=CONTRIB, **sizes)
+            key = rotate(emit, key, self.shared.before, self.tables, kv_heads, head_size)
         self.written = []
         for past, new in zip(self.past, (key, value), strict=True):
             split = emit("Reshape", new, [0, 0, kv_heads, head_size])

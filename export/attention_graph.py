@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
+from popcompile.passes.onnx_ops import CONTRIB
+
 from .inputs import mask_input, tokens_input
 
 END = 2**62  # of a Slice: as far as there is something
@@ -43,7 +45,28 @@ class Cut(NamedTuple):
     last: ir.Value
 
 
-class Shared:
+class Emitters:
+    """Emitters for the parts of a graph, which share its constants. name: of these."""
+
+    def __init__(self, graph: ir.Graph, name: str) -> None:
+        self.graph, self._name = graph, name
+        self._constants: dict[str, ir.Value] = {}
+
+    def emitter(self, prefix: str) -> Emitter:
+        return Emitter(prefix, self._constant)
+
+    def _constant(self, value: Any) -> ir.Value:
+        if (constant := self._constants.get(repr(value))) is None:
+            tensor = ir.tensor(value, dtype=ir.DataType.BOOL if isinstance(value, bool) else ir.DataType.INT64)
+            shape = ir.Shape([len(value)] if isinstance(value, list) else [])
+            name = f"{self._name}_constant_{len(self._constants)}"
+            constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self.graph.register_initializer(constant)
+            self._constants[repr(value)] = constant
+        return constant
+
+
+class Shared(Emitters):
     """What all layers need, computed once.
 
     batch, tokens, before, after: B, S, T - S and T, [1] each. cuts: for attention with a window, and without.
@@ -51,8 +74,7 @@ class Shared:
     """
 
     def __init__(self, graph: ir.Graph, block: int, windows: set[bool], tails: bool = False) -> None:
-        self.graph = graph
-        self._constants: dict[str, ir.Value] = {}
+        super().__init__(graph, "attention")
         emit = self.emitter("/attention")
         ids, mask = tokens_input(graph), mask_input(graph)
         self.tokens = emit("Shape", ids, start=1, end=2)
@@ -74,19 +96,6 @@ class Shared:
         size = emit("Where", emit("Equal", self.batch, [1]), size, self.tokens)
         whole = emit("Div", emit("Sub", self.tokens, [1]), size)
         return Cut(size, emit("Squeeze", whole), emit("Mul", whole, size))
-
-    def emitter(self, prefix: str) -> Emitter:
-        return Emitter(prefix, self._constant)
-
-    def _constant(self, value: Any) -> ir.Value:
-        if (constant := self._constants.get(repr(value))) is None:
-            tensor = ir.tensor(value, dtype=ir.DataType.BOOL if isinstance(value, bool) else ir.DataType.INT64)
-            shape = ir.Shape([len(value)] if isinstance(value, list) else [])
-            name = f"attention_constant_{len(self._constants)}"
-            constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-            self.graph.register_initializer(constant)
-            self._constants[repr(value)] = constant
-        return constant
 
     def write(self, emit: Emitter, past: ir.Value | None, new: ir.Value | None) -> ir.Value:
         """A cache with new entries [B, kv heads, S, head size] at slots [before, after)."""
@@ -127,6 +136,16 @@ def like(emit: Emitter, attention: ir.Node, *inputs: ir.Value | None) -> Any:
     """The same operator with other inputs: output, present key, present value."""
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
     return emit(attention.op_type, *inputs, outputs=3, domain=attention.domain, **attributes)
+
+
+def rotate(
+    emit: Emitter, x: ir.Value, positions: ir.Value, tables: Sequence[ir.Value], heads: int, head_size: int
+) -> ir.Value:
+    """RoPE of x [B, S, heads x head size]; positions [B, S], or [1] of the first token of every row."""
+    rotated = 2 * width_of(tables[0], 1)
+    sizes = {"num_heads": heads, "rotary_embedding_dim": rotated if rotated < head_size else 0}
+    made: ir.Value = emit("RotaryEmbedding", x, positions, *tables, domain=CONTRIB, **sizes)
+    return made
 
 
 def width_of(value: ir.Value | None, dimension: int) -> int:

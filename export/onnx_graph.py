@@ -14,6 +14,7 @@ from popcompile.passes.graph import inputs_of, is_size
 from .branches import choose_by_tokens
 from .cached_attention import attend_to_prompts
 from .foreign import write_foreign
+from .image_attention import attend_to_images, forget_images
 from .io_names import IMAGE_OUTPUTS, input_names, output_names
 from .operators import RULES
 from .providers import PROVIDERS
@@ -33,11 +34,12 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
     chosen = PROVIDERS[provider]
     decode = _written(program, "decode")
     one = decode.clone()
+    forget_images(one)
     attend_to_prompts(one, None)  # one token needs none of it but for entries that no attention reads
     models = {}
     for stage in stages:
         model = decode.clone() if stage == "decode" else _written(program, stage)
-        if attend_to_prompts(model, chosen.query_block):
+        if attend_to_prompts(model, chosen.query_block) | attend_to_images(model, chosen.key_multiple):
             model = choose_by_tokens(one.clone(), model)
         if not chosen.fp16_products:
             widen_products(model)

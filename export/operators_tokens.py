@@ -176,3 +176,27 @@ def _replace_sink(w: Writer, node: fx.Node) -> Any:
         lambda: w("Unsqueeze", w("Equal", w[positions], w.constant(0), dtype=torch.bool), w.constant([-1])),
     )
     return w("Where", first, w[sink], w[x], dtype=dtype_of(node))
+
+
+def _columns(w: Writer, x: ir.Value, start: int, end: int) -> ir.Value:
+    """x[:, start:end]."""
+    part: ir.Value = w("Slice", x, w.constant([start]), w.constant([end]), w.constant([1]))
+    part.shape = None
+    return part
+
+
+@rule(ops.image_ends)
+def _image_ends(w: Writer, node: fx.Node) -> Any:
+    """Images in their order: those before a token are counted, and the last token of each is looked up."""
+    is_image, positions = (w[argument] for argument in node.args[:2])
+    limit = w("Unsqueeze", _valid(w, node.args[2]), w.constant([1]))
+    image = w("And", is_image, w("Less", positions, limit, dtype=torch.bool))
+    none = w("Expand", w.constant(False, torch.bool), w("Concat", w.dimension(node, 0), w.constant([1]), axis=0))
+    before = w("Concat", none, _columns(w, image, 0, -1), axis=1)
+    behind = w("Concat", _columns(w, image, 1, 2**62), none, axis=1)
+    first, last = (w("And", image, w("Not", beside)) for beside in (before, behind))
+    counted = w("CumSum", w("Reshape", w.cast(first, torch.int64), w.constant([-1])), w.constant(0))
+    number = w("Sub", w("Reshape", counted, w.sizes_of(positions)), w.constant(1))
+    ends = w("GatherND", positions, w("Transpose", w("NonZero", last, dtype=torch.int64), perm=[1, 0]))
+    ends = w("Concat", ends, w.constant([0]), axis=0)  # for text before the first image, whose number is -1
+    return w("Where", image, w("Gather", ends, number), positions, dtype=torch.int64)

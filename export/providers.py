@@ -17,6 +17,7 @@ class Provider:
     dtypes: of activations, those that GroupQueryAttention has kernels for; the first one is the default, and what is
     multiplied with quantized weights. genai_options: provider_options of a session in genai_config.json.
     query_block: queries that the attention of a long prompt takes at a time, at least (attention_blocks.py); None: all.
+    key_multiple: what divides the number of keys that MultiHeadAttention takes with a bias (image_attention.py).
     accuracy_level: MatMulNBits' attribute, 4 lets it multiply in int8, which the CPU's kernels are made for.
     int8_products: whether there are kernels for w8a8 (passes/quantize_dynamic.py).
     fp16_products: whether MatMul has a kernel for fp16 (widen_products.py).
@@ -31,6 +32,7 @@ class Provider:
     libraries: tuple[str, ...] = ()
     genai_options: list[dict[str, Any]] = field(default_factory=list)
     query_block: int | None = None
+    key_multiple: int = 1
     accuracy_level: int = 0
     int8_products: bool = False
     fp16_products: bool = True
@@ -64,6 +66,8 @@ PROVIDERS = {
         gpu=True,
         libraries=("shared", "cuda"),
         genai_options=[{"cuda": {}}],
+        # of CUTLASS' attention: "attn_bias is not correctly aligned"
+        key_multiple=8,
         # flash attention's; what falls back from it is not tested
         attention={"head_multiple": 8, "max_head_size": 256},
     ),

@@ -3,7 +3,7 @@
 Matrix products are counted by torch.utils.flop_counter's formulas (2 x multiply-adds); in a mixture of experts, those
 of the experts that a token is given to. Attention is counted by its formula too, scaled to the (query, key) pairs that
 the causal mask and the sliding window leave: a query at position p of a full layer reads p + 1 keys. Element-wise work
-is not counted (below 1% in a decoder).
+is not counted (below 1% in a decoder), and neither is what tokens of an image see of it behind them.
 
 Of a vision tower, whose attention is counted whole, `total` is the number of patches of an image.
 
@@ -86,7 +86,7 @@ def node_flops(node: fx.Node, sizes: dict[sympy.Symbol, int], total: int) -> int
     if formula is not None:
         return formula(node, shape, total)
     counted_by_torch = getattr(node.target, "overloadpacket", None) in flop_registry
-    if counted_by_torch or (name is not None and name not in _ELEMENT_WISE):
+    if counted_by_torch or (name is not None and name not in _NOT_COUNTED):
         raise ContractError(f"{name or node.target} has no formula for its FLOPs (passes/flops.py)")
     return 0
 
@@ -157,10 +157,10 @@ _OF_ONNX: dict[str, _Formula] = {
     "QMoE": _lowered_experts,
     "GroupQueryAttention": _lowered_attention,
 }
-#: operators of ONNX that passes make and that are not counted
-_ELEMENT_WISE = {
+#: operators of ONNX that passes make and that are not counted: element by element, or of images alone
+_NOT_COUNTED = {
     "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RotaryEmbedding", "QuantizeLinear",
-    "GatherBlockQuantized",
+    "GatherBlockQuantized", "ImageAttention",
 }  # fmt: skip
 
 

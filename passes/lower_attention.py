@@ -8,6 +8,12 @@
 The operator takes and returns [B, S, heads x head size], so the transposes around attention go away. It counts valid
 keys with seqlens_k [B] (position of the last query) from the left, as our positions do, and rotates queries and new
 keys itself; where it cannot (_rotates), RoPE is lowered on its own in the same layout.
+
+It is causal. Where tokens of an image see all of it, their rows are computed apart, by an operator that is none of
+ONNX Runtime's: export/image_attention.py says what it is made of.
+
+    attention(.., ends)   => GroupQueryAttention, then ImageAttention(out, q, present_k, present_v, positions, ends)
+
 Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftgroupqueryattention
 """
 
@@ -24,7 +30,7 @@ from . import ops
 from .base import Pass
 from .graph import emit, emit_sizes, find, mask_of, replace, shape_of, value_of
 from .lower_rotary_embedding import emit_rotary
-from .onnx_ops import CONTRIB, emit_onnx_multi
+from .onnx_ops import CONTRIB, IMAGE_ATTENTION, emit_onnx, emit_onnx_multi
 
 aten = torch.ops.aten
 
@@ -38,6 +44,8 @@ class LowerAttention(Pass):
                 assert isinstance(cache, fx.Node)
                 self.check(cache.target in (ops.append_kv, ops.write_kv), f"{node.name} reads no cache of its own")
             self.check(_counts_tokens(node.args[3]), f"{node.name}'s positions are not those of the new tokens")
+            plain = node.args[6] == 0.0 and len(node.args) == 7
+            self.check(plain or "ends" not in node.kwargs, f"{node.name} of images has sinks, or caps its scores")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         lowering = _Lowering(graph_module)
@@ -130,6 +138,11 @@ class _Lowering:
                 like=node,
             )
             out, new_key, new_value = (emit(self.graph, operator.getitem, fused, i, like=node) for i in range(3))
+            ends: Any = node.kwargs.get("ends")
+            if ends is not None and positions.target != ops.select_boundary:  # nobody is behind the boundary token
+                inputs = [out, flat[0], new_key, new_value, positions, ends, *tables]
+                shape = [self.batch, queries, heads * head_size]
+                out = emit_onnx(self.graph, IMAGE_ATTENTION, inputs, attributes, shape=shape, dtype=dtype, like=node)
             self._replace_output(node, out, queries, heads, head_size)
         replace(key_cache, new_key)
         replace(value_cache, new_value)

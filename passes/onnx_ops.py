@@ -17,6 +17,8 @@ from .graph import emit
 
 #: ONNX Runtime's own operators
 CONTRIB = "com.microsoft"
+#: our own, which export takes apart: attention's output [B, S, heads x head size] with the rows of images put in
+IMAGE_ATTENTION = "popcompile::ImageAttention"
 
 
 def emit_onnx(

@@ -209,14 +209,14 @@ def write_kv_reference(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
 write_kv = operator("write_kv(Tensor cache, Tensor new, Tensor positions) -> Tensor", _like_first)(write_kv_reference)
 
 
-def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, *_: object, ends: Tensor | None = None) -> Tensor:
     batch, heads, queries, _ = query.shape
     return query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
 
 
 @operator(
     "attention(Tensor query, Tensor key, Tensor value, Tensor positions, float scale, int window, float softcap,"
-    " Tensor? sinks=None) -> Tensor",
+    " Tensor? sinks=None, *, Tensor? ends=None) -> Tensor",
     _attention_shape,
 )
 def attention(
@@ -228,16 +228,19 @@ def attention(
     window: int,
     softcap: float,
     sinks: Tensor | None = None,
+    *,
+    ends: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention over a cache.
 
     query [B, H, S, D] at positions [B, S]; key, value [B, G, T, D] with slot = position. window > 0 limits a query
     to the last `window` positions, itself included (sliding window); softcap > 0 caps scores at ±softcap (Gemma 2).
-    sinks [H]: scores of a key without a value, one for each head (gpt-oss).
+    sinks [H]: scores of a key without a value, one for each head (gpt-oss). ends [B, S]: the last slot that a query
+    sees, by default its own position; of image_ends where tokens of an image see all of it (Gemma 3).
     Returns [B, H, S, D], in memory as [B, S, H, D], which is what modules go on with.
     """
     slots = torch.arange(key.shape[2], device=query.device)
-    visible = slots <= positions[:, :, None]
+    visible = slots <= (positions if ends is None else ends)[:, :, None]
     if window > 0:
         visible = visible & (slots > positions[:, :, None] - window)
     out = attend(query, key, value, visible[:, None], scale, softcap, sinks)
@@ -372,6 +375,23 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, 
     heads, size = query.shape[1:]
     q, k, v = (t.reshape(-1, int(length), heads, size).transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(query.shape)
+
+
+def _ends_shape(is_image: Tensor, positions: Tensor, attention_mask: Tensor) -> Tensor:
+    return torch.empty_like(positions)
+
+
+@operator("image_ends(Tensor is_image, Tensor positions, Tensor attention_mask) -> Tensor", _ends_shape)
+def image_ends(is_image: Tensor, positions: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last slot that each new token sees [B, S] int64: of an image's token that image's last, else its own.
+
+    is_image [B, S] bool, positions [B, S], attention_mask [B, T]. An image is a run of tokens that are one, as long as
+    it is among the new tokens; what is behind a row's last valid token is none.
+    """
+    image = is_image & (positions < attention_mask.to(torch.int64).sum(1)[:, None])
+    text = torch.where(image, positions[:, -1:] + 1, positions)  # beyond the row for an image's tokens
+    behind = text.flip(1).cummin(1).values.flip(1)  # the next token of text
+    return torch.where(image, behind - 1, positions)
 
 
 @operator("scatter_features(Tensor x, Tensor places, Tensor features) -> Tensor", _like_first)

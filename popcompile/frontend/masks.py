@@ -3,6 +3,9 @@
 They hand a mask's rule, a function of positions, to the implementation that is registered for it. While a model is
 traced nothing is masked yet: the rule is tried on numbers, and what stands for the mask says which window it is. A
 layer that takes a mask of any other rule is refused, whatever field of whichever config asks for it.
+
+Where tokens of images see all of their image (Gemma 3), rules depend on where images are. They are then made for a
+prompt that has some, before the model is traced, and tried on it.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from popcompile.errors import PopcompileError
-from popcompile.upstream import disable_current_modes
+from popcompile.passes import ops
+from popcompile.upstream import cache_argument, disable_current_modes
 
 #: a mask's rule: (batch index, head index, query position, key position) -> whether the query sees the key
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -28,11 +32,15 @@ SUPPORTED = "popcompile supports causal and sliding-window attention"
 class Mask:
     """Stands for a mask, and can only be handed on to attention."""
 
-    __slots__ = ("_model", "_window")
+    __slots__ = ("_model", "_window", "rule", "shows_images")
 
-    def __init__(self, model: str, window: int | None) -> None:
-        """window: as below, or None for a mask of another kind."""
+    def __init__(self, model: str, window: int | None, rule: Rule | None = None, *, shows_images: bool = False) -> None:
+        """window: as below, or None for a mask of another kind.
+
+        shows_images: whether tokens of an image see all of it, what is behind them too.
+        """
         self._model, self._window = model, window
+        self.rule, self.shows_images = rule, shows_images
 
     @property
     def window(self) -> int:
@@ -60,25 +68,66 @@ class Mask:
 def causal_mask(*_: Any, mask_function: Rule, config: PretrainedConfig, **__: Any) -> Mask:
     """transformers' mask interface: a `Mask` for the rule."""
     with disable_current_modes():
-        try:
-            window = _window(mask_function)
-        except Exception:  # a rule that reads more than positions: images, blocks, padding
-            window = None
-    return Mask(config.model_type, window)
+        return Mask(config.model_type, _window(mask_function), mask_function)
 
 
-def _window(rule: Rule) -> int | None:
-    """The window that a rule is, 0 for a causal one, None for neither."""
-    far = _seen(rule, torch.tensor([_FAR]), torch.arange(_FAR + 2))[0]
+def image_masks(model: PreTrainedModel) -> dict[str, Mask]:
+    """What a model that is told its tokens' types takes as its mask: a `Mask` for each type of layers.
+
+    Raises PopcompileError where its tokens of an image see something else than all of it, beside what text sees: for
+    images of `mm_tokens_per_image` tokens. Before transformers 5.15 a larger one than the window was seen beyond it.
+    """
+    make: Any = model.create_masks_for_generate
+    with disable_current_modes():
+        is_image = _prompt_with_images(getattr(model.config, "mm_tokens_per_image", 256))
+        masks = make(
+            config=model.config, inputs_embeds=torch.empty(1, len(is_image), 1), token_type_ids=is_image.long()[None],
+            attention_mask=None, position_ids=None, **{cache_argument(make): None},
+        )  # fmt: skip
+        found = {kind: _window(mask.rule, is_image) for kind, mask in masks.items()} if isinstance(masks, dict) else {}
+    if not found or None in found.values():
+        raise PopcompileError(
+            f"{type(model).__name__} sees its images by another rule than popcompile supports: an image's tokens see"
+            " all of it, and what is before it"
+        )
+    return {kind: Mask(model.config.model_type, window, shows_images=True) for kind, window in found.items()}
+
+
+def _prompt_with_images(size: int) -> Tensor:
+    """Where images of so many tokens are in a prompt of _FAR + 2, bool: two near its beginning, one near its end."""
+    is_image = torch.zeros(_FAR + 2, dtype=torch.bool)
+    for begin in (3, size + 5, _FAR - size - 8):
+        is_image[begin : begin + size] = True
+    return is_image
+
+
+def _window(rule: Rule, is_image: Tensor | None = None) -> int | None:
+    """The window that a rule is, 0 for a causal one, None for neither.
+
+    is_image: bool [_FAR + 2], the tokens of a prompt that are an image's and see all of it.
+    """
+    try:
+        return _found_window(rule, is_image)
+    except Exception:  # a rule that reads more than positions: images, blocks, padding
+        return None
+
+
+def _found_window(rule: Rule, is_image: Tensor | None) -> int | None:
+    """_window, or any exception for a rule that reads more than it is given."""
+    positions = torch.arange(_FAR + 2)
+    ends = positions
+    borders = positions[:0]
+    if is_image is not None:
+        ends = ops.image_ends(is_image[None], positions[None], torch.ones_like(positions)[None])[0]
+        borders = (is_image[1:] != is_image[:-1]).nonzero()[:, 0]
+    far = _seen(rule, torch.tensor([_FAR]), positions)[0]
     count = int(far.sum())
     window = count if count <= _FAR else 0
-    for queries, keys in (
-        (torch.tensor([_FAR - 1, _FAR]), torch.arange(_FAR + 2)),
-        (torch.arange(300), torch.arange(302)),
-        (window + torch.arange(-1, 2), torch.arange(window + 3)),
-    ):
-        query, key = queries[:, None], keys[None]
-        causal = (key <= query) & (key > query - (window or 2 * _FAR))
+    special = torch.cat((borders, borders + 1, window + torch.arange(-1, 2))).clamp(min=0)
+    for queries in (torch.tensor([_FAR - 1, _FAR]), torch.arange(300), *special.split(1)):
+        last = ends[queries]
+        keys = torch.arange(int(last.max()) + 2)
+        causal = (keys <= last[:, None]) & (keys > queries[:, None] - (window or 2 * _FAR))
         if not torch.equal(_seen(rule, queries, keys), causal):
             return None
     return window

@@ -17,7 +17,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -58,8 +58,17 @@ _IGNORED = {
     *("position_ids", "cache_position", "use_cache", "cache", "past_key_values", "output_attentions"),
     *("output_hidden_states", "output_router_logits", "return_dict", "deterministic", "target_dtype"),
 }
-#: the traced module's positions node, for the functions below that transformers calls without it
-_positions: list[torch.Tensor] = []
+
+
+class _Slots(NamedTuple):
+    """Of the new tokens, [B, S] each: their own in the cache, and the last that they see where that is another."""
+
+    positions: torch.Tensor
+    ends: torch.Tensor | None
+
+
+#: those of the traced module, for the functions below that transformers calls without them
+_slots: list[_Slots] = []
 
 
 def _attention(
@@ -81,17 +90,19 @@ def _attention(
     The window is the mask's, which is what attention does in transformers; `sliding_window` repeats it for kernels.
     s_aux: attention sinks [H].
     """
-    window = attention_mask.window if isinstance(attention_mask, Mask) else None
-    if window is None or is_causal is False:
+    window = attention_mask.window if isinstance(attention_mask, Mask) else 0
+    if not isinstance(attention_mask, Mask) or is_causal is False:
         raise PopcompileError(f"{type(module).__name__} takes a mask of its own, or none; {SUPPORTED}")
     unknown = [name for name, given in others.items() if name not in _IGNORED and given is not None]
     if unknown:
         raise PopcompileError(
             f"{type(module).__name__} gives attention {unknown[0]}, which is not supported; {SUPPORTED}"
         )
+    positions, ends = _slots[-1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = () if s_aux is None else (s_aux,)
-    out = ops.attention(query, key, value, _positions[-1], float(scale), window, float(softcap or 0.0), *sinks)
+    beyond = {"ends": ends} if attention_mask.shows_images else {}
+    out = ops.attention(query, key, value, positions, float(scale), window, float(softcap or 0.0), *sinks, **beyond)
     return out.transpose(1, 2), None
 
 
@@ -150,7 +161,7 @@ class _TracedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = _positions[-1]
+        positions = _slots[-1].positions
         self.keys = ops.append_kv(self.past_key, key_states, positions)
         self.values = ops.append_kv(self.past_value, value_states, positions)
         return self.keys, self.values
@@ -174,11 +185,13 @@ class _Decoder(torch.nn.Module):
         tokens, attention_mask = given[:2]
         positions = ops.token_positions(attention_mask, tokens)
         layers = [_TracedLayer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
-        _positions.append(positions)
+        is_image = self.inputs.is_image(given)
+        ends = None if is_image is None else ops.image_ends(is_image, positions, attention_mask)
+        _slots.append(_Slots(positions, ends))
         try:
             logits = self.inputs.logits(self.decoder, given, positions, Cache(layers=list(layers)))
         finally:
-            _positions.pop()
+            _slots.pop()
         return logits, [t for layer in layers for t in (layer.keys, layer.values)]
 
 

@@ -291,6 +291,8 @@ def _counts_tokens(name: str, made: Mapping[str, Any], depth: int = 16) -> bool:
         return False
     if maker.op_type == "Shape":
         return maker.input[0] in _COUNTED or maker.input[0].startswith("past_key_values.")
+    if maker.op_type == "Size":
+        return maker.input[0] == "attention_mask"
     counts = [_counts_tokens(i, made, depth - 1) for i in maker.input]
     if maker.op_type == "Div":
         return counts[0] and _is_positive(maker.input[1], made, depth - 1)

@@ -106,7 +106,7 @@ class LayerwiseModel:
         values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(rows), heads, 0, size))
         given = [n for n in (tokens_of(self._model), position_ids_of(self._model)) if n is not None]
         values |= zip(given, self._inputs_of.of(rows, slots), strict=True)
-        values[mask_of(self._model)] = torch.ones(slots.shape, dtype=torch.int64)
+        values[mask_of(self._model)] = torch.ones(len(rows), int(slots.max()) + 1, dtype=torch.int64)
         self._run(self._before, values, {ops.token_positions: lambda *_: slots})
         return Tokens(slots, values)
 
@@ -123,7 +123,7 @@ class LayerwiseModel:
         """What the next layer reads [B, S, hidden], or the head, for this one's input x [B, S, hidden].
 
         visible: [B or 1, S, T + S], which of `keys` and of the tokens themselves a query may attend to; sliding
-        windows narrow it.
+        windows narrow it, and an image's tokens see what is of it behind them as well.
         """
 
         def append(past: Any, new: Tensor, positions: Tensor) -> Tensor:
@@ -132,11 +132,16 @@ class LayerwiseModel:
             pending.append(new)
             return torch.cat((keys.key if len(pending) == 1 else keys.value, new), dim=2)
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, _: Tensor, scale: float, window: int, *rest: Any) -> Tensor:
+        def attention(
+            q: Tensor, k: Tensor, v: Tensor, _: Tensor, scale: float, window: int, *rest: Any, ends: Any = None
+        ) -> Tensor:
             seen = visible
+            slots = tokens.positions if keys is None else torch.cat((keys.positions, tokens.positions), dim=1)
+            behind = slots[:, None, :] - tokens.positions[:, :, None]
+            if ends is not None:
+                seen = seen | ((behind > 0) & (slots[:, None, :] <= ends[:, :, None]))
             if window > 0:
-                slots = tokens.positions if keys is None else torch.cat((keys.positions, tokens.positions), dim=1)
-                seen = seen & (slots[:, None, :] > tokens.positions[:, :, None] - window)
+                seen = seen & (behind > -window)
             return ops.attend(q, k, v, seen[:, None], scale, *rest)
 
         pending: list[Tensor] = []

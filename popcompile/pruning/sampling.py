@@ -93,8 +93,12 @@ def _attend_to_all(
     window: int,
     softcap: float,
     sinks: Tensor | None = None,
+    *,
+    ends: Tensor | None = None,
 ) -> Tensor:
     """attention of one token per row to a cache without slack, by groups of heads: no copy of a key per head.
+
+    A token alone sees nothing beyond itself, whatever its `ends`.
 
     In plain fp32: keys get longer with every token, and oneDNN would keep a bf16 kernel for each length.
     """

@@ -77,6 +77,8 @@ OURS: dict[str, Function] = {
         torch.cat((x, x * 2 + 1), -1).view(-1, 2, FEATURES), x.view(-1, FEATURES)[:, :3], x.view(-1, FEATURES)[:, 3:]
     ),
     "packed_attention": packed_attention,
+    "image_ends": lambda ids, mask, x: ops.image_ends(ids > 3, positions(ids, mask), mask),
+    "image_ends of none": lambda ids, mask, x: ops.image_ends(ids > 9, positions(ids, mask), mask),
     "scatter_features": lambda ids, mask, x: ops.scatter_features(x, torch.ones_like(ids) > 0, x.view(-1, FEATURES)),
     "scatter_features of none": lambda ids, mask, x: ops.scatter_features(x, ids > 0, x.view(-1, FEATURES)[:0]),
 }

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 from bad_input import refusal
 from conftest import tiny_gemma3, tiny_llama
-from transformers import AutoConfig, PreTrainedConfig
+from image_attention_reference import gemma3
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
+    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
+from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
-from popcompile.frontend.masks import Mask, Rule, causal_mask
+from popcompile.frontend.masks import Mask, Rule, causal_mask, image_masks
 from popcompile.frontend.tracing import trace
 from popcompile.passes import ops
 from popcompile.passes.graph import find
@@ -48,6 +56,48 @@ OTHER: dict[str, Rule] = {
 def test_other_masks(kind: str) -> None:
     line = refusal(lambda: causal_mask(mask_function=OTHER[kind], config=tiny_llama()).window)
     assert "llama: its config asks for attention that is neither causal nor a sliding window; popcompile" in line
+
+
+@cache
+def seeing_images() -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_config(gemma3(2), attn_implementation="popcompile")
+
+
+def test_images() -> None:
+    masks = image_masks(seeing_images())
+    assert {kind: (mask.window, mask.shows_images) for kind, mask in masks.items()} == {
+        "full_attention": (0, True),
+        "sliding_attention": (12, True),
+    }
+
+
+def blocks_of(token_type_ids: Tensor) -> Rule:
+    return blockwise_overlay(get_block_sequence_ids_for_mask(token_type_ids))
+
+
+#: made of the types of tokens
+OTHER_OF_IMAGES: dict[str, Callable[[Tensor], Rule]] = {
+    "causal": lambda types: causal_mask_function,
+    "an image alone": blocks_of,
+    "the whole of an image beyond a window": lambda types: or_masks(
+        sliding_window_causal_mask_function(12), blocks_of(types)
+    ),
+    "all images": lambda types: or_masks(
+        causal_mask_function, lambda b, h, q, k: (types[b, q] > 0) & (types[b, k] > 0)
+    ),
+    "text that sees images": lambda types: or_masks(causal_mask_function, lambda b, h, q, k: types[b, k] > 0),
+    "two tokens at a time": lambda types: or_masks(causal_mask_function, lambda b, h, q, k: q // 2 == k // 2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_OF_IMAGES)
+def test_other_masks_of_images(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def masks(token_type_ids: Tensor, config: PreTrainedConfig, **_: Any) -> dict[str, Mask]:
+        return {"full_attention": causal_mask(mask_function=OTHER_OF_IMAGES[kind](token_type_ids), config=config)}
+
+    monkeypatch.setattr(seeing_images(), "create_masks_for_generate", masks)
+    line = refusal(lambda: image_masks(seeing_images()))
+    assert line.startswith("Gemma3ForConditionalGeneration sees its images by another rule than popcompile supports")
 
 
 def test_a_mask_can_only_be_handed_on() -> None:

@@ -7,12 +7,14 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import tiny_llama
+from image_attention_reference import gemma3
 from transformers import AutoConfig, PreTrainedConfig
 from vision_reference import HIDDEN, qwen2_5_vl, qwen3_vl
 
 from popcompile.errors import PopcompileError
 from popcompile.frontend.token_inputs import Embeddings, Ids, decoder_config, token_inputs
 from popcompile.frontend.tracing import trace
+from popcompile.passes.graph import tokens_of
 
 
 def test_text_comes_as_ids() -> None:
@@ -34,6 +36,15 @@ def test_sections_that_a_config_leaves_to_the_module() -> None:
     config = qwen3_vl(num_hidden_layers=2, head_dim=128)
     config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     assert trace(config).inputs == ["inputs_embeds", "attention_mask", "position_ids"]
+
+
+def test_images_that_are_seen_in_both_directions() -> None:
+    """A column says which tokens are an image's, and positions are slots. Before it is built, a model may have any."""
+    config = gemma3(3)
+    inputs, program = token_inputs(config), trace(config)
+    assert isinstance(inputs, Embeddings) and inputs.width == HIDDEN
+    assert program.inputs == ["inputs_embeds", "attention_mask"]
+    assert tokens_of(program.graphs["model"]).meta["val"].shape[2] == HIDDEN + 1
 
 
 def test_bf16() -> None:
@@ -66,11 +77,11 @@ def with_features() -> PreTrainedConfig:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        pytest.param(other("gemma3"), r"gemma3: Gemma3ForConditionalGeneration takes token_type_ids, which is not",
-                     id="attention to images in both directions"),
+        pytest.param(other("paligemma"), "PaliGemmaForConditionalGeneration sees its images by another rule than",
+                     id="a prefix in both directions"),
         pytest.param(other("ernie4_5_vl_moe"), "takes moe_mm_token_type_ids, which is not", id="experts of images"),
         pytest.param(other("idefics3"), "takes pixel_attention_mask, which is not", id="masks of pixels"),
-        pytest.param(other("got_ocr2"), "has one position for each token; popcompile supports vision-language",
+        pytest.param(other("got_ocr2"), "has one position for each token and sees images as text; popcompile",
                      id="one position"),
         pytest.param(without_features(), "Qwen3VLTextModel and its config disagree about DeepStack", id="none"),
         pytest.param(with_features(), "Qwen2_5_VLTextModel and its config disagree about DeepStack", id="some"),

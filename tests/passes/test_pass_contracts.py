@@ -112,6 +112,12 @@ def attend_to_an_input(program: Program, gm: fx.GraphModule) -> None:
     find(gm, op=ops.attention)[0].update_arg(1, inputs_of(gm)["past_key_values_0_key"])
 
 
+def cap_scores_of_images(program: Program, gm: fx.GraphModule) -> None:
+    node = find(gm, op=ops.attention)[0]
+    node.update_kwarg("ends", node.args[3])
+    node.update_arg(6, 50.0)
+
+
 def two_heads(program: Program, gm: fx.GraphModule) -> None:
     find(gm, role="o_proj")[0].meta["role"] = "lm_head"
 
@@ -228,6 +234,9 @@ BREACHES = {
         GatherRotaryRows, rotate_by_computed_tables, "a rotary_embedding_axes is left", ensures=True
     ),
     "LowerAttention": Breach(LowerAttention, attend_to_an_input, "attention reads no cache of its own"),
+    "LowerAttention, images": Breach(
+        LowerAttention, cap_scores_of_images, "attention of images has sinks, or caps its scores"
+    ),
     "LowerAttention, after": Breach(LowerAttention, nothing, r"\['attention', .* left", ensures=True, at="Cleanup"),
     "PackQKV": Breach(PackQKV, nothing, "attention is lowered first", at="LowerAttention"),
     "PackQKV, after": Breach(PackQKV, nothing, "are computed apart", ensures=True, at="LowerAttention"),

@@ -12,12 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
-import onnxruntime
 import pytest
 import torch
 import vision_reference as reference
 from calibrated import random_maps, reference_maps
+from compiled_decoder import CompiledDecoder, difference, empty_cache, run_decoder, run_session
 from conftest import cache_tensors, materialise
 from steps import GRAPHS, numbered
 from torch import Tensor, fx
@@ -25,8 +24,6 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, PreTrainedModel
 from vision_reference import HIDDEN, LAYERS, Given, Visual, given_of, make_prompt, next_token, qwen2_5_vl, qwen3_vl
 
-from popcompile.export.onnx_graph import to_onnx
-from popcompile.export.weights import write_weights
 from popcompile.frontend.tracing import trace
 from popcompile.passes import (
     ContractError,
@@ -46,6 +43,7 @@ from popcompile.passes.printing import print_graph
 from popcompile.passes.split_stages import SplitStages
 
 CONFIGS = {"qwen3_vl": qwen3_vl(), "qwen2_5_vl": qwen2_5_vl(num_hidden_layers=4)}
+DECODERS = {family: CompiledDecoder(config) for family, config in CONFIGS.items()}
 SMALL, WIDE, TALL = Visual(4, 4), Visual(4, 6), Visual(8, 4)
 PROMPTS: dict[str, list[reference.Part]] = {
     "no image": [9],
@@ -62,23 +60,12 @@ PROMPTS: dict[str, list[reference.Part]] = {
 TOLERANCE = 1e-4
 
 
-@cache
 def model_of(family: str) -> PreTrainedModel:
-    return reference.random_model(deepcopy(CONFIGS[family]))
+    return DECODERS[family].model
 
 
-@cache
 def canonical(family: str) -> Program:
-    program = trace(deepcopy(CONFIGS[family]))
-    PassManager(canonicalization()).run(program)
-    return program
-
-
-@cache
-def compiled(family: str, pruned: tuple[int, ...], window: int = 1) -> Program:
-    program = canonical(family).clone()
-    PassManager(pruning(pruned, window=window)).run(program)
-    return program
+    return DECODERS[family].canonical
 
 
 @cache
@@ -86,14 +73,8 @@ def given(family: str, prompt: str) -> Given:
     return given_of(model_of(family), make_prompt(PROMPTS[prompt]))
 
 
-@cache
 def graph(family: str, stage: str, pruned: tuple[int, ...] = (), window: int = 1) -> fx.GraphModule:
-    program = compiled(family, pruned, window)
-    return materialise(program.graphs[stage], program, model_of(family).state_dict())
-
-
-def empty_cache(program: Program, rows: int = 1) -> list[Tensor]:
-    return [torch.zeros(rows, 2, 0, 16)] * (2 * program.num_layers)
+    return DECODERS[family].graph(stage, pruned, window)
 
 
 def inputs_of(tokens: Given, cache: Sequence[Tensor]) -> list[Tensor]:
@@ -102,17 +83,8 @@ def inputs_of(tokens: Given, cache: Sequence[Tensor]) -> list[Tensor]:
     return [tokens.wide, torch.ones(1, total, dtype=torch.int64), tokens.positions, *cache]
 
 
-@torch.no_grad()
 def run(gm: fx.GraphModule, tokens: Given, cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    logits, *present = gm(*inputs_of(tokens, cache))
-    return logits, present
-
-
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest difference of any two tensors, relative to what is largest in the second."""
-    pairs = list(zip(ours, theirs, strict=True))
-    assert all(a.shape == b.shape for a, b in pairs)
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return run_decoder(gm, inputs_of(tokens, cache))
 
 
 # --- tracing and RoPE --------------------------------------------------------------------------------------------
@@ -374,35 +346,6 @@ def test_dropped_layers_keep_the_features_behind_them() -> None:
 # --- in ONNX Runtime ---------------------------------------------------------------------------------------------
 
 
-def sessions(
-    folder: Path, family: str, pruned: tuple[int, ...], window: int
-) -> dict[str, onnxruntime.InferenceSession]:
-    """Both graphs of a split package."""
-    program, weights = compiled(family, pruned, window).clone(), model_of(family).state_dict()
-    PassManager(lowering()).run(program)
-    models = to_onnx(program, ["prefill", "decode"], "cpu")
-    write_weights(folder / "weights.onnx.data", models, program, weights.__getitem__)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    found = {}
-    for stage, model in models.items():
-        onnx_ir.save(model, folder / f"{stage}.onnx")
-        found[stage] = onnxruntime.InferenceSession(
-            folder / f"{stage}.onnx", options, providers=["CPUExecutionProvider"]
-        )
-    return found
-
-
-def run_session(
-    session: onnxruntime.InferenceSession, tokens: Given, cache: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    names = [value.name for value in session.get_inputs()]
-    assert names[:4] == ["inputs_embeds", "attention_mask", "position_ids", "past_key_values.0.key"]
-    given_values = (t.numpy() for t in inputs_of(tokens, cache))
-    logits, *present = (torch.from_numpy(t) for t in session.run(None, dict(zip(names, given_values, strict=True))))
-    return logits, present
-
-
 @pytest.mark.parametrize(
     ("family", "pruned", "window"),
     [("qwen3_vl", (0, 1, 3, 4), 1), ("qwen3_vl", (1, 2, 5), 5), ("qwen3_vl", (), 1), ("qwen2_5_vl", (1, 2), 1)],
@@ -411,19 +354,24 @@ def test_onnx_graphs_compute_what_fx_graphs_do(
     family: str, pruned: tuple[int, ...], window: int, tmp_path: Path
 ) -> None:
     """Prompts of one and of several blocks of attention, and tokens after them."""
-    onnx = sessions(tmp_path, family, pruned, window)
+    onnx = DECODERS[family].sessions(tmp_path, pruned, window)
+    names = [value.name for value in onnx["prefill"].get_inputs()]
+    assert names[:4] == ["inputs_embeds", "attention_mask", "position_ids", "past_key_values.0.key"]
     images: list[reference.Part] = [3, Visual(16, 16), Visual(8, 12), 60]
     for parts in (PROMPTS["two of different size"], PROMPTS["image last"], PROMPTS["no image"], images):
         tokens = given_of(model_of(family), make_prompt(parts))
         empty = empty_cache(canonical(family))
-        ours = run_session(onnx["prefill"], tokens, empty)
+        ours = run_session(onnx["prefill"], inputs_of(tokens, empty))
         theirs = run(graph(family, "prefill", pruned, window), tokens, empty)
         assert difference([ours[0], *ours[1]], [theirs[0], *theirs[1]]) < TOLERANCE
-        whole = run_session(onnx["decode"], tokens, empty), run(graph(family, "decode", pruned, window), tokens, empty)
+        whole = (
+            run_session(onnx["decode"], inputs_of(tokens, empty)),
+            run(graph(family, "decode", pruned, window), tokens, empty),
+        )
         assert difference([whole[0][0], *whole[0][1]], [whole[1][0], *whole[1][1]]) < TOLERANCE
         for stage in ("decode", "prefill", "decode"):  # the prefill graph is the whole model for one token: unified
             token = next_token(model_of(family), int(theirs[0][0, -1].argmax()), ours[1][0].shape[2], tokens)
-            ours = run_session(onnx[stage], token, ours[1])
+            ours = run_session(onnx[stage], inputs_of(token, ours[1]))
             theirs = run(graph(family, "decode", pruned, window), token, theirs[1])
             assert difference([ours[0], *ours[1]], [theirs[0], *theirs[1]]) < TOLERANCE
 
@@ -432,17 +380,13 @@ def test_onnx_graphs_compute_what_fx_graphs_do(
 def test_batch_in_onnx(window: int, tmp_path: Path) -> None:
     """A row's tokens read their own rows of the tables."""
     batch = Batch((0, 1, 3), window)
-    session = sessions(tmp_path, "qwen3_vl", (0, 1, 3), window)["prefill"]
-    names = [value.name for value in session.get_inputs()]
-    found = session.run(None, dict(zip(names, (t.numpy() for t in batch.inputs), strict=True)))
-    logits, *cache = map(torch.from_numpy, found)
-    batch.require(logits, cache)
+    session = DECODERS["qwen3_vl"].sessions(tmp_path, (0, 1, 3), window)["prefill"]
+    batch.require(*run_session(session, batch.inputs))
 
 
 def test_onnx_gathers_rows_of_tables_once() -> None:
     """For all layers: of each table, for all tokens and for the boundary token's way through pruned layers."""
-    program = compiled("qwen3_vl", (1, 3)).clone()
-    PassManager(lowering()).run(program)
+    program = DECODERS["qwen3_vl"].lowered((1, 3))
     for stage, positions in (("prefill", 2), ("decode", 1)):
         gm = program.graphs[stage]
         assert len(find(gm, op=ops.rotary_rows)) == len(find(gm, op=ops.token_rows)) == positions

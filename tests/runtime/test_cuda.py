@@ -12,11 +12,21 @@ import sys
 from pathlib import Path
 
 import fake_gpu
+import onnx
+import onnx_ir
 import pytest
+import torch
 from conftest import tiny_gemma3, tiny_llama, tiny_model, tiny_moe
+from image_attention_reference import gemma3
+from vision_reference import random_model
 
 from popcompile import convert
+from popcompile.export.onnx_graph import to_onnx
+from popcompile.export.providers import PROVIDERS
+from popcompile.export.weights import write_weights
+from popcompile.frontend.tracing import trace
 from popcompile.package.manifest import read_manifest
+from popcompile.passes import PassManager, canonicalization, lowering, pruning
 
 #: as on a Mac, whose onnxruntime has no CUDA provider to run; an ONNX Runtime for another CUDA fails
 pytestmark = pytest.mark.skipif(fake_gpu.why_not() is not None, reason=str(fake_gpu.why_not()))
@@ -58,15 +68,55 @@ SCRIPT = Path(__file__).parents[1] / "support" / "on_fake_gpu.py"
 
 def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> None:
     done = run(environment, SCRIPT, "place", compiled)
-    places = re.split(r"Node\(s\) placed on \[(\w+)\]", done.stderr)[1:]
-    operators = {
-        provider: set(re.findall(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", text))
-        for provider, text in zip(places[::2], places[1::2], strict=True)
-    }
+    operators = placed(done.stderr)
     assert operators["CPUExecutionProvider"] <= SHAPES
     assert "GroupQueryAttention" in operators["CUDAExecutionProvider"]
     assert "MemcpyToHost" not in operators["CUDAExecutionProvider"]
     assert done.stderr.count("Using user supplied initializer") == int(done.stdout)
+
+
+def placed(log: str) -> dict[str, set[str]]:
+    """The operators that each provider computes, from what ONNX Runtime logs of it."""
+    places = re.split(r"Node\(s\) placed on \[(\w+)\]", log)[1:]
+    found: dict[str, set[str]] = {}
+    for provider, text in zip(places[::2], places[1::2], strict=True):
+        found.setdefault(provider, set()).update(re.findall(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", text))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_to_images_has_kernels(dtype: torch.dtype, environment: dict[str, str], tmp_path: Path) -> None:
+    """How many images there are is known on the GPU alone, so some numbers come back to the host."""
+    program, weights = trace(gemma3(3), dtype), random_model(gemma3(3)).to(dtype).state_dict()
+    PassManager([*canonicalization(), *pruning((1,), window=4), *lowering()]).run(program)
+    models = to_onnx(program, ["prefill"], "cuda")
+    write_weights(tmp_path / "weights.data", models, program, weights.__getitem__)
+    onnx_ir.save(models["prefill"], tmp_path / "prefill.onnx")
+    operators = placed(run(environment, SCRIPT, "open", tmp_path / "prefill.onnx").stderr)
+    assert operators["CPUExecutionProvider"] <= SHAPES
+    assert {"MultiHeadAttention", "Loop", "ScatterND", "NonZero", "CumSum"} <= operators["CUDAExecutionProvider"]
+
+
+@pytest.mark.parametrize(("keys", "taken"), [(64, True), (65, False), (66, False)])
+def test_attention_with_a_bias_asks_for_a_number_of_keys(
+    keys: int, taken: bool, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Which is why Provider.key_multiple is 8."""
+    assert PROVIDERS["cuda"].key_multiple == 8
+    cast = "".join(f"{name}16 = Cast <to = 10> ({name}) " for name in ("query", "key", "value", "bias"))
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        attention (
+            float[1,24,32] query, float[1,2,{keys},16] key, float[1,2,{keys},16] value, float[1,1,24,{keys}] bias
+        ) => (float[1,24,32] out) {{
+            {cast}
+            out16 = com.microsoft.MultiHeadAttention <num_heads = 2> (query16, key16, value16, , , bias16)
+            out = Cast <to = 1> (out16)
+        }}""")
+    onnx.save(model, tmp_path / "attention.onnx")
+    done = run(environment, SCRIPT, "run", tmp_path / "attention.onnx")
+    assert done.stdout == ("[[1, 24, 32]]\n" if taken else "refused\n")
+    assert ("attn_bias is not correctly aligned" in done.stderr) != taken
 
 
 def test_numbers_of_tokens(compiled: Path, environment: dict[str, str]) -> None:

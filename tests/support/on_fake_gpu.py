@@ -1,4 +1,6 @@
-"""Run by test_cuda.py, in a process that finds a GPU: python on_fake_gpu.py place|count|answer|genai PACKAGE"""
+"""Run by test_cuda.py, in a process that finds a GPU: python on_fake_gpu.py place|count|answer|genai PACKAGE, or
+open|run GRAPH.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -28,6 +31,23 @@ def place(package: Path) -> None:
     weights.add_to(options, graph)
     ort.InferenceSession(file, options, providers=["CUDAExecutionProvider"])
     print(sum(uses_external_data(tensor) for tensor in graph.initializer))
+
+
+def open_graph(file: Path) -> None:
+    """Open a session of a graph that finds its weights itself, and let ONNX Runtime log."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 0
+    ort.InferenceSession(file, options, providers=["CUDAExecutionProvider"])
+
+
+def run_graph(file: Path) -> None:
+    """Run a graph on zeros; print the shapes of what it returns, or that a kernel refuses its inputs."""
+    session = ort.InferenceSession(file, providers=["CUDAExecutionProvider"])
+    inputs = {value.name: np.zeros(value.shape, np.float32) for value in session.get_inputs()}
+    try:
+        print(json.dumps([list(value.shape) for value in session.run(None, inputs)]))
+    except Exception:  # ONNX Runtime's have no common name but this, and it logs why
+        print("refused")
 
 
 def count(package: Path) -> None:
@@ -76,4 +96,5 @@ def genai(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"place": place, "count": count, "answer": answer, "genai": genai}[sys.argv[1]](Path(sys.argv[2]))
+    commands = {"place": place, "count": count, "answer": answer, "genai": genai, "open": open_graph, "run": run_graph}
+    commands[sys.argv[1]](Path(sys.argv[2]))
