@@ -67,7 +67,7 @@ What a field does to masks and to the arguments of attention is also seen when t
 refused before that, and by their names.
 """
 
-WITH_IMAGES = frozenset({"qwen3_vl"})
+WITH_IMAGES = frozenset({"gemma3", "qwen3_vl"})
 """Vision-language models that are compiled whole; popcompile/vision/towers.py has what is their own."""
 
 PARTS_OF_DECODERS = frozenset({"attn_config", "ffn_config"})

@@ -209,7 +209,7 @@ def empty_module(config: PretrainedConfig) -> PreTrainedModel:
     own_code = type(config).__module__.startswith("transformers_modules")  # it ran already, to read the config
     try:
         with torch.device("meta"), errors_only("transformers"):
-            return token_inputs(config).build(deepcopy(config), trust_remote_code=own_code)
+            return token_inputs(config).module(deepcopy(config), trust_remote_code=own_code)
     except Exception as error:
         raise PopcompileError(
             f"{config.model_type}: transformers cannot build the model from its config: {one_line(error)}"

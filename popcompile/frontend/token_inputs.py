@@ -56,8 +56,12 @@ class TokenInputs(ABC):
         """In order. Of a model with images they are known once it is built."""
 
     @abstractmethod
+    def module(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """The model that takes them, for the names of its tensors; options are those of `from_config`."""
+
     def build(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """The model that takes them; options are those of `from_config`."""
+        """The model, to be traced. Raises PopcompileError for one that takes other inputs than these."""
+        return self.module(config, **options)
 
     @abstractmethod
     def examples(self, batch: int, new: int, total: int, dtype: torch.dtype) -> list[Tensor]:
@@ -83,7 +87,7 @@ class TokenInputs(ABC):
 class Ids(TokenInputs):
     names = (TOKENS[0], MASK)
 
-    def build(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    def module(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         return causal_lm(config, **options)
 
     def examples(self, batch: int, new: int, total: int, dtype: torch.dtype) -> list[Tensor]:
@@ -119,9 +123,13 @@ class Embeddings(TokenInputs):
         """Columns of inputs_embeds."""
         return (1 + self.features) * self.hidden + bool(self.masks)
 
+    def module(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, **options)
+        return model
+
     def build(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """Raises PopcompileError for a model that takes more of its images than these, or nothing but embeddings."""
-        model = AutoModelForImageTextToText.from_config(config, **options)
+        model = self.module(config, **options)
         decoder = self.decoder(model)
         for module in (model, decoder):
             named = (p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD)

@@ -16,16 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from popcompile.package.image_inputs import ImageInputs
-from popcompile.runtime.batch import Batch
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an image, or a frame of a video, is among the new tokens of a row, and its size in tokens."""
-
-    begin: int
-    rows: int
-    columns: int
+from popcompile.runtime.batch import Batch, Place
 
 
 @dataclass(frozen=True)
@@ -65,15 +56,15 @@ class Embeddings:
         features = [row.features.to(self._dtype) for row in seen if row is not None]
         given = torch.cat(features) if features else torch.empty(0, self._inputs.width, dtype=self._dtype)
         values, after = {"inputs_embeds": self._embed(ids, given)}, list(deltas)
+        places = [row.places if row is not None else [] for row in seen]
         if self._inputs.axes:
             positions = []
             for i, row in enumerate(rows):
-                places = images_of.places if (images_of := seen[i]) is not None else []
-                found, following = positions_of(len(row), lengths[i] + deltas[i], places, self._inputs.axes)
+                found, following = positions_of(len(row), lengths[i] + deltas[i], places[i], self._inputs.axes)
                 positions.append(found)
                 after[i] = following - lengths[i] - len(row)
             values["position_ids"] = pad_sequence(positions, batch_first=True)
-        return Batch(values, [len(row) for row in rows]), after
+        return Batch(values, [len(row) for row in rows], places), after
 
 
 def positions_of(tokens: int, start: int, places: Sequence[Place], axes: int) -> tuple[Tensor, int]:
@@ -83,7 +74,7 @@ def positions_of(tokens: int, start: int, places: Sequence[Place], axes: int) ->
     for place in places:
         positions[at : place.begin] = torch.arange(following, following + place.begin - at)[:, None]
         following += place.begin - at
-        at = place.begin + place.rows * place.columns
+        at = place.end
         inside = positions[place.begin : at].view(place.rows, place.columns, axes)
         inside[:] = following
         inside[..., -2] += torch.arange(place.rows)[:, None]

@@ -62,8 +62,7 @@ class PopCache(Cache):
             for kind, count in seen.tokens.items():
                 self.images[row][kind] += count
             if seen.places:
-                last = seen.places[-1]
-                self.image_ends[row] = length + last.begin + last.rows * last.columns
+                self.image_ends[row] = length + seen.places[-1].end
 
     @property
     def batch_size(self) -> int:

@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 
 from popcompile.errors import PopcompileError
 from popcompile.package.image_inputs import GRIDS, PIXELS, ImageInputs
-from popcompile.runtime.embeddings import Place, RowImages
+from popcompile.runtime.batch import Place
+from popcompile.runtime.embeddings import RowImages
 from popcompile.runtime.generation import PopForCausalLM
 from popcompile.runtime.generation_cache import PopCache
 from popcompile.runtime.session import Runtime

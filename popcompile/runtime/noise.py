@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from popcompile.package.image_inputs import PIXELS, ImageInputs
-from popcompile.runtime.embeddings import Place
+from popcompile.runtime.batch import Place
 from popcompile.runtime.session import Runtime
 
 Size = tuple[int, int]
