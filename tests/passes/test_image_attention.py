@@ -342,6 +342,15 @@ def test_batch_in_onnx(window: int, tmp_path: Path) -> None:
     batch.require(*run_session(SMALL.sessions(tmp_path, (1,), window)["prefill"], batch.inputs))
 
 
+def test_fp16_in_onnx(tmp_path: Path) -> None:
+    decoder, wide = CompiledDecoder(gemma3(3), torch.float16), embeddings_of(SMALL.model, make_prompt(PROMPTS["two"]))
+    session = decoder.sessions(tmp_path, (1,), 9)["prefill"]
+    inputs = inputs_of(wide, empty_cache(decoder.canonical))
+    logits, cache = run_session(session, [t.half() if t.is_floating_point() else t for t in inputs])
+    expected, kv = reference.pop_prefill(SMALL.model, wide, (1,), window=9)
+    assert difference([t.float() for t in (logits, *cache)], [expected, *cache_tensors(kv)]) < 0.01
+
+
 def test_a_later_turn_in_onnx(tmp_path: Path) -> None:
     pruned, window, parts = (1,), 9, [120, Image(), 40, Image(), 4]
     session = SMALL.sessions(tmp_path, pruned, window)["prefill"]

@@ -23,10 +23,13 @@ from popcompile.passes.graph import cache_of, shape_of
 
 
 class CompiledDecoder:
-    """What is made of a config, each when it is first asked for. pruned: layers; window: of the prefill."""
+    """What is made of a config, each when it is first asked for. pruned: layers; window: of the prefill.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
+    dtype: of the graphs; transformers' module is in fp32.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.dtype = config, dtype
         self.graph = cache(self._graph)
 
     @cached_property
@@ -35,7 +38,7 @@ class CompiledDecoder:
 
     @cached_property
     def canonical(self) -> Program:
-        program = trace(deepcopy(self.config))
+        program = trace(deepcopy(self.config), self.dtype)
         PassManager(canonicalization()).run(program)
         return program
 
@@ -62,8 +65,8 @@ class CompiledDecoder:
     ) -> dict[str, onnxruntime.InferenceSession]:
         """Both graphs of a split package for a provider, on the CPU."""
         program = self.lowered(pruned, window)
-        models = to_onnx(program, ["prefill", "decode"], provider)
-        write_weights(folder / "weights.onnx.data", models, program, self.model.state_dict().__getitem__)
+        models, weights = to_onnx(program, ["prefill", "decode"], provider), self.model.state_dict()
+        write_weights(folder / "weights.onnx.data", models, program, lambda name: weights[name].to(self.dtype))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         found = {}
@@ -76,7 +79,7 @@ class CompiledDecoder:
 
 
 def empty_cache(program: Program, rows: int = 1) -> list[Tensor]:
-    """Key and value of every layer, of no tokens."""
+    """Key and value of every layer, of no tokens, in fp32."""
     shapes = (shape_of(node) for node in cache_of(next(iter(program.graphs.values()))))
     return [torch.zeros(rows, heads, 0, size) for _, heads, _, size in shapes]
 
