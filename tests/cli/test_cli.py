@@ -111,12 +111,3 @@ def test_inspect(smollm2_package: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "# prefill before PruneLMHead" in code and "# prefill after PruneLMHead" in code
     assert "f32[batch, sequence, 49152] lm_head" in code.replace("  # ", " # ")
     assert "f32[batch, 1, 49152] lm_head" in code
-
-
-@pytest.mark.real
-def test_demo_answers_twice(smollm2_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--out", str(smollm2_package)]) == 0
-    out = capsys.readouterr().out
-    assert "--- full prefill" in out and "--- pop prefill" in out
-    full, pop = re.search(r"full prefill (\d+) ms, pruned prefill (\d+) ms", out).groups()  # type: ignore[union-attr]
-    assert int(full) > 0 and int(pop) > 0
