@@ -37,6 +37,7 @@ from popcompile.passes.printing import print_graph
 from popcompile.progress import Progress, StepTimes
 from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.costs import full_prefill_one_logit, layer_table
+from popcompile.pruning.image_prompts import image_source
 from popcompile.pruning.plan import Plan, make_plan, needs_weights
 from popcompile.pruning.refinement import STEPS
 from popcompile.pruning.settings import KV_PROJECTIONS, PruningSettings
@@ -55,6 +56,7 @@ def convert(
     prompt_tokens: int | None = None,
     kv_projection: str | None = None,
     calibration: str = SELF,
+    calibration_images: str | Path | None = None,
     calibration_texts: int = TEXTS,
     refinement_steps: int = STEPS,
     max_kl: float | None = None,
@@ -90,7 +92,9 @@ def convert(
 
     What takes the place of skipped layers:
         kv_projection: "calibrated", the default, or "layer", the layers' own weights.
-        calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of it.
+        calibration: "self", text sampled from the model, or a text file; calibration_texts: how many pieces of it, of
+            which half are prompts with images where the model takes these.
+        calibration_images: a folder with pictures for these, by default self-made ones.
         refinement_steps: of gradient descent after the fit in closed form, 0 for none.
         seed: of what is sampled.
 
@@ -127,6 +131,7 @@ def convert(
         prompt_tokens=prompt_tokens,
         kv_projection=kv_projection or KV_PROJECTIONS[0],
         calibration=calibration,
+        calibration_images=None if calibration_images is None else str(calibration_images),
         calibration_texts=calibration_texts,
         refinement_steps=refinement_steps,
         max_kl=max_kl,
@@ -135,7 +140,12 @@ def convert(
     )
     if adapter is not None and random_weights:
         raise PopcompileError(f"--adapter {adapter}: there are no weights to merge it into; leave --random-weights out")
-    inputs = {"MODEL": model, "--adapter": adapter, "--calibration": None if calibration == SELF else calibration}
+    inputs = {
+        "MODEL": model,
+        "--adapter": adapter,
+        "--calibration": None if calibration == SELF else calibration,
+        "--calibration-images": calibration_images,
+    }
     _require_place(out, inputs, force)
 
     started = time.perf_counter()
@@ -149,15 +159,15 @@ def convert(
     )
     source.processor_files()  # a model of images without one is refused before any work
     merged = Adapter(str(adapter)) if adapter is not None else None
-    request, options = asked.for_model(source.decoder_config)
-    tokenizer = None
-    if needs_weights(source.decoder_config.num_hidden_layers, request, options):
-        tokenizer = source_tokenizer(source, trust_remote_code)
+    request, options = asked.for_model(source.decoder_config, takes_images=source.has_images)
+    measures = needs_weights(source.decoder_config.num_hidden_layers, request, options)
+    tokenizer = source_tokenizer(source, trust_remote_code) if measures else None
     report_progress("trace", 0, 1)
     settle_ties(source)
     program = trace(source.config, target.dtype, trust_remote_code=trust_remote_code)
     if source.has_images:
         program.add(trace_images(build_model(source.config, target.dtype)))
+    images = image_source(source, program, options.pictures) if measures else None
     checkpoint = Checkpoint(source, program, target.dtype, merged)
     sizes = ModelSizes.of(program, target)
     _require_kernels(source, sizes, target)
@@ -167,7 +177,7 @@ def convert(
         with _structures_explained(source):
             compilation.run(canonicalization(), "canonicalize")
             plan = make_plan(
-                program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress
+                program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress, images
             )
             report = compilation.prune_and_lower(plan, target)
         writer = PackageWriter(folder, layout, source, merged, checkpoint, target, report_progress)

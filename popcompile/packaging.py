@@ -36,12 +36,12 @@ from popcompile.package.manifest import (
 )
 from popcompile.package.staging import require_disk_space
 from popcompile.passes import Program
-from popcompile.passes.graph import find, inputs_of, outputs_of, position_ids_of, shape_of
+from popcompile.passes.graph import find, outputs_of, shape_of
 from popcompile.passes.ops import append_kv
 from popcompile.progress import Progress
 from popcompile.pruning.plan import Plan
 from popcompile.target import Target
-from popcompile.vision.towers import embedding_width, vision_family
+from popcompile.vision.inputs import image_inputs
 
 
 class PackageWriter:
@@ -72,7 +72,7 @@ class PackageWriter:
         self._progress("export", 0, 1)
         models = to_onnx(program, self._files.graphs, self._target.provider)
         models |= images_to_onnx(program, self._target.provider)
-        self._images = self._image_inputs(program)
+        self._images = image_inputs(self._source.config, program) if self._source.has_images else None
         self._graphs = self._files.graphs | {stage: file for stage, file in IMAGE_GRAPHS.items() if stage in models}
         self._hashes[self._files.weights] = self._write_weights(models, program)
         for stage, file in self._graphs.items():
@@ -158,20 +158,6 @@ class PackageWriter:
         (self._folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         self._require_readable(manifest)
         return manifest
-
-    def _image_inputs(self, program: Program) -> ImageInputs | None:
-        config = self._source.config
-        if not self._source.has_images:
-            return None
-        family, positions = vision_family(config), position_ids_of(program.graphs["prefill"])
-        return ImageInputs(
-            tokens=family.image_tokens(config),
-            inputs=list(inputs_of(program.graphs["vision"])),
-            width=embedding_width(config),
-            merge=family.merge(config),
-            tokens_per_image=family.tokens_per_image(config),
-            axes=0 if positions is None else int(shape_of(positions)[0]),
-        )
 
     def _described(self) -> dict[str, str]:
         """What the manifest says of the model."""

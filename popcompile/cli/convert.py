@@ -59,7 +59,17 @@ def add_convert(commands: Any) -> None:
         help="text to calibrate on: a .txt or .jsonl file, or self (default), sampled from the model",
     )
     calibration.add_argument(
-        "--calibration-texts", metavar="N", type=POSITIVE, default=104, help="pieces of that text (default 104)"
+        "--calibration-images",
+        metavar="DIR",
+        type=name,
+        help="pictures to calibrate a vision-language model on (default: self-made ones)",
+    )
+    calibration.add_argument(
+        "--calibration-texts",
+        metavar="N",
+        type=POSITIVE,
+        default=104,
+        help="pieces of that text; half of them prompts with images, where the model takes these (default 104)",
     )
     calibration.add_argument(
         "--refinement-steps",
@@ -127,6 +137,7 @@ def _convert(options: argparse.Namespace) -> None:
             prompt_tokens=options.prompt_tokens,
             kv_projection=options.kv_projection,
             calibration=options.calibration,
+            calibration_images=options.calibration_images,
             calibration_texts=options.calibration_texts,
             refinement_steps=options.refinement_steps,
             max_kl=options.max_kl,

@@ -119,7 +119,6 @@ def _private_copy(folder: Path, manifest: Manifest) -> Iterator[str]:
 def load_processor(folder: Path, manifest: Manifest | None = None) -> ProcessorMixin:
     """The processor of text and images of a vision-language model's package, as AutoProcessor makes it.
 
-    Without torchvision, which transformers' processors of videos need, it is one of text and images alone.
     manifest: as for `load_tokenizer`. Raises PopcompileError where the package has none.
     """
     there = _same(folder, manifest)
@@ -128,12 +127,19 @@ def load_processor(folder: Path, manifest: Manifest | None = None) -> ProcessorM
             f"{folder}: has no processor of images; convert a vision-language checkpoint that comes with one"
         )
     with _private_copy(folder, there) as copy, reading(str(folder), "its processor does not load"):
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        if is_torchvision_available() or not takes_videos(there.model_type):
-            processor: ProcessorMixin = AutoProcessor.from_pretrained(copy, **options)
-            return processor
-        images = AutoImageProcessor.from_pretrained(copy, **options)
-        return processor_without_videos(there.model_type, images, AutoTokenizer.from_pretrained(copy, **options))
+        return processor_in(copy, there.model_type)
+
+
+def processor_in(folder: str, model_type: str) -> ProcessorMixin:
+    """The processor that a model type's files in a folder of one's own describe: one of text and images alone where
+    there is no torchvision, which transformers' processors of videos need.
+    """
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if is_torchvision_available() or not takes_videos(model_type):
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(folder, **options)
+        return processor
+    images = AutoImageProcessor.from_pretrained(folder, **options)
+    return processor_without_videos(model_type, images, AutoTokenizer.from_pretrained(folder, **options))
 
 
 def _read(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:

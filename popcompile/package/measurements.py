@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from popcompile.package.report import REFERENCE_TOKENS, Importance, Loss
@@ -24,6 +24,7 @@ _OPTIONAL = (
     "retrieval_kept",
     "retrieval_kl_error",
     "at_least",
+    "images",
 )
 
 
@@ -73,7 +74,7 @@ class LayerChoice:
     def best(self) -> list[Point]:
         """The set of least KL for each number of layers, ascending."""
         least: dict[int, Point] = {}
-        for point in sorted(self.frontier, key=lambda p: (p.loss.at_least, p.loss.worst_kl)):
+        for point in sorted(self.frontier, key=lambda p: (p.loss.is_bound, p.loss.worst_kl)):
             least.setdefault(len(point.pruned), point)
         return [least[count] for count in sorted(least)]
 
@@ -88,7 +89,8 @@ class LayerChoice:
 class Quality:
     """The package's loss on text that calibration did not see; own_projection: that of the same layers with their own
     K/V projections, None where the package has those. Lengths are in tokens; asked_tokens: of the prompts in which
-    answers stand, None where there are none.
+    answers stand, None where there are none. images: which prompts with images it was measured on as well, None for
+    text alone.
     """
 
     text: str
@@ -99,6 +101,7 @@ class Quality:
     continuation_tokens: int
     loss: Loss
     own_projection: Loss | None
+    images: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `read_measurements` reads it."""
@@ -200,11 +203,17 @@ def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
         continuation_tokens=_whole(entry["continuation_tokens"]),
         loss=_loss(entry["loss"]),
         own_projection=other,
+        images=None if (images := entry.get("images")) is None else str(images),
     )
 
 
 def _loss(entry: dict[str, Any]) -> Loss:
-    values = {name: _number(entry[name]) for name in _LOSSES if name not in _OPTIONAL}
+    images = entry.get("images")
+    return replace(_loss_of_kind(entry), images=None if images is None else _loss_of_kind(images))
+
+
+def _loss_of_kind(entry: dict[str, Any]) -> Loss:
+    values: dict[str, Any] = {name: _number(entry[name]) for name in _LOSSES if name not in _OPTIONAL}
     return Loss(
         **values,
         first_token_kl_error=_number_or_unknown(entry["first_token_kl_error"]),

@@ -22,7 +22,8 @@ class Loss:
     Of the tokens of answers that stand in the prompt, teacher-forced: retrieval_found, the share of them that is the
     likeliest to the whole model; of these, retrieval_kl, its standard error over rows, and retrieval_kept, the share
     that is the likeliest after pruning as well. None: not measured, or nothing found; the error: in one row at most.
-    at_least: worst_kl is a lower bound, for measuring ended where it was over the budget.
+    at_least: some of these numbers are lower bounds, for measuring ended where worst_kl was over the budget.
+    images: of prompts with images, where the model takes them; all other numbers are of text then.
     """
 
     first_token_kl: float
@@ -36,15 +37,31 @@ class Loss:
     retrieval_kept: float | None = None
     retrieval_kl_error: float | None = None
     at_least: bool = False
+    images: Loss | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether worst_kl is a lower bound."""
+        return self.at_least or (self.images is not None and self.images.at_least)
 
     @property
     def worst_kl(self) -> float:
-        """Of the first token, of those after it, or of answers found in the prompt: what the choice goes by."""
-        return max(self.first_token_kl, self.kl, self.retrieval_kl or 0.0)
+        """Of the first token, of those after it, or of answers found in the prompt, of text or of prompts with images:
+        what the choice goes by.
+        """
+        of_images = 0.0 if self.images is None else self.images.worst_kl
+        return max(self.first_token_kl, self.kl, self.retrieval_kl or 0.0, of_images)
+
+    @property
+    def worst_ppl_ratio(self) -> float:
+        """Of text or of prompts with images."""
+        return self.ppl_ratio if self.images is None else max(self.ppl_ratio, self.images.ppl_ratio)
 
     @property
     def worst_kl_error(self) -> float:
         """The standard error of worst_kl; NaN where it is not known."""
+        if self.images is not None and self.worst_kl == self.images.worst_kl:
+            return self.images.worst_kl_error
         if self.worst_kl == self.first_token_kl:
             return self.first_token_kl_error
         if self.worst_kl == self.retrieval_kl and self.retrieval_kl_error is not None:

@@ -27,10 +27,10 @@ from popcompile.package.report import Importance
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
 from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
-from popcompile.pruning.execution import Reader, fast_products, held_in_memory, materialise
+from popcompile.pruning.execution import Reader, fast_products, held_in_memory
 from popcompile.pruning.importance import importance, random_stream
-from popcompile.pruning.rows import Rows, decoder_inputs
-from popcompile.pruning.sampling import begun, random_starts, sample
+from popcompile.pruning.rows import Rows
+from popcompile.pruning.sampling import begun, random_starts, sample_behind
 from popcompile.text.documents import read_texts, windows
 from popcompile.vision.tracing import build_model, trace_images
 
@@ -154,13 +154,10 @@ def sample_texts(
     progress: Callable[[int, int], Any] | None = None,
 ) -> Rows:
     """`count` texts of the model's own, each from a start of its own; `program` is canonical."""
-    graph = program.graphs["model"]
-    vocabulary = int(shape_of(outputs_of(graph)[0])[2])
+    vocabulary = int(shape_of(outputs_of(program.graphs["model"])[0])[2])
     starts = random_starts(tokenizer, vocabulary, count, random_stream(seed, "starts"))
     rows, given = begun([start[:length] for start in starts], length)
-    real, inputs = materialise(graph, program, read), decoder_inputs(program, read)
-    with fast_products():
-        return sample(real, rows, given, seed=random_stream(seed, "texts"), inputs=inputs, progress=progress)
+    return sample_behind(program, read, rows, given, random_stream(seed, "texts"), progress)
 
 
 def source_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

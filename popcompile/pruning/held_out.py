@@ -77,9 +77,11 @@ class HeldOut:
         rows, context = self._states.rows, self._prompt - window
         self._continued = rows.length - self._prompt
         random = torch.Generator().manual_seed(self._seed)
-        ends = torch.stack([_probes(context, window, random) for _ in range(len(rows))])
+        earliest = window - 1 + min(_EARLIEST, context // 2)
+        probes = min(_PROBES, max(2, _PROBED_TOKENS // window))
+        ends = rows.draw_slots(earliest, self._prompt - 1, probes, random)
         continuation = rows.slots[:, context:-1]
-        probes = (ends[:, :, None] - torch.arange(window).flip(0)).flatten(1)
+        probed = (ends[:, :, None] - torch.arange(window).flip(0)).flatten(1)
         begins = (torch.full_like(continuation, context), (ends - window + 1).repeat_interleave(window, 1))
         #: in the tail: the boundary token and the continuation, and the probes' last tokens
         measured = (
@@ -87,7 +89,7 @@ class HeldOut:
             torch.arange(ends.shape[1]) * window + continuation.shape[1] + window - 1,
         )
         self._tails = _Tails(
-            self._states, context, torch.cat((continuation, probes), 1), torch.cat(begins, 1),
+            self._states, context, torch.cat((continuation, probed), 1), torch.cat(begins, 1),
             torch.cat(measured).expand(len(rows), -1),
         )  # fmt: skip
 
@@ -121,6 +123,27 @@ class HeldOut:
         if loss.worst_kl > limit:
             return replace(loss, at_least=True)
         return self._retrieval.add_to(loss, pruned, calibration, limit)
+
+
+class HeldOutKinds:
+    """Text, and prompts with images where the model takes these: what a set of layers costs on both."""
+
+    def __init__(self, text: HeldOut, images: HeldOut | None = None) -> None:
+        self._text, self._images = text, images
+        self.model, self.first, self.window = text.model, text.first, text.window
+
+    def at(self, window: int) -> HeldOutKinds:
+        """The same prompts, with another window."""
+        return HeldOutKinds(self._text.at(window), None if self._images is None else self._images.at(window))
+
+    def measure(self, pruned: list[int], calibration: Calibration, limit: float = math.inf) -> Loss:
+        """As HeldOut does; prompts with images are not run where text alone is over the limit."""
+        loss = self._text.measure(pruned, calibration, limit)
+        if self._images is None:
+            return loss
+        if loss.worst_kl > limit:
+            return replace(loss, at_least=True)
+        return replace(loss, images=self._images.measure(pruned, calibration, limit))
 
 
 class _Asked(NamedTuple):
@@ -168,14 +191,6 @@ class _HeldOutRetrieval:
             retrieval_kept=float(compared.correct[found].mean()),
             retrieval_kl_error=_pooled_error(compared.kl, found),
         )
-
-
-def _probes(context: int, window: int, random: torch.Generator) -> Tensor:
-    """Positions of tokens of the prompt that a probe's window ends with, in one row."""
-    count = min(_PROBES, max(2, _PROBED_TOKENS // window))
-    last = context + window - 1  # the boundary token
-    earliest = window - 1 + min(_EARLIEST, context // 2)
-    return torch.randperm(last - earliest, generator=random)[:count] + earliest
 
 
 def _standard_error(values: Tensor) -> float:

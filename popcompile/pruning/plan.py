@@ -24,17 +24,19 @@ from popcompile.passes.flops import REFERENCE_SIZES, flops_by_layer
 from popcompile.passes.graph import runs, shape_of
 from popcompile.passes.layers import hands_on_directly, layer_output, projected_kv
 from popcompile.progress import Progress
+from popcompile.pruning.calibration_set import CalibrationSet, calibration_set
 from popcompile.pruning.costs import full_prefill_one_logit
 from popcompile.pruning.execution import Reader, held_in_memory, materialise, require_memory
-from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
+from popcompile.pruning.image_prompts import ImageSource
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.refinement import STEPS, Answers
 from popcompile.pruning.regression import Calibration
 from popcompile.pruning.request import Request
 from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
-from popcompile.pruning.text import SELF, TEXTS, CalibrationText, calibration_text
+from popcompile.pruning.text import SELF, TEXTS
 
 #: the loss that `convert` allows where the user says nothing: KL in nats
 MAX_KL = 0.05
@@ -45,6 +47,7 @@ PROMPT_TOKENS = 1024
 @dataclass(frozen=True)
 class Options:
     """calibrated: fit KV projections and bypasses; else the layers' own projections. origin: "self" or a text file.
+    pictures: a folder of the user's, for a model that takes images.
 
     texts: pieces of it. steps: of refinement. windows: tokens at a prompt's end that take the whole model, the most
     first; smaller ones only `auto` takes. prompt_tokens: of the prompts that the choice is made for.
@@ -54,6 +57,7 @@ class Options:
     prompt_tokens: int = PROMPT_TOKENS
     calibrated: bool = True
     origin: str = SELF
+    pictures: Path | None = None
     texts: int = TEXTS
     steps: int = STEPS
     budget: Budget = field(default_factory=lambda: Budget(max_kl=MAX_KL))
@@ -89,8 +93,10 @@ def make_plan(
     options: Options,
     folder: Path,
     progress: Progress,
+    images: ImageSource | None = None,
 ) -> Plan:
-    """program: canonical; it is left as it is. folder: where files of the size of the hidden states may be.
+    """program: canonical; it is left as it is. folder: where files of the size of the hidden states may be. images:
+    what prompts with images are made by.
 
     Raises PopcompileError, ContractError.
     """
@@ -100,8 +106,8 @@ def make_plan(
     window, *smaller = options.windows
     read = held_in_memory(read, name)
     decides = request.how != "layers" or (options.calibrated and options.steps > 0)
-    text = calibration_text(
-        options.origin, program, read, tokenizer, texts=options.texts, window=window,
+    prompts = calibration_set(
+        options.origin, program, read, tokenizer, images, texts=options.texts, window=window,
         prompt_tokens=options.prompt_tokens if request.how != "layers" else 0, decides=decides, seed=options.seed,
         progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
@@ -111,17 +117,14 @@ def make_plan(
     model = LayerwiseModel(materialise(program.graphs["model"], program, read), decoder_inputs(program, read))
     states = None
     if options.calibrated:
-        states = HiddenStates(model, text.calibration, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = HeldOut(
-        model, text.held_out, first, text.prompt, options.seed, window, text.retrieval_held_out, text.asked_tokens,
-        folder,
-    )  # fmt: skip
+        states = HiddenStates(model, prompts.fit, first, folder, lambda *n: progress("calibrate", *n))
+    held_out = prompts.held_out(model, first, window, options.seed, folder)
 
     @cache
     def answers() -> Answers | None:
-        if (lists := text.retrieval_refinement) is None:
+        if (lists := prompts.refinement) is None:
             return None
-        return Answers(HiddenStates(model, lists.rows, first, folder), lists.answers, text.prompt - window)
+        return Answers(HiddenStates(model, lists.rows, first, folder), lists.answers, prompts.text.prompt - window)
 
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
@@ -136,23 +139,26 @@ def make_plan(
         chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
     calibration = search.final(chosen)
     progress("measure", 0, 1)
-    quality = _quality(held_out, text, chosen, calibration, options.seed, folder)
+    quality = _quality(held_out, prompts, chosen, calibration, options.seed, folder)
     choice = _choice(search, speedup, chosen, request, options)
     sections = {"choice": choice.to_json(), "quality": quality.to_json()}
     return Plan(chosen.pruned, chosen.window, calibration, sections)
 
 
 def _quality(
-    held_out: HeldOut, text: CalibrationText, chosen: Candidate, calibration: Calibration, seed: int, folder: Path
+    held_out: HeldOutKinds,
+    prompts: CalibrationSet,
+    chosen: Candidate,
+    calibration: Calibration,
+    seed: int,
+    folder: Path,
 ) -> Quality:
-    """What skipping the chosen layers costs, on text that had no part in the choice. held_out: text that decided."""
+    """What skipping the chosen layers costs, on what had no part in the choice. held_out: what decided."""
+    text, images = prompts.text, prompts.images
     if text.unseen is text.held_out:  # there was nothing to decide
         unseen, loss = held_out, chosen.loss
     else:
-        unseen = HeldOut(
-            held_out.model, text.unseen, chosen.pruned[0], text.prompt, seed, chosen.window, text.retrieval_unseen,
-            text.asked_tokens, folder,
-        )  # fmt: skip
+        unseen = prompts.unseen(held_out.model, chosen.pruned[0], chosen.window, seed, folder)
         loss = unseen.measure(chosen.pruned, calibration)
     return Quality(
         text=text.source,
@@ -163,6 +169,7 @@ def _quality(
         continuation_tokens=text.unseen.length - text.prompt,
         loss=loss,
         own_projection=unseen.measure(chosen.pruned, Calibration()),
+        images=None if images is None else f"{len(images.unseen)} prompts with {images.source}",
     )
 
 

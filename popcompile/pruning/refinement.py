@@ -91,7 +91,7 @@ def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, row
     """Mean first-token KL of some boundary tokens of these rows, but for a constant: the whole model's entropy."""
     model, first = states.model, pruned[0]
     text = states.rows[rows]
-    positions = torch.stack([_boundary_tokens(text.length, random) for _ in rows])
+    positions = text.draw_slots(min(_EARLIEST, text.length // 2), text.length, _BOUNDARY_TOKENS, random)
     x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
     prompts = Prompts.of(model, text, text.length, positions, begins=positions)
     y = last_hidden_state(model, prompts, (x, at_positions(x, positions)), first, pruned, calibration)
@@ -113,12 +113,6 @@ def _answers_loss(answers: Answers, pruned: list[int], calibration: Calibration,
     with torch.no_grad():
         likely = model.logits(final[:, context:-1][measured][None], prompts.tail)[0].softmax(-1)
     return cross_entropy(model.logits(y[measured][None], prompts.tail)[0], likely)
-
-
-def _boundary_tokens(length: int, random: Generator) -> Tensor:
-    """Positions of the boundary tokens that a step takes of one row."""
-    earliest = min(_EARLIEST, length // 2)
-    return torch.randperm(length - earliest, generator=random)[:_BOUNDARY_TOKENS] + earliest
 
 
 def _shuffled(count: int, size: int, random: Generator) -> Iterator[Tensor]:

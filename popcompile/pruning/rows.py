@@ -30,6 +30,14 @@ class ImageTokens:
     index: Tensor
     position_ids: Tensor
 
+    def joined(self, other: ImageTokens) -> ImageTokens:
+        """Of the rows of both."""
+        moved = torch.where(other.index < 0, -1, other.index + len(self.features))
+        features = [images.features for images in (self, other) if len(images.features)]
+        return ImageTokens(
+            torch.cat(features), torch.cat((self.index, moved)), torch.cat((self.position_ids, other.position_ids), 1)
+        )
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -57,6 +65,32 @@ class Rows:
         """Of all tokens of every row, [N, T]."""
         return torch.arange(self.length).expand(len(self), -1)
 
+    def joined(self, other: Rows) -> Rows:
+        """These rows, and others of the same length behind them."""
+        ids = torch.cat((self.ids, other.ids))
+        if self.images is None and other.images is None:
+            return Rows(ids)
+        axes = next(len(rows.images.position_ids) for rows in (self, other) if rows.images is not None)
+        return Rows(ids, self._with_images(axes).joined(other._with_images(axes)))
+
+    def _with_images(self, axes: int) -> ImageTokens:
+        if self.images is not None:
+            return self.images
+        return ImageTokens(torch.empty(0), torch.full_like(self.ids, -1), self.slots.expand(axes, -1, -1))
+
+    def draw_slots(self, begin: int, end: int, most: int, random: torch.Generator) -> Tensor:
+        """Different slots from `begin` to `end` in each row, as many as all rows have and at most `most`, [N, Q].
+
+        Of images' tokens none, and none that an image follows: nobody asks for a prediction there.
+        """
+        candidates = [torch.arange(begin, end)] * len(self)
+        if (images := self.images) is not None:
+            of_text = images.index < 0
+            before_text = of_text & torch.cat((of_text[:, 1:], torch.ones_like(of_text[:, :1])), 1)
+            candidates = [begin + row[begin:end].nonzero()[:, 0] for row in before_text]
+        count = min(most, *map(len, candidates))
+        return torch.stack([slots[torch.randperm(len(slots), generator=random)[:count]] for slots in candidates])
+
 
 @dataclass(frozen=True)
 class AskedRows:
@@ -68,6 +102,9 @@ class AskedRows:
     @classmethod
     def of(cls, text: RetrievalText) -> AskedRows:
         return cls(Rows(text.rows), text.answers)
+
+    def joined(self, other: AskedRows) -> AskedRows:
+        return AskedRows(self.rows.joined(other.rows), torch.cat((self.answers, other.answers)))
 
     def split(self, count: int) -> tuple[AskedRows, AskedRows]:
         """The first `count` rows, and the others."""

@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
-from popcompile.passes import ops
+from popcompile.passes import Program, ops
 from popcompile.passes.graph import find, shape_of
-from popcompile.pruning.execution import NO_NUMBERS, call_reference, fast_products
-from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows
+from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, fast_products, materialise
+from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows, decoder_inputs
 
 
 @torch.inference_mode()
@@ -59,6 +59,20 @@ def sample(
                 progress(done, total)
         sampled.append(ids)
     return replace(rows, ids=torch.cat(sampled))
+
+
+def sample_behind(
+    program: Program,
+    read: Reader,
+    rows: Rows,
+    given: Sequence[int],
+    seed: int,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Rows:
+    """`sample`, of a canonical program."""
+    model, inputs = materialise(program.graphs["model"], program, read), decoder_inputs(program, read)
+    with fast_products():
+        return sample(model, rows, given, seed=seed, inputs=inputs, progress=progress)
 
 
 def begun(starts: Sequence[Tensor], length: int) -> tuple[Rows, list[int]]:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from popcompile.package.report import Loss
-from popcompile.pruning.held_out import HeldOut
+from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.refinement import Answers, refine
 from popcompile.pruning.regression import Calibration, calibrate
@@ -50,7 +50,7 @@ _ROUNDING = 1e-5
 @dataclass(frozen=True)
 class Budget:
     """The loss that is allowed: KL in nats, of a first token, of those after it and of answers that stand in the prompt
-    each, and perplexity over the whole model's. None: any.
+    each, and perplexity over the whole model's, on text and on prompts with images. None: any.
     """
 
     max_kl: float | None = None
@@ -62,7 +62,7 @@ class Budget:
         if self.max_kl is not None:
             shares.append(_share(loss.worst_kl, self.max_kl))
         if self.max_ppl_ratio is not None:
-            shares.append(_share(loss.ppl_ratio - 1, self.max_ppl_ratio - 1))
+            shares.append(_share(loss.worst_ppl_ratio - 1, self.max_ppl_ratio - 1))
         return max(shares)
 
     def widened(self, factor: float) -> Budget:
@@ -110,7 +110,7 @@ class Search:
     def __init__(
         self,
         states: HiddenStates | None,
-        held_out: HeldOut,
+        held_out: HeldOutKinds,
         progress: Callable[[str, int, int], Any],
         *,
         answers: Callable[[], Answers | None] = lambda: None,

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED, require_choice
 from popcompile.errors import PopcompileError
 from popcompile.frontend.positions import context_length
+from popcompile.pruning.picture_files import read_pictures
 from popcompile.pruning.plan import MAX_KL, PROMPT_TOKENS, Options
 from popcompile.pruning.request import Request, parse_request, require_request
 from popcompile.pruning.search import Budget
@@ -24,8 +25,8 @@ KV_PROJECTIONS = ("calibrated", "layer")
 class PruningSettings:
     """The arguments of `convert` of these names, None for its defaults.
 
-    Raises PopcompileError where one is out of range, where two exclude each other, and where the calibration text
-    cannot be read: what can be told before there is a model.
+    Raises PopcompileError where one is out of range, where two exclude each other, and where the calibration text or a
+    picture cannot be read: what can be told before there is a model.
     """
 
     prune: str | int | float | None
@@ -34,6 +35,7 @@ class PruningSettings:
     prompt_tokens: int | None
     kv_projection: str
     calibration: str
+    calibration_images: str | None
     calibration_texts: int
     refinement_steps: int
     max_kl: float | None
@@ -60,11 +62,21 @@ class PruningSettings:
             )
         if self.calibration != SELF:
             read_texts(Path(self.calibration))
+        if self._pictures is not None:
+            read_pictures(self._pictures, self.seed)
 
-    def for_model(self, config: PreTrainedConfig) -> tuple[Request, Options]:
-        """Raises PopcompileError for layers that the model does not have, and for lengths that its context has no room
-        for.
+    @property
+    def _pictures(self) -> Path | None:
+        return None if self.calibration_images is None else Path(self.calibration_images)
+
+    def for_model(self, config: PreTrainedConfig, *, takes_images: bool) -> tuple[Request, Options]:
+        """config: of the decoder. Raises PopcompileError for layers that the model does not have, for lengths that its
+        context has no room for, and for pictures where it takes none.
         """
+        if self._pictures is not None and not takes_images:
+            raise PopcompileError(
+                f"--calibration-images {self._pictures}: {config.model_type} takes no images; leave the option out"
+            )
         request = parse_request(config.num_hidden_layers, self.prune, self.layers)
         context = context_length(config)
         prompt_tokens = self._prompt_tokens(context)
@@ -74,6 +86,7 @@ class PruningSettings:
             prompt_tokens=prompt_tokens,
             calibrated=self.kv_projection == "calibrated",
             origin=self.calibration,
+            pictures=self._pictures,
             texts=self.calibration_texts,
             steps=self.refinement_steps,
             budget=Budget(max_kl=MAX_KL) if no_budget else Budget(self.max_kl, self.max_ppl_ratio),

@@ -28,7 +28,7 @@ FEWEST, _SHORTEST, _FEWEST_HELD_OUT = 8, 64, 2
 #: tokens at a prompt's end that take the whole model; and windows that a text holds, at least
 WINDOW, WINDOWS = 64, 4
 #: texts whose answers stand in them, for each other one that maps are fitted to; and tokens of their lists, at least
-_RETRIEVAL, _LISTED = 0.2, 32
+RETRIEVAL, _LISTED = 0.2, 32
 #: such texts that refinement takes besides
 _REFINING = 128
 #: of such texts that decide or measure: tokens that ask, after the prompt; tokens of all of them; the most and the
@@ -69,6 +69,7 @@ def calibration_text(
     texts: int = TEXTS,
     window: int = 1,
     prompt_tokens: int = 0,
+    least: int = 0,
     decides: bool = True,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
@@ -76,12 +77,12 @@ def calibration_text(
     """origin: "self" or a text file (text/documents.py says of what kinds). program: canonical. texts: how many to
     calibrate on. window: tokens at a prompt's end that take the whole model; texts are long enough for prompts of
     several windows. prompt_tokens: of the prompts in which answers stand, where that is more than the others have and
-    the context allows. decides: whether maps are to be chosen between; else nothing but the measuring text is held out,
-    and less of it the fewer the texts.
+    the context allows. least: tokens of a text, at least, if the context allows. decides: whether maps are to be chosen
+    between; else nothing but the measuring text is held out, and less of it the fewer the texts.
 
     Raises PopcompileError where the file cannot be used or the model's context is too short.
     """
-    tokens = min(max(TOKENS, WINDOWS * window), program.max_positions)
+    tokens = min(max(TOKENS, WINDOWS * window, least), program.max_positions)
     if tokens < _SHORTEST:
         raise PopcompileError(
             f"the model's context of {tokens} tokens is too short to calibrate on ({_SHORTEST} are needed); give"
@@ -135,7 +136,7 @@ def _with_retrieval(
     prompt = max(text.prompt, min(prompt_tokens, context - _ASKING))
     long = min(prompt + _ASKING, context)
     count = max(_FEWEST_ASKED, min(lists, _ASKED_TOKENS // long))
-    few = max(1, round(len(text.calibration) * _RETRIEVAL))
+    few = max(1, round(len(text.calibration) * RETRIEVAL))
     fit = retrieval_text(tokenizer, few, tokens, listed, random_stream(seed, "retrieval"))
     parts = 1 if text.unseen is text.held_out else 2
     made = retrieval_text(tokenizer, parts * count, long, prompt - window, random_stream(seed, "asked"))

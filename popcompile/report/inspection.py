@@ -238,24 +238,28 @@ def _text(table: Table, widths: list[int | None] | None = None) -> str:
 def _frontier(choice: LayerChoice) -> str:
     """The frontier without standard errors and agreement, which the page and --json have."""
     rows = []
+    with_images = any(point.loss.images is not None for point in choice.shown())
     for point in choice.shown():
         loss = point.loss
-        kept = "" if loss.retrieval_kept is None else share(loss.retrieval_kept)
         cells = [str(len(point.pruned)), format_layers(point.pruned), str(point.window), f"{point.speedup:.2f}x"]
         cells += [
             small(loss.first_token_kl),
             small(loss.kl),
             answers_cell(loss, error=False),
             ratio(loss.ppl_ratio),
-            kept,
         ]
+        if with_images:
+            cells.append("" if loss.images is None else small(loss.images.worst_kl))
+        else:
+            cells.append("" if loss.retrieval_kept is None else share(loss.retrieval_kept))
         rows.append([*cells, "*" * point.chosen + "r" * point.refined])
-    headers = ["", "pruned layers", "w", "less", "1st", "next", "asks", "ppl", "kept", ""]
+    last, meaning = ("image", "the worst KL of prompts with images") if with_images else ("kept", "answers")
+    headers = ["", "pruned layers", "w", "less", "1st", "next", "asks", "ppl", last, ""]
     legend = (
         f"w: window; less: times fewer FLOPs for {choice.prompt_tokens} tokens; 1st, next, asks: KL in\n"
         "nats of the first token, of those after it, and of answers in the prompt; ppl:\n"
-        "over the full model's; kept: answers; > a lower bound, over the budget;\n"
-        "* chosen, r refined by gradients"
+        f"over the full model's; {last}: {meaning};\n"
+        "> a lower bound, over the budget; * chosen, r refined by gradients"
     )
     return f"{_text(Table(headers, rows, 'rlrrrrrrrl'), [None, 20, *[None] * 8])}\n{legend}"
 

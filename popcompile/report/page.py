@@ -239,6 +239,11 @@ def _cost(found: Measurements) -> str:
             f" model's and has the same likeliest token for {share(loss.first_token_agreement)} of the prompts; the"
             f" perplexity of what follows is {ratio(loss.ppl_ratio)} times the full model's."
         )
+        if (images := loss.images) is not None:
+            text += (
+                f" For prompts with images these are {kl_cell(images)} nats, {share(images.first_token_agreement)} and"
+                f" {ratio(images.ppl_ratio)} times."
+            )
         own = found.quality.own_projection
         if own:
             text += (
@@ -284,10 +289,17 @@ def _table(headers: list[str], rows: list[list[str]], left: int) -> Table:
 
 
 def _quality_table(quality: Quality) -> Table:
-    rows = [["this package", *loss_cells(quality.loss)]]
+    measured = {"this package": quality.loss}
     if quality.own_projection:
-        rows.append(["the same layers, their own K/V projections", *loss_cells(quality.own_projection)])
-    return Table(["", *LOSS_HEADERS], rows, "l" + "r" * len(LOSS_HEADERS), {0})
+        measured["the same layers, their own K/V projections"] = quality.own_projection
+    rows = [[name, *loss_cells(loss)] for name, loss in measured.items()]
+    with_images = [
+        [f"{name}, prompts with images", *loss_cells(loss.images)]
+        for name, loss in measured.items()
+        if loss.images is not None
+    ]
+    marked = {0, len(rows)} if with_images else {0}
+    return Table(["", *LOSS_HEADERS], rows + with_images, "l" + "r" * len(LOSS_HEADERS), marked)
 
 
 def _with_totals(table: Table, flops: dict[str, Any]) -> Table:

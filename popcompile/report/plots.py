@@ -157,7 +157,7 @@ def frontier_svg(choice: LayerChoice) -> str:
 def _fill_frontier(figure: Figure, choice: LayerChoice) -> None:
     all_axes = figure.subplots(2, 1, sharex=True)
     best = choice.best()
-    for axes, metric in zip(all_axes, ("worst_kl", "ppl_ratio"), strict=True):
+    for axes, metric in zip(all_axes, ("worst_kl", "worst_ppl_ratio"), strict=True):
         _points(axes, choice.frontier, metric, "measured set", color="0.6", marker=".", linestyle="none")
         _points(axes, best, metric, "best of its number", **_STAGES["prefill"] | {"markersize": 4})
         chosen = {"color": "#D55E00", "marker": "*", "markersize": 14, "linestyle": "none", "zorder": 3}
@@ -192,8 +192,9 @@ def _scale_kl(axes: Axes, choice: LayerChoice) -> None:
 def _scale_perplexity(axes: Axes, choice: LayerChoice) -> None:
     """From 1 to five times what the budget allows or the choice costs: far costlier sets would flatten all others."""
     axes.set_ylabel("perplexity, pop / full")
-    values = [p.loss.ppl_ratio for p in choice.frontier if math.isfinite(p.loss.ppl_ratio)]
-    of_interest = [p.loss.ppl_ratio for p in choice.frontier if p.chosen and math.isfinite(p.loss.ppl_ratio)]
+    points = [p for p in choice.frontier if math.isfinite(p.loss.worst_ppl_ratio)]
+    values = [p.loss.worst_ppl_ratio for p in points]
+    of_interest = [p.loss.worst_ppl_ratio for p in points if p.chosen]
     if choice.max_ppl_ratio is not None:
         of_interest.append(choice.max_ppl_ratio)
     if values:

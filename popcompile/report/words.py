@@ -66,7 +66,11 @@ def chosen_by(choice: LayerChoice | None) -> str:
 
 def quality_words(quality: Quality) -> str:
     """The package's loss in one line."""
-    loss = quality.loss
+    images = "" if quality.loss.images is None else f"; prompts with images: {_loss_words(quality.loss.images)}"
+    return _loss_words(quality.loss) + images
+
+
+def _loss_words(loss: Loss) -> str:
     return (
         f"first-token KL {kl_cell(loss)} nats, agreement {share(loss.first_token_agreement)};"
         f" perplexity {ratio(loss.ppl_ratio)} times full{retrieval_words(loss)}"
@@ -85,12 +89,14 @@ def text_words(quality: Quality) -> str:
     """What quality was measured on."""
     lengths = f"{quality.prompt_tokens} tokens and {quality.continuation_tokens} after them"
     asked = "" if quality.asked_tokens is None else f"; answers in prompts of {quality.asked_tokens} tokens"
-    return f"{quality.texts} texts, {quality.text}: prompts of {lengths}{asked}"
+    images = "" if quality.images is None else f"; {quality.images}"
+    return f"{quality.texts} texts, {quality.text}: prompts of {lengths}{asked}{images}"
 
 
 def frontier_table(choice: LayerChoice) -> Table:
     """The best set for each number of layers, and the chosen one, which is marked."""
     points = choice.shown()
+    with_images = any(p.loss.images is not None for p in points)
     rows = [
         [
             str(len(p.pruned)),
@@ -98,14 +104,15 @@ def frontier_table(choice: LayerChoice) -> Table:
             str(p.window),
             f"{p.speedup:.2f}x",
             *loss_cells(p.loss),
+            *(_image_cells(p.loss) if with_images else []),
             ", ".join(word for word, true in (("refined", p.refined), ("chosen", p.chosen)) if true),
         ]
         for p in points
     ]
     marked = {i for i, p in enumerate(points) if p.chosen}
     saved = f"FLOPs saved, {choice.prompt_tokens} tokens"
-    headers = ["number", "pruned layers", "window", saved, *LOSS_HEADERS, ""]
-    return Table(headers, rows, "rlrrrrrrrrrl", marked)
+    headers = ["number", "pruned layers", "window", saved, *LOSS_HEADERS, *(_IMAGE_HEADERS if with_images else []), ""]
+    return Table(headers, rows, "rl" + "r" * (len(headers) - 3) + "l", marked)
 
 
 LOSS_HEADERS = [
@@ -117,6 +124,16 @@ LOSS_HEADERS = [
     "KL of answers",
     "answers kept",
 ]
+
+
+_IMAGE_HEADERS = ["images: first-token KL", "images: KL after it", "images: ppl / full", "images: KL of answers"]
+
+
+def _image_cells(loss: Loss) -> list[str]:
+    """Of prompts with images, where these were run."""
+    if (images := loss.images) is None:
+        return [""] * len(_IMAGE_HEADERS)
+    return [kl_cell(images), small(images.kl), ratio(images.ppl_ratio), answers_cell(images)]
 
 
 def loss_cells(loss: Loss) -> list[str]:

@@ -8,7 +8,7 @@ context's cache entries can tell it. Words come from the tokenizer's vocabulary,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,24 @@ def _text(
         values[key] = draw_value(words, of_words, choice)
         text += values[key].join(line(key))
         length += token_count(tokenizer, values[key].join(line(key)))
-    text += between
+    return ask(tokenizer, text + between, line, values, tokens, length, choice)
+
+
+def ask(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    line: _Line,
+    values: Mapping[str, str],
+    tokens: int,
+    length: int,
+    choice: random.Random,
+    *,
+    begins: bool = True,
+) -> tuple[list[int], list[bool]]:
+    """Token ids of the text, which has about `length` of them, and of lines behind it that ask for the values: more
+    than `tokens` in all; and whether each is a part of an answer. begins: whether it has what the tokenizer puts before
+    a text.
+    """
     spans: list[tuple[int, int]] = []
     asked: list[str] = []
     while length < tokens * (1 + _SPARE):
@@ -90,7 +107,7 @@ def _text(
         spans.append((begin, begin + len(values[key])))
         text += values[key].join(line(key))
         length += token_count(tokenizer, values[key].join(line(key)))
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=begins, verbose=False)
     answers, span = [], 0
     for begin, end in encoded["offset_mapping"]:
         while span < len(spans) and spans[span][1] <= begin:

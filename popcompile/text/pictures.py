@@ -30,6 +30,11 @@ _DARK, _TITLES, _TWO_COLUMNS, _WIDE = 0.2, 0.4, 0.3, 24
 _ROWS, _COLUMNS, _BARS, _SHAPES = range(2, 9), range(2, 5), range(3, 8), range(4, 12)
 
 
+def is_legible(word: str) -> bool:
+    """Whether its letters are drawn as they are, one behind the other from the left: Latin, Greek and Cyrillic ones."""
+    return all(c < "\u0530" and c in _characters(_FONTS[0]) for c in word)
+
+
 def draw_picture(text: str, words: Sequence[str], size: Size, choice: random.Random) -> Image.Image:
     """A page of the text or, as often, a table, a plot or shapes. words: what things are named by, at least one."""
     if choice.random() < 0.5:
@@ -177,7 +182,7 @@ class _Sheet:
 
     def finished(self) -> Image.Image:
         """The picture. Where there was no room for anything, or one shape has hidden all, there is a line across it."""
-        if all(low == high for low, high in self._image.getextrema()):
+        if len(self._image.getcolors(1) or ()) == 1:
             hidden = self._image.getpixel((0, 0)) == self.ink
             self.draw.line((0, 0, *self._image.size), self._paper if hidden else self.ink)
         return self._image
