@@ -87,8 +87,8 @@ def _bench(options: argparse.Namespace) -> None:
     if options.save:
         require_saveable(options.package)
         manifest = read_manifest(options.package)
-    names = ("against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "runtime", "seed")
-    names += ("images", "image_tokens")
+    names = ["against", "lengths", "batch", "decode_tokens", "repeats", "threads", "provider", "runtime", "seed"]
+    names += ["images", "image_tokens"]
     with progress_bar(BENCH_STEPS) as progress:
         result = bench(options.package, **{name: getattr(options, name) for name in names}, progress=progress)
     for warning in result["warnings"]:

@@ -12,9 +12,7 @@ is predicted once by the full model and once by the full model over a pruned pro
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,25 +25,22 @@ from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
 from popcompile.evaluation.code_problems import Problem, complete, passes, read_problems, require_room
-from popcompile.evaluation.metrics import compare
+from popcompile.evaluation.encoders import Encoders, open_encoders, require_comparable, require_vocabulary
 from popcompile.evaluation.questions import Question, is_answered, questions
 from popcompile.evaluation.settings import EvaluationSettings
 from popcompile.evaluation.summaries import (
     PromptScores,
     code_summary,
-    compared_with_itself,
+    comparison,
     retrieval_summary,
-    summaries,
 )
 from popcompile.package.configs import load_tokenizer
-from popcompile.package.manifest import Manifest, read_manifest
+from popcompile.package.manifest import read_manifest
 from popcompile.progress import Progress
 from popcompile.runtime.cache import KVCache
 from popcompile.runtime.encoder import Encoder
 from popcompile.runtime.providers import find_provider
-from popcompile.runtime.session import Runtime
 from popcompile.text.documents import default_texts, read_texts, windows
-from popcompile.variants import Variants, with_full_model
 
 
 def evaluate(
@@ -113,72 +108,46 @@ def evaluate(
     documents = require_options(text or (), provider) or default_texts()
     manifest = read_manifest(Path(folder))
     settings.require_fit(manifest)
-    if baselines and not manifest.pruned:
-        raise PopcompileError(f"{folder}: nothing is pruned in it, so --baselines would all be the same; leave it out")
+    other = None if reference is None else Path(reference)
+    require_comparable(Path(folder), manifest, other, baselines)
     greedy_tokens = min(greedy_tokens, manifest.context_length - prompt_tokens)
     settings = replace(settings, greedy_tokens=greedy_tokens)
     report = progress or (lambda *_: None)
 
-    with contextlib.ExitStack() as stack:
-        complete = stack.enter_context(with_full_model(Path(folder)))
-        runtime = Runtime(complete, provider=provider)
-        expected = runtime
-        if reference is not None:
-            _require_same_model(Path(reference), manifest)
-            other = stack.enter_context(with_full_model(Path(reference)))
-            expected = Runtime(other, provider=provider, main="decode")
-        tokenizer = load_tokenizer(Path(folder))
-        if problems:
-            require_room(problems, tokenizer, manifest.context_length)
-        samples = {
-            name: windows(tokenizer, texts, prompts, prompt_tokens + continuation_tokens, seed, name)
-            for name, texts in documents.items()
-        }
-        asked = questions(tokenizer, next(iter(documents.values())), retrieval_prompts, prompt_tokens, seed)
-        tokens_used = [t for found in samples.values() for t in found] + [
-            t for q in asked for t in (q.prompt, q.answer)
-        ]
-        _require_vocabulary(Path(folder), manifest, tokens_used)
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="popcompile-", ignore_cleanup_errors=True))
-        encoders = {"pop": Encoder(runtime, "prefill")}
-        if baselines:
-            encoders |= _compile_baselines(runtime.folder, manifest, Path(temporary), provider, report)
-        if reference is not None:
-            encoders["full"] = Encoder(runtime, "decode")
-        full = Encoder(expected, "decode")
-        scores: dict[str, dict[str, list[PromptScores]]] = {name: {} for name in encoders}
+    tokenizer = load_tokenizer(Path(folder), manifest)
+    if problems:
+        require_room(problems, tokenizer, manifest.context_length)
+    samples = {
+        name: windows(tokenizer, texts, prompts, prompt_tokens + continuation_tokens, seed, name)
+        for name, texts in documents.items()
+    }
+    asked = questions(tokenizer, next(iter(documents.values())), retrieval_prompts, prompt_tokens, seed)
+    tokens_used = [t for found in samples.values() for t in found] + [t for q in asked for t in (q.prompt, q.answer)]
+    require_vocabulary(Path(folder), manifest, tokens_used)
+    scores: dict[str, dict[str, list[PromptScores]]] = {}
+    answered: list[dict[str, bool]] = []
+    with open_encoders(
+        Path(folder), manifest, provider, reference=other, baselines=baselines, progress=report
+    ) as encoders:
         total, done = sum(len(w) for w in samples.values()) + len(asked), 0
         for name, tokens in samples.items():
             for index, window in enumerate(tokens):
                 report("evaluate", done, total)
                 steps = greedy_tokens if index < greedy_prompts else 0
-                compared = _compare(full, encoders, window[:prompt_tokens], window[prompt_tokens:], steps)
+                compared = _compare(encoders, window[:prompt_tokens], window[prompt_tokens:], steps)
                 for variant, found in compared.items():
-                    scores[variant].setdefault(name, []).append(found)
+                    scores.setdefault(variant, {}).setdefault(name, []).append(found)
                 done += 1
-        answered: list[dict[str, bool]] = []
         for question in asked:
             report("evaluate", done + len(answered), total)
-            answered.append({name: _answers(e, question) for name, e in {"reference": full, **encoders}.items()})
-        code = _code({"reference": full, **encoders}, tokenizer, problems, seed, report) if problems else None
+            answered.append({name: _answers(encoder, question) for name, encoder in encoders.by_name.items()})
+        code = _code(encoders.by_name, tokenizer, problems, seed, report) if problems else None
         report("evaluate", total, total)
-        del encoders  # Windows removes no file that a session has mapped
 
-    metrics = {variant: summaries(by_text, seed) for variant, by_text in scores.items()}
-    result: dict[str, Any] = {
-        "package": str(folder),
-        "reference": None if reference is None else str(reference),
-        "pruned": manifest.pruned,
-        "kv_projection": manifest.kv_projection,
-        "settings": settings.to_json(),
-        "texts": metrics.pop("pop"),
-    }
+    result = comparison(folder, manifest, reference, settings.to_json(), scores, seed)
     result["retrieval"] = retrieval_summary(asked, answered, seed)
     if code is not None:
         result["code"] = code
-    if baselines or metrics:
-        unpruned = {name: [compared_with_itself(s) for s in found] for name, found in scores["pop"].items()}
-        result["baselines"] = {"none": summaries(unpruned, seed), **metrics}
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -194,68 +163,22 @@ def require_options(text: Sequence[Path], provider: str) -> dict[str, list[str]]
     return {str(path): read_texts(path) for path in text}
 
 
-def _require_same_model(reference: Path, manifest: Manifest) -> None:
-    other = read_manifest(reference)
-    if other.vocab_size != manifest.vocab_size or other.context_length < manifest.context_length:
-        raise PopcompileError(
-            f"--reference {reference}: it is another model ({other.source['name']}, a vocabulary of"
-            f" {other.vocab_size}); give a package of {manifest.source['name']}"
-        )
-
-
-def _require_vocabulary(folder: Path, manifest: Manifest, texts: Sequence[Tensor]) -> None:
-    highest = max(int(ids.max()) for ids in texts)
-    if highest >= manifest.vocab_size:
-        raise PopcompileError(
-            f"{folder}: its tokenizer makes token {highest} and its model has {manifest.vocab_size}; convert a model"
-            " with its own tokenizer"
-        )
-
-
-def _compile_baselines(
-    folder: Path, manifest: Manifest, temporary: Path, provider: str, progress: Progress
-) -> dict[str, Encoder]:
-    """Variants of the package by name, in `temporary`. They share its weights: low_memory packs no copies of them,
-    except of quantized ones, which are small, and for which packed kernels are others.
-    """
-    progress("variants", 0, 1)
-    variants = Variants(folder)
-    paths = {"dropped": variants.drop(temporary / "dropped", manifest.pruned)}
-    if manifest.kv_projection != "layer":
-        paths["layer"] = variants.prune(temporary / "layer", manifest.pruned)
-    mapped = not manifest.quantized
-    return {n: Encoder(Runtime(path, provider=provider, low_memory=mapped), "prefill") for n, path in paths.items()}
-
-
-def _compare(
-    full: Encoder, encoders: Mapping[str, Encoder], prompt: Tensor, continuation: Tensor, greedy_tokens: int
-) -> dict[str, PromptScores]:
+def _compare(encoders: Encoders, prompt: Tensor, continuation: Tensor, greedy_tokens: int) -> dict[str, PromptScores]:
     """Scores of one prompt by encoder; greedy agreement of "pop" only, up to `greedy_tokens`."""
+    full = encoders.full
     expected_first, expected_cache = full.encode(prompt)
     branch = copy.deepcopy(expected_cache) if greedy_tokens else None
     expected = full.predict(expected_first, expected_cache, continuation)
     found = {}
-    for name, encoder in encoders.items():
+    for name, encoder in encoders.compared.items():
         first, cache = encoder.encode(prompt)
         greedy = None
         if name == "pop" and branch is not None:
             pop_branch = copy.deepcopy(cache)
             greedy = _greedy_agreement((full, expected_first, branch), (encoder, first, pop_branch), greedy_tokens)
-        found[name] = _score(expected, encoder.predict(first, cache, continuation), continuation, greedy)
+        scores = PromptScores.of(expected, encoder.predict(first, cache, continuation), continuation)
+        found[name] = replace(scores, greedy=greedy)
     return found
-
-
-def _score(full: Tensor, other: Tensor, continuation: Tensor, greedy: int | None) -> PromptScores:
-    """Compare two predictions [tokens, vocabulary] of `continuation` [tokens]."""
-    compared = compare(full, other, continuation)
-    return PromptScores(
-        first_kl=float(compared.kl[0]),
-        later_kl=float(compared.kl[1:].mean()) if len(continuation) > 1 else None,
-        agreement=float(compared.agreement.mean()),
-        full_nll=float(compared.full_nll.mean()),
-        nll=float(compared.nll.mean()),
-        greedy=greedy,
-    )
 
 
 def _greedy_agreement(one: tuple[Encoder, Tensor, KVCache], other: tuple[Encoder, Tensor, KVCache], limit: int) -> int:

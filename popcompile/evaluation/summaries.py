@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from popcompile.evaluation.bootstrap import estimate
+from popcompile.evaluation.metrics import compare
 from popcompile.evaluation.questions import KINDS, Question
+from popcompile.package.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,46 @@ class PromptScores:
     nll: float
     greedy: int | None = None
 
+    @classmethod
+    def of(cls, full: Tensor, other: Tensor, continuation: Tensor) -> PromptScores:
+        """Of two predictions [tokens, vocabulary] of `continuation` [tokens]."""
+        compared = compare(full, other, continuation)
+        return cls(
+            first_kl=float(compared.kl[0]),
+            later_kl=float(compared.kl[1:].mean()) if len(continuation) > 1 else None,
+            agreement=float(compared.agreement.mean()),
+            full_nll=float(compared.full_nll.mean()),
+            nll=float(compared.nll.mean()),
+        )
+
 
 def compared_with_itself(scores: PromptScores) -> PromptScores:
     """The full model compared with itself."""
     return replace(scores, first_kl=0, later_kl=scores.later_kl and 0.0, agreement=1, nll=scores.full_nll, greedy=None)
+
+
+def comparison(
+    folder: str | Path,
+    manifest: Manifest,
+    reference: str | Path | None,
+    settings: dict[str, Any],
+    scores: Mapping[str, Mapping[str, list[PromptScores]]],
+    seed: int,
+) -> dict[str, Any]:
+    """What evaluations report of the package and of its variants. scores: by variant and text, "pop" the package's."""
+    metrics = {variant: summaries(by_text, seed) for variant, by_text in scores.items()}
+    result: dict[str, Any] = {
+        "package": str(folder),
+        "reference": None if reference is None else str(reference),
+        "pruned": manifest.pruned,
+        "kv_projection": manifest.kv_projection,
+        "settings": settings,
+        "texts": metrics.pop("pop"),
+    }
+    if metrics:
+        unpruned = {name: [compared_with_itself(s) for s in found] for name, found in scores["pop"].items()}
+        result["baselines"] = {"none": summaries(unpruned, seed), **metrics}
+    return result
 
 
 def summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, dict[str, Any]]:
@@ -74,12 +114,20 @@ def retrieval_summary(asked: Sequence[Question], answered: Sequence[Mapping[str,
     for kind in KINDS:
         rows = [row for question, row in zip(asked, answered, strict=True) if question.kind == kind]
         if rows:
-            shares = {name: estimate(_mean, [float(row[name]) for row in rows], seed) for name in rows[0]}
-            kept = [float(row["pop"]) for row in rows if row["reference"]]
-            found[kind] = {"prompts": len(rows), "answered": shares}
-            if kept:
-                found[kind]["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
+            found[kind] = answer_summary(rows, seed)
     return found
+
+
+def answer_summary(answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
+    """Of questions, by encoder: how many there are, the shares that were answered, and what of the reference's is
+    kept.
+    """
+    shares = {name: estimate(_mean, [float(row[name]) for row in answered], seed) for name in answered[0]}
+    kept = [float(row["pop"]) for row in answered if row["reference"]]
+    summary: dict[str, Any] = {"prompts": len(answered), "answered": shares}
+    if kept:
+        summary["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
+    return summary
 
 
 def code_summary(solved: Mapping[str, list[float]], seed: int) -> dict[str, Any]:

@@ -120,13 +120,14 @@ class MeasuredImportance:
 @dataclass(frozen=True)
 class Measurements:
     """None: not measured. evaluation, evaluation_tasks: what `popcompile evaluate --save` kept; benchmark: what
-    `popcompile bench --save` did. benchmark_images: of prompts with images.
+    `popcompile bench --save` did. evaluation_images, benchmark_images: of prompts with images.
     """
 
     importance: MeasuredImportance | None
     choice: LayerChoice | None
     quality: Quality | None
     evaluation: dict[str, Any] | None
+    evaluation_images: dict[str, Any] | None
     evaluation_tasks: dict[str, Any] | None
     benchmark: dict[str, Any] | None
     benchmark_images: dict[str, Any] | None
@@ -144,6 +145,7 @@ def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurem
         choice=part("choice", lambda entry: _choice(entry, count, manifest.window)),
         quality=part("quality", lambda entry: _quality(entry, manifest.kv_projection)),
         evaluation=part("evaluation", dict),
+        evaluation_images=part("evaluation_images", dict),
         evaluation_tasks=part("evaluation_tasks", dict),
         benchmark=part("benchmark", dict),
         benchmark_images=part("benchmark_images", dict),

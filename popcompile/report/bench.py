@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from popcompile.report.words import share
+from popcompile.report.words import counted, share
 
 
 def bench_text(result: dict[str, Any]) -> str:
@@ -40,7 +40,7 @@ def measured_on(result: dict[str, Any]) -> tuple[str, str]:
 def images_words(result: dict[str, Any]) -> str:
     """The images of a prompt: how many there are, and of how many tokens each is."""
     counts = [f"{rows * columns:,}" for rows, columns in _images(result)]
-    return f"{len(counts)} image{'s' * (len(counts) > 1)} of {'+'.join(counts)} tokens"
+    return f"{counted(len(counts), 'image')} of {'+'.join(counts)} tokens"
 
 
 def _images(result: Mapping[str, Any]) -> list[list[int]]:

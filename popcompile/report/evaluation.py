@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from popcompile.package.report import format_layers
+from popcompile.report.words import counted
 
 _METRICS = {
     "first_token_kl_mean": "first token, KL mean (nats)",
@@ -37,13 +38,35 @@ def evaluation_text(result: dict[str, Any]) -> str:
     """The result of `evaluation.evaluate` for a terminal."""
     settings = result["settings"]
     prompts = ", ".join(f"{metrics['prompts']} of {name}" for name, metrics in result["texts"].items() if name != "all")
+    lengths = f"prompts of {settings['prompt_tokens']} tokens and {settings['continuation_tokens']} after them"
+    return _document(result, f"{prompts}: {lengths}")
+
+
+def pictures_text(result: dict[str, Any]) -> str:
+    """The result of `evaluation.pictures.evaluate_pictures` for a terminal."""
+    return _document(result, pictures_words(result))
+
+
+def pictures_words(result: dict[str, Any]) -> str:
+    """Which questions about pictures an evaluation has asked."""
+    (metrics,) = result["texts"].values()
+    lengths = f"prompts of {_range(result['tokens'])} tokens, {_range(result['image_tokens'])} of them a picture's"
+    return f"{counted(metrics['prompts'], 'question')} about {counted(result['pictures'], 'picture')}: {lengths}"
+
+
+def _range(counts: list[int]) -> str:
+    return f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+
+
+def _document(result: dict[str, Any], prompts: str) -> str:
+    """prompts: what was measured on, in words."""
     head = (
         f"{result['package']}: prefill skips {format_layers(result['pruned'])}, {result['kv_projection']} projection,"
-        f" against {_reference(result)} full model\n{prompts}: prompts of {settings['prompt_tokens']} tokens and"
-        f" {settings['continuation_tokens']} after them; [95% confidence interval]"
+        f" against {_reference(result)} full model\n{prompts}; [95% confidence interval]"
     )
     tables = [metric_rows(result)] + ([baseline_rows(result)] if "baselines" in result else [])
     tables += [retrieval_rows(result)] if result.get("retrieval") else []
+    tables += [answer_rows(result)] if result.get("answers") else []
     tables += [code_rows(result)] if result.get("code") else []
     return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
 
@@ -60,6 +83,9 @@ def evaluation_words(result: dict[str, Any]) -> str:
         f"; facts in a {kind}: {_cell(shares['pop'])} found, {_cell(shares['reference'])} by the full model"
         for kind, shares in ((kind, found["answered"]) for kind, found in result.get("retrieval", {}).items())
     )
+    if "answers" in result:
+        shares = result["answers"]["answered"]
+        answers += f"; answered exactly: {_cell(shares['pop'])}, {_cell(shares['reference'])} by the full model"
     if "code" in result:
         shares = result["code"]["pass_at_1"]
         answers += f"; HumanEval pass@1: {_cell(shares['pop'])}, {_cell(shares['reference'])} of the full model"
@@ -94,13 +120,23 @@ def baseline_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def retrieval_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row per kind of prompt and encoder, with the share that it answers; the package is the last."""
+    rows = [row for kind, found in result["retrieval"].items() for row in _answered(result, kind, found)]
+    return ["facts in the prompt", "prefill", "answered", "kept of the full model's"], rows
+
+
+def answer_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row per encoder, with the share of questions about pictures that it answers exactly."""
+    rows = _answered(result, "questions", result["answers"])
+    return ["about pictures", "prefill", "answered exactly", "kept of the full model's"], rows
+
+
+def _answered(result: dict[str, Any], kind: str, found: dict[str, Any]) -> list[list[str]]:
     names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
     rows = []
-    for kind, found in result["retrieval"].items():
-        for name in (n for n in names if n in found["answered"]):
-            kept = _cell(found["kept"]) if name == "pop" and "kept" in found else ""
-            rows.append([f"{kind} ({found['prompts']})", names[name], _cell(found["answered"][name]), kept])
-    return ["facts in the prompt", "prefill", "answered", "kept of the full model's"], rows
+    for name in (n for n in names if n in found["answered"]):
+        kept = _cell(found["kept"]) if name == "pop" and "kept" in found else ""
+        rows.append([f"{kind} ({found['prompts']})", names[name], _cell(found["answered"][name]), kept])
+    return rows
 
 
 def code_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -22,7 +22,7 @@ from popcompile.package.manifest import IMAGE_GRAPHS, PASSES, REPORT, Manifest, 
 from popcompile.package.measurements import LayerChoice, Measurements, read_measurements
 from popcompile.package.report import format_layers
 from popcompile.report.bench import first_token_words, measured_on
-from popcompile.report.evaluation import evaluation_words
+from popcompile.report.evaluation import evaluation_words, pictures_words
 from popcompile.report.images import ImageFlops
 from popcompile.report.words import (
     Table,
@@ -42,8 +42,8 @@ def inspect_json(folder: Path) -> dict[str, Any]:
     """Manifest and report as one JSON document. Raises PopcompileError.
 
     {"manifest", "report", "not_measured": of "quality", "time", "importance", "frontier" and, where the model takes
-    images, "image_time" those that the report lacks, with the command that measures, "runtimes": [{"runtime", "loads",
-    "note"}]}
+    images, "image_time" and "image_quality" those that the report lacks, with the command that measures, "runtimes":
+    [{"runtime", "loads", "note"}]}
     """
     manifest, report = read_package(folder)
     with readable_report(folder):
@@ -223,6 +223,11 @@ def _measured(missing: dict[str, str], found: Measurements) -> list[tuple[str, s
         rows.append(("quality, evaluated", evaluation_words(found.evaluation)))
     if "quality" in missing:
         rows.append(("quality", not_measured(missing["quality"])))
+    if found.evaluation_images is not None:
+        rows.append(("quality with images", evaluation_words(found.evaluation_images)))
+        rows.append(("- measured on", pictures_words(found.evaluation_images)))
+    if "image_quality" in missing:
+        rows.append(("quality with images", not_measured(missing["image_quality"])))
     return rows
 
 

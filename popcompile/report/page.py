@@ -14,7 +14,14 @@ from popcompile.package.manifest import MANIFEST, Manifest, read_manifest
 from popcompile.package.measurements import Measurements, Quality, read_measurements
 from popcompile.package.report import format_layers
 from popcompile.report.bench import first_token_words, images_words, measured_on, time_rows
-from popcompile.report.evaluation import baseline_rows, code_rows, metric_rows, retrieval_rows
+from popcompile.report.evaluation import (
+    answer_rows,
+    baseline_rows,
+    code_rows,
+    metric_rows,
+    pictures_words,
+    retrieval_rows,
+)
 from popcompile.report.images import ImageFlops
 from popcompile.report.inspection import layer_table, pass_table, read_package, readable_report
 from popcompile.report.output_file import replace_file, require_replaceable_file
@@ -154,13 +161,18 @@ def _measured(manifest: Manifest, found: Measurements) -> dict[str, Any]:
             f" {settings['continuation_tokens']} after them"
         )
         if "baselines" in found.evaluation:
-            table = _table(*baseline_rows(found.evaluation), left=2)
-            own = {i for i, row in enumerate(table.rows) if row[1].startswith("this package")}
-            content["baselines"] = Table(table.headers, table.rows, table.align, own)
+            content["baselines"] = _baselines(found.evaluation)
         if found.evaluation.get("retrieval"):
             content["retrieval"] = _table(*retrieval_rows(found.evaluation), left=2)
         if found.evaluation.get("code"):
             content["code"] = _table(*code_rows(found.evaluation), left=2)
+    if found.evaluation_images is not None:
+        content["image_evaluation"] = _table(*metric_rows(found.evaluation_images), left=1)
+        content["image_evaluation_text"] = pictures_words(found.evaluation_images)
+        if "baselines" in found.evaluation_images:
+            content["image_baselines"] = _baselines(found.evaluation_images)
+        if "answers" in found.evaluation_images:
+            content["image_answers"] = _table(*answer_rows(found.evaluation_images), left=2)
     if found.evaluation_tasks is not None:
         content["tasks"] = _table(*task_rows(found.evaluation_tasks), left=2)
     return content
@@ -286,6 +298,13 @@ def _flops_text(report: dict[str, Any]) -> str:
 def _table(headers: list[str], rows: list[list[str]], left: int) -> Table:
     """A table with `left` columns of text, then numbers."""
     return Table(headers, rows, "l" * left + "r" * (len(headers) - left))
+
+
+def _baselines(evaluation: dict[str, Any]) -> Table:
+    """The package's rows are marked."""
+    table = _table(*baseline_rows(evaluation), left=2)
+    own = {i for i, row in enumerate(table.rows) if row[1].startswith("this package")}
+    return Table(table.headers, table.rows, table.align, own)
 
 
 def _quality_table(quality: Quality) -> Table:

@@ -24,7 +24,7 @@ class Table:
 
 def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[str, str]:
     """The command that measures it, for each of "quality", "time", "importance" and "frontier" that is not measured,
-    and "image_time" of a model that takes images.
+    and "image_time" and "image_quality" of a model that takes images.
     """
     out, source = shlex.quote(str(folder)), shlex.quote(str(manifest.source["name"]))
     if "text_decoder_of" in manifest.source:
@@ -36,6 +36,8 @@ def unmeasured(folder: Path, manifest: Manifest, found: Measurements) -> dict[st
         commands["quality"] = f"popcompile evaluate {out} --save"
     if found.benchmark is None:
         commands["time"] = f"popcompile bench {out} --save"
+    if manifest.images is not None and found.evaluation_images is None:
+        commands["image_quality"] = f"popcompile evaluate {out} --images DIR --save"
     if manifest.images is not None and found.benchmark_images is None:
         tokens = manifest.images.tokens_per_image or REFERENCE_IMAGE_TOKENS
         commands["image_time"] = f"popcompile bench {out} --image-tokens {tokens} --save"
@@ -162,6 +164,10 @@ def with_error(value: float, error: float | None) -> str:
 def small(value: float) -> str:
     """A number of nats."""
     return f"{value:.4f}" if value < 1 else f"{value:.3g}"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def share(value: float) -> str:

@@ -88,6 +88,12 @@ class PopForImageTextToText(PopForCausalLM):
         return config, model_kwargs
 
 
+def encode_prompt_images(runtime: Runtime, ids: Tensor, given: Mapping[str, Any]) -> RowImages | None:
+    """The images of one prompt ids [S]. given: what the processor made of them. Raises PopcompileError as the model."""
+    images = PopForImageTextToText(runtime)._images_of([ids], PopCache(runtime.new_cache(1)), given)
+    return None if images is None else images[0]
+
+
 @dataclass(frozen=True)
 class Visual:
     """features [tokens, W] of an image or video; frames: rows and columns in tokens of each of its frames."""

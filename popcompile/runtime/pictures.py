@@ -21,6 +21,28 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
+#: how their files are called
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def picture_files(folder: Path, option: str) -> list[Path]:
+    """The files in a folder that are called as pictures are, by name. option: whose value the folder is.
+
+    Raises PopcompileError where there are none.
+    """
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    except FileNotFoundError:
+        raise PopcompileError(f"{option} {folder}: no such folder; give one with pictures") from None
+    except NotADirectoryError:
+        raise PopcompileError(f"{option} {folder}: is a file; give the folder that it is in") from None
+    except OSError as error:
+        raise PopcompileError(f"{option} {folder}: cannot be read ({error.strerror}); give another folder") from error
+    if not files:
+        raise PopcompileError(f"{option} {folder}: has no pictures; give a folder with {', '.join(_SUFFIXES)} files")
+    return files
+
+
 def read_picture(file: str) -> Image.Image:
     """A still picture in RGB, turned as its camera was held. Raises PopcompileError, of one line, where it is none."""
     if _URL.match(file):

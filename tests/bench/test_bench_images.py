@@ -13,7 +13,7 @@ import pytest
 import torch
 from bad_input import Cli, popcompile
 from PIL import Image
-from vision_package import save_pictures
+from vision_checkpoint import save_pictures
 
 from popcompile.bench.images import image_sizes
 from popcompile.bench.measure import bench
@@ -136,8 +136,8 @@ def test_the_size_of_an_image_of_so_many_tokens(tokens: int, size: tuple[int, in
         (["--image"], "expected one argument"),
         (["--image", "missing.png"], "missing.png: cannot be read"),
         (["--image", "https://example.com/a.png"], "an address, and popcompile reads files"),
-        (["--image-tokens", "200,100"], "--lengths 8, images of 300 tokens and --decode-tokens 2 are more than the"),
-        (["--image-tokens", "999999999"], "are more than the context of 256"),
+        (["--image-tokens", "200,303"], "--lengths 8, images of 503 tokens and --decode-tokens 2 are more than the"),
+        (["--image-tokens", "999999999"], "are more than the context of 512"),
     ],
 )
 def test_arguments(arguments: list[str], words: str, cli: Cli, package: Path) -> None:

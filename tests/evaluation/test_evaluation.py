@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -16,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from bad_input import snapshot
 from conftest import tiny_llama
+from expected_metrics import TOLERANCE, assert_metrics, metrics_of
 from reference import pop_prefill, without_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from words import save_tiny, save_words
 
-import popcompile.evaluation.compare
+import popcompile.evaluation.encoders
 from popcompile.cli import main
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
@@ -42,8 +41,6 @@ from popcompile.variants import Variants
 
 WEIGHTS = LAYOUTS["split"].weights
 
-#: fp32 logits differ by up to 1e-3 (test_real_models.py), and mean differences of log-probabilities by no more
-TOLERANCE = 1e-3
 PRUNED, WINDOW = [1, 2], 3
 SIZES: dict[str, Any] = {"prompts": 3, "prompt_tokens": 20, "continuation_tokens": 7}
 SIZES |= {"greedy_prompts": 2, "greedy_tokens": 6}
@@ -86,36 +83,6 @@ def greedy(model: PreTrainedModel, first: Tensor, cache: DynamicCache, count: in
         out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
         tokens.append(int(out.logits[0, -1].argmax()))
     return tokens
-
-
-def metrics_of(full: list[Tensor], other: list[Tensor], answers: list[Tensor]) -> dict[str, float]:
-    """The metrics as their definitions say, one prompt's logits [tokens, vocabulary] per item."""
-    kl, agreement, full_nll, nll = [], [], [], []
-    for p, q, answer in zip(full, other, answers, strict=True):
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
-        agreement.append((p.argmax(-1) == q.argmax(-1)).double())
-        full_nll.append(F.cross_entropy(p.double(), answer))
-        nll.append(F.cross_entropy(q.double(), answer))
-    first = [float(k[0]) for k in kl]
-    full_mean, mean = (float(torch.stack(n).mean()) for n in (full_nll, nll))
-    return {
-        "first_token_kl_mean": float(np.mean(first)),
-        "first_token_kl_p95": float(np.percentile(first, 95)),
-        "continuation_kl_mean": float(torch.cat([k[1:] for k in kl]).mean()),
-        "top1_agreement": float(torch.cat(agreement).mean()),
-        "full_perplexity": math.exp(full_mean),
-        "pop_perplexity": math.exp(mean),
-        "perplexity_ratio": math.exp(mean - full_mean),
-    }
-
-
-def assert_metrics(found: dict[str, Any], wanted: dict[str, float], tolerance: float = TOLERANCE) -> None:
-    for name, value in wanted.items():
-        estimated = found[name]
-        assert estimated["value"] == pytest.approx(value, rel=tolerance, abs=tolerance), name
-        if estimated["low"] is not None:
-            assert estimated["low"] <= estimated["value"] <= estimated["high"]
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +283,7 @@ def test_another_package_as_the_reference(files: list[Path], tmp_path: Path, mon
     assert f"against {packages['fp32']}'s full model" in text and "this package, nothing pruned" in text
     itself = evaluate(packages["fp32"], files[:1], reference=packages["fp32"], **SIZES)
     assert next(iter(itself["texts"].values())) == alone["fp32"]
-    monkeypatch.setattr(popcompile.evaluation.compare, "Runtime", partial(Runtime, low_memory=True))
+    monkeypatch.setattr(popcompile.evaluation.encoders, "Runtime", partial(Runtime, low_memory=True))
     (mapped,) = evaluate(packages["int4"], files[:1], reference=packages["fp32"], **SIZES)["baselines"]["full"].values()
     assert mapped["first_token_kl_mean"] != rounded["first_token_kl_mean"]  # packed kernels round activations too
 

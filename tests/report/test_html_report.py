@@ -104,6 +104,8 @@ def test_page_shows_every_section(page: str) -> None:
         "dropped in prefill and decode",
         "list (2) this package 0.500 [0.000, 1.000]",
         "hellaswag acc 0.4000 ± 0.1000",
+        "2 questions about 1 picture: prompts of 300 to 1,400 tokens, 256 of them a picture's, with 95% confidence",
+        "questions (2) this package 0.500 [0.000, 1.000] 0.500 [0.000, 1.000]",
         "1.50x sooner, the first token after 1,024",
         "the first token after 1,024 tokens takes 1024 ± 20 ms; full model 1536 ± 20 ms (1.50x).",
         "1,024 full 1536 ± 20 1.50x 667",
