@@ -106,7 +106,9 @@ class GgufSource(Source):
         """As transformers builds it, of the class that AutoTokenizer would choose after it has read the file for a
         config, which takes ten times as long.
         """
-        kind = TOKENIZER_MAPPING.get(type(self.config), PreTrainedTokenizerFast)
+        kind: Any = TOKENIZER_MAPPING.get(type(self.config), PreTrainedTokenizerFast)
+        if isinstance(kind, tuple):  # of a slow class and a fast one, either of which may be missing
+            kind = kind[1] or kind[0]
         with alone(self.name, self._path) as link, quiet(), reading(self.name, "the tokenizer cannot be loaded"):
             return kind.from_pretrained(link.parent, gguf_file=link.name, local_files_only=True)
 

@@ -24,7 +24,8 @@ from popcompile.passes import Program
 from popcompile.passes.graph import inputs_of
 from popcompile.pruning.execution import Reader, call_reference, materialise
 from popcompile.pruning.rows import ImageTokens, Rows
-from popcompile.runtime.embeddings import Place, positions_of
+from popcompile.runtime.batch import Place
+from popcompile.runtime.embeddings import positions_of
 from popcompile.runtime.images import Array, encode_grids, encode_images
 from popcompile.vision.inputs import image_inputs, token_side
 

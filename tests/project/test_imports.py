@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "target": {"passes", "export"},
     "packaging": {"passes", "export", "frontend", "package", "pruning", "target", "vision"},
     "conversion": {"passes", "export", "frontend", "package", "packaging", "pruning", "target", "vision"},
-    "cli": {"bench", "conversion", "evaluation", "frontend", "package", "pruning", "report", "runtime"},
+    "cli": {"bench", "conversion", "evaluation", "frontend", "package", "pruning", "report", "runtime", "text"},
 }
 #: files below every folder, which import one another only; the compiler, passes and export, stands on two of them
 GROUND = {
