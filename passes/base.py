@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,6 +124,22 @@ def _apply(compiler_pass: Pass, gm: fx.GraphModule) -> PassResult:
     return result
 
 
+def _transform(compiler_pass: Pass, program: Program) -> dict[str, fx.GraphModule]:
+    """Run a pass over the graphs of its stages, in place; returns what it changed or made. Raises ContractError."""
+    changed: dict[str, fx.GraphModule] = {}
+    for stage in [s for s in compiler_pass.stages if s in program.graphs]:
+        before = dict(program.graphs)
+        result = _apply(compiler_pass, before[stage])
+        if stage in program.graphs:
+            program.graphs[stage] = result.graph_module
+        for name, graph_module in program.graphs.items():
+            if name == stage or graph_module is not before.get(name):
+                compiler_pass.check_form(graph_module)
+                if result.modified:
+                    changed[name] = graph_module
+    return changed
+
+
 class PassManager:
     """Runs passes over a program in order; `observe(index, pass, stage, text before, text after)` sees every graph."""
 
@@ -151,17 +167,7 @@ class PassManager:
                 self.progress(compiler_pass.name)
             compiler_pass.program = program
             started = time.perf_counter()
-            changed: dict[str, fx.GraphModule] = {}
-            for stage in [s for s in compiler_pass.stages if s in program.graphs]:
-                before = dict(program.graphs)
-                result = _apply(compiler_pass, before[stage])
-                if stage in program.graphs:
-                    program.graphs[stage] = result.graph_module
-                for name, graph_module in program.graphs.items():
-                    if name == stage or graph_module is not before.get(name):
-                        compiler_pass.check_form(graph_module)
-                        if result.modified:
-                            changed[name] = graph_module
+            changed = _transform(compiler_pass, program)
             seconds = time.perf_counter() - started
             nodes_changed, flops_changed = self._measure(changed)
             nodes_after, flops_after = nodes | nodes_changed, flops | flops_changed
@@ -179,17 +185,23 @@ class PassManager:
             )
             nodes, flops = nodes_after, flops_after
             modified |= changed.keys()
-            if self.observe:
-                texts_after = {
-                    stage: print_graph(gm, stage) if stage in changed else texts[stage]
-                    for stage, gm in program.graphs.items()
-                }
-                for stage, text in texts_after.items():
-                    self.observe(index, compiler_pass, stage, texts.get(stage, texts.get("model", "")), text)
-                texts = texts_after
+            texts = self._shown(index, compiler_pass, program, changed, texts)
         for stage in modified & program.graphs.keys():
             program.graphs[stage].recompile()
         return records
+
+    def _shown(
+        self, index: int, compiler_pass: Pass, program: Program, changed: Collection[str], texts: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Let `observe` see all graphs after a pass; returns their texts. changed: stages to print. texts: before."""
+        if self.observe is None:
+            return {}
+        after = {
+            stage: print_graph(gm, stage) if stage in changed else texts[stage] for stage, gm in program.graphs.items()
+        }
+        for stage, text in after.items():
+            self.observe(index, compiler_pass, stage, texts.get(stage, texts.get("model", "")), text)
+        return after
 
     def _measure(self, graphs: Mapping[str, fx.GraphModule]) -> tuple[dict[str, int], dict[str, int]]:
         """Node counts and FLOPs of the stages among these graphs. Before the split, the one graph is what both stages
