@@ -41,7 +41,6 @@ class HiddenStates:
         progress: Callable[[int, int], Any] | None = None,
     ) -> None:
         self.model, self.rows, self.first, self._folder = model, rows, first, folder
-        self._causal = torch.ones(rows.length, rows.length, dtype=torch.bool).tril()[None]
         self._states = [self.scratch() for _ in range(first, model.num_layers + 1)]
         batches = list(self.batches())
         for done, batch in enumerate(batches):
@@ -79,8 +78,8 @@ class HiddenStates:
         return self.model.tokens(rows, rows.slots)
 
     def run_layer(self, layer: int, x: Tensor, tokens: Tokens) -> Tensor:
-        """A whole layer over rows of text, causally."""
-        return self.model.layer(layer, x, tokens, self._causal)
+        """A whole layer over rows, as the whole model runs it."""
+        return self.model.layer(layer, x, tokens, tokens.among_themselves())
 
     def scratch(self) -> Tensor:
         """Room for hidden states of all rows."""

@@ -38,11 +38,19 @@ _Values = dict[fx.Node, Any]
 class Tokens:
     """Tokens to run together, and what layers read of them besides the hidden state.
 
-    positions: [B, S]. values: what the graph computes before its first layer (embeddings, sizes).
+    positions: [B, S]. values: what the graph computes before its first layer (embeddings, sizes). ends: the last
+    position that each may see [B, S], where that is not its own: in a model whose images' tokens see all of them.
     """
 
     positions: Tensor
     values: _Values
+    ends: Tensor | None = None
+
+    def among_themselves(self) -> Tensor:
+        """Which of them each may attend to where they are all of a row, one after the other: [B or 1, S, S]."""
+        last = self.positions[:1] if self.ends is None else self.ends
+        slots = self.positions[: len(last)]
+        return slots[:, None, :] <= last[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class LayerwiseModel:
     def __init__(self, model: fx.GraphModule, inputs: DecoderInputs = TOKEN_IDS) -> None:
         """inputs: what the graph is given of tokens."""
         self._model, self._inputs_of = model, inputs
+        self._sees_whole_images = bool(find(model, op=ops.image_ends))
         self.num_layers = len(find(model, op=ops.attention))
         self._parameters: _Values = {
             n: attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"
@@ -108,7 +117,8 @@ class LayerwiseModel:
         values |= zip(given, self._inputs_of.of(rows, slots), strict=True)
         values[mask_of(self._model)] = torch.ones(len(rows), int(slots.max()) + 1, dtype=torch.int64)
         self._run(self._before, values, {ops.token_positions: lambda *_: slots})
-        return Tokens(slots, values)
+        ends = rows.image_ends if self._sees_whole_images else None
+        return Tokens(slots, values, None if ends is None else ends.gather(1, slots))
 
     def blank(self, count: int) -> Tokens:
         """So many tokens at position 0, of no text: for layers' own projections of any hidden state."""
@@ -123,7 +133,7 @@ class LayerwiseModel:
         """What the next layer reads [B, S, hidden], or the head, for this one's input x [B, S, hidden].
 
         visible: [B or 1, S, T + S], which of `keys` and of the tokens themselves a query may attend to; sliding
-        windows narrow it, and an image's tokens see what is of it behind them as well.
+        windows narrow it.
         """
 
         def append(past: Any, new: Tensor, positions: Tensor) -> Tensor:
@@ -136,12 +146,9 @@ class LayerwiseModel:
             q: Tensor, k: Tensor, v: Tensor, _: Tensor, scale: float, window: int, *rest: Any, ends: Any = None
         ) -> Tensor:
             seen = visible
-            slots = tokens.positions if keys is None else torch.cat((keys.positions, tokens.positions), dim=1)
-            behind = slots[:, None, :] - tokens.positions[:, :, None]
-            if ends is not None:
-                seen = seen | ((behind > 0) & (slots[:, None, :] <= ends[:, :, None]))
             if window > 0:
-                seen = seen & (behind > -window)
+                slots = tokens.positions if keys is None else torch.cat((keys.positions, tokens.positions), dim=1)
+                seen = seen & (slots[:, None, :] > tokens.positions[:, :, None] - window)
             return ops.attend(q, k, v, seen[:, None], scale, *rest)
 
         pending: list[Tensor] = []

@@ -46,12 +46,22 @@ class Prompts:
         visible[:, count:, count:] = (begins[:, :, None] == begins[:, None]) & (
             positions[:, :, None] >= positions[:, None]
         )
-        return cls(
-            context=model.tokens(rows, from_zero),
-            tail=model.tokens(rows, positions),
-            together=model.tokens(rows, torch.cat((from_zero, positions), 1)),
-            visible=visible,
-        )
+        together = model.tokens(rows, torch.cat((from_zero, positions), 1))
+        if together.ends is not None:
+            visible |= _rest_of_images(together, torch.cat((torch.full_like(from_zero, count), begins), 1))
+        return cls(model.tokens(rows, from_zero), model.tokens(rows, positions), together, visible)
+
+
+def _rest_of_images(tokens: Tokens, begins: Tensor) -> Tensor:
+    """What is of a token's image behind it, [B, S, S]: in its own block, and for the context in the tail that goes on
+    from its end. begins: of blocks, and that end for the context's tokens [B, S].
+
+    Where another block begins inside an image, the context sees its own copy of the image's rest.
+    """
+    assert tokens.ends is not None
+    slots = tokens.positions[:, None, :]
+    behind = (slots > tokens.positions[:, :, None]) & (slots <= tokens.ends[:, :, None])
+    return behind & (begins[:, :, None] == begins[:, None])
 
 
 def last_hidden_state(

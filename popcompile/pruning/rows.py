@@ -65,6 +65,15 @@ class Rows:
         """Of all tokens of every row, [N, T]."""
         return torch.arange(self.length).expand(len(self), -1)
 
+    @property
+    def image_ends(self) -> Tensor | None:
+        """The last slot of each token's image, and of text its own, [N, T]. None of text alone."""
+        if self.images is None:
+            return None
+        of_image, slots = self.images.index >= 0, self.slots
+        behind = torch.where(of_image, self.length, slots).flip(1).cummin(1).values.flip(1)  # the next token of text
+        return torch.where(of_image, behind - 1, slots)
+
     def joined(self, other: Rows) -> Rows:
         """These rows, and others of the same length behind them."""
         ids = torch.cat((self.ids, other.ids))

@@ -39,26 +39,46 @@ def sample(
     temperatures: one per row, default 1. progress(done, total) counts decode steps.
     Raises PopcompileError where the model's probabilities are no numbers.
     """
-    step = call_reference(model, {ops.append_kv: _write_in_place, ops.attention: _attend_to_all})
+    run = call_reference(model, {ops.append_kv: _write_in_place, ops.attention: _attend_to_all})
     random = torch.Generator().manual_seed(seed)
-    total, done = -(-len(rows) // batch) * (rows.length - 1), 0
+    first = 1 if rows.images is None else min(given)  # tokens of an image may see one another: they are run at once
+    total, done = -(-len(rows) // batch) * (rows.length - first), 0
+    heat, counts = torch.tensor(temperatures or [1.0] * len(rows))[:, None], torch.tensor(given)
     sampled = []
-    for first in range(0, len(rows), batch):
-        part, counts = rows[first : first + batch], torch.tensor(given[first : first + batch])
-        ids = part.ids.clone()
-        heat = torch.tensor((temperatures or [1.0] * len(rows))[first : first + batch])[:, None]
-        cache = [torch.zeros(len(ids), *shape, dtype=torch.float32) for shape in _cache_shapes(model, rows.length)]
-        for n in range(rows.length - 1):
-            tokens, *others = inputs.of(replace(part, ids=ids), torch.full((len(ids), 1), n))
-            mask = torch.ones(len(ids), n + 1, dtype=torch.int64)
-            logits = step(tokens, mask, *others, *(c[:, :, : n + 1] for c in cache))[0]
-            likely = _draw(logits[:, -1] / heat, random)
-            ids[:, n + 1] = torch.where(n + 1 < counts, ids[:, n + 1], likely)
+    for begin in range(0, len(rows), batch):
+        those = slice(begin, begin + batch)
+        part = _Batch(run, inputs, rows[those], _cache_shapes(model, rows.length))
+        ids = part.rows.ids
+        for n in range(first, rows.length):
+            logits = part.logits_at_once(n) if n == first > 1 else part.logits(slice(None), range(n - 1, n))
+            ids[:, n] = torch.where(n < counts[those], ids[:, n], _draw(logits / heat[those], random))
             done += 1
             if progress:
                 progress(done, total)
         sampled.append(ids)
     return replace(rows, ids=torch.cat(sampled))
+
+
+class _Batch:
+    """Rows that are drawn together, and their cache. rows: with the tokens so far."""
+
+    def __init__(
+        self, run: fx.GraphModule, inputs: DecoderInputs, rows: Rows, shapes: Sequence[tuple[int, int, int]]
+    ) -> None:
+        self._run, self._inputs = run, inputs
+        self.rows = replace(rows, ids=rows.ids.clone())
+        self._cache = [torch.zeros(len(rows), *shape, dtype=torch.float32) for shape in shapes]
+
+    def logits(self, chosen: slice, slots: range) -> Tensor:
+        """Of the last of these tokens of some rows, [rows, vocabulary]; the cache has those before them."""
+        rows = self.rows[chosen]
+        tokens, *others = self._inputs.of(rows, torch.tensor(slots).expand(len(rows), -1))
+        mask = torch.ones(len(rows), slots.stop, dtype=torch.int64)
+        return self._run(tokens, mask, *others, *(c[chosen, :, : slots.stop] for c in self._cache))[0][:, -1]
+
+    def logits_at_once(self, count: int) -> Tensor:
+        """Of the last of the first `count` tokens, all run at once; a row at a time, which bounds the logits."""
+        return torch.cat([self.logits(slice(i, i + 1), range(count)) for i in range(len(self.rows))])
 
 
 def sample_behind(
@@ -93,8 +113,8 @@ def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _write_in_place(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
-    """append_kv for a cache whose last slot is still empty: all rows are equally long, one token at a time."""
-    cache[:, :, -1:] = new
+    """append_kv for a cache whose last slots are still empty: all rows are equally long."""
+    cache[:, :, -new.shape[2] :] = new
     return cache
 
 
@@ -110,12 +130,13 @@ def _attend_to_all(
     *,
     ends: Tensor | None = None,
 ) -> Tensor:
-    """attention of one token per row to a cache without slack, by groups of heads: no copy of a key per head.
-
-    A token alone sees nothing beyond itself, whatever its `ends`.
+    """attention to a cache without slack. Of one token per row, by groups of heads: no copy of a key per head.
 
     In plain fp32: keys get longer with every token, and oneDNN would keep a bf16 kernel for each length.
     """
+    if query.shape[2] > 1:
+        attend = ops.REFERENCE[ops.attention]
+        return attend(query, key, value, positions, scale, window, softcap, sinks, ends=ends)
     if window > 0:
         key, value = key[:, :, -window:], value[:, :, -window:]
     grouped = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]

@@ -172,7 +172,7 @@ def test_lists_stand_in_pictures_and_are_asked_for(reader: VisionSubject, monkey
     assert images.asked_tokens == text.asked_tokens == 384
     assert len(images.calibration) == TEXTS // 2 + 1 and len(listed) == 2 + 2 + 64 + 1
     tokenizer = reader.images.processor.tokenizer
-    for asked, its in zip((images.retrieval_held_out, images.retrieval_unseen), (listed[:2], listed[2:4]), strict=True):
+    for asked, its in zip((images.retrieval_unseen, images.retrieval_held_out), (listed[:2], listed[2:4]), strict=True):
         assert asked.rows.length == 512 and not asked.answers[:, :384].any() and asked.answers[:, 384:].any(1).all()
         for ids, answers, one in zip(asked.rows.ids, asked.answers, its, strict=True):
             assert 4 <= len(one.shown) <= len(one._values)
