@@ -20,6 +20,7 @@ import pytest
 import torch
 from bad_input import Cli, popcompile, save_model
 from filelock import FileLock
+from image_attention_reference import gemma3
 from random_weights import randomize
 from torch import Tensor, fx
 from traced_once import remembering
@@ -32,7 +33,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
-from vision_checkpoint import save_vision_checkpoint, vision_model
+from vision_checkpoint import save_gemma_checkpoint, save_vision_checkpoint, vision_model
+from vision_reference import random_model
 
 from popcompile.conversion import convert
 from popcompile.frontend import tracing
@@ -222,6 +224,16 @@ def vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     """Layers 3 and 4 of 6 pruned, with their own weights, and a window of 2."""
     options = {"layers": "3-4", "kv_projection": "layer", "window": 2}
     return _package("vision", "POPCOMPILE_TEST_VISION", vision_checkpoint, tmp_path_factory, **options)
+
+
+@pytest.fixture(scope="session")
+def gemma_vision_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny Gemma-3 with images, which see all of themselves. Pruned are sliding layers, one of which a full layer
+    follows, and the window of 6 may begin inside an image.
+    """
+    checkpoint = save_gemma_checkpoint(random_model(gemma3()), tmp_path_factory.mktemp("models") / "gemma")
+    options = {"layers": "1,3", "kv_projection": "layer", "window": 6}
+    return _package("gemma-vision", "POPCOMPILE_TEST_GEMMA_VISION", checkpoint, tmp_path_factory, **options)
 
 
 @pytest.fixture(scope="session")

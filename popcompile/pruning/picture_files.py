@@ -7,10 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from popcompile.errors import PopcompileError
-from popcompile.runtime.pictures import read_picture
+from popcompile.runtime.pictures import picture_files, read_picture
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 #: pictures that are read at most, and pixels along their longer side; prompts have room for smaller ones
 _MOST, _SIDE = 128, 1024
 
@@ -20,17 +18,7 @@ def read_pictures(folder: Path, seed: int) -> list[Image.Image]:
 
     Raises PopcompileError where there is no such folder, where there are none in it, and where one cannot be read.
     """
-    option = f"--calibration-images {folder}"
-    try:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    except FileNotFoundError:
-        raise PopcompileError(f"{option}: no such folder; give a folder with pictures") from None
-    except NotADirectoryError:
-        raise PopcompileError(f"{option}: is a file; give the folder that it is in") from None
-    except OSError as error:
-        raise PopcompileError(f"{option}: cannot be read ({error.strerror}); give another folder") from error
-    if not files:
-        raise PopcompileError(f"{option}: has no pictures; give a folder with {', '.join(SUFFIXES)} files")
+    files = picture_files(folder, "--calibration-images")
     if len(files) > _MOST:
         files = sorted(random.Random(seed).sample(files, _MOST))
     return [_read(file) for file in files]

@@ -33,7 +33,7 @@ def picture_files(folder: Path, option: str) -> list[Path]:
     try:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
     except FileNotFoundError:
-        raise PopcompileError(f"{option} {folder}: no such folder; give one with pictures") from None
+        raise PopcompileError(f"{option} {folder}: no such folder; give a folder with pictures") from None
     except NotADirectoryError:
         raise PopcompileError(f"{option} {folder}: is a file; give the folder that it is in") from None
     except OSError as error:

@@ -125,6 +125,18 @@ def test_the_size_of_an_image_of_so_many_tokens(tokens: int, size: tuple[int, in
     assert image_sizes(vision_package, read_manifest(vision_package), [], [tokens]) == [size]
 
 
+def test_images_of_one_size(cli: Cli, gemma_vision_package: Path, tmp_path: Path) -> None:
+    """As many tokens as they have, whatever the picture's size."""
+    manifest, files = read_manifest(gemma_vision_package), [str(file) for file in save_pictures(tmp_path / "files")]
+    assert image_sizes(gemma_vision_package, manifest, files, [16]) == [(1, 16)] * 3
+    line = cli.refuses("bench", gemma_vision_package, *SMALL, "--image-tokens", "16,9")
+    assert "--image-tokens 9: all images of this model have 16 tokens; give that" in line
+    rows = bench(gemma_vision_package, lengths=[8], decode_tokens=1, repeats=1, threads=1, image_tokens=[16])[
+        "subjects"
+    ]
+    assert all(row["lengths"][0]["vision"]["median"] > 0 for row in rows)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def make(path: Path, content: bytes | None = None) -> Path:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (lambda folder: folder / "nowhere", "no such folder; give one with pictures"),
+    "missing": (lambda folder: folder / "nowhere", "no such folder; give a folder with pictures"),
     "empty": (lambda folder: make(folder / "empty"), "has no pictures; give a folder with .png, .jpg"),
     "a picture": (lambda folder: folder / "pictures" / "a.png", "is a file; give the folder that it is in"),
     "texts": (lambda folder: make(make(folder / "texts") / "a.txt", b"w9").parent, "has no pictures"),

@@ -182,6 +182,12 @@ def test_one_graph(pictures: list[Path], vision_package: Path, vision_checkpoint
         assert found[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-4)
 
 
+def test_images_of_one_size(pictures: list[Path], gemma_vision_package: Path) -> None:
+    result = evaluate_pictures(gemma_vision_package, pictures[0].parent, prompts=3, continuation_tokens=4)
+    (metrics,) = result["texts"].values()
+    assert result["image_tokens"] == [16] * 3 and metrics["first_token_kl_mean"]["value"] > 0.01
+
+
 def test_what_is_written(vision_package: Path) -> None:
     """Up to a number of tokens, or to one of some."""
     encoder = Encoder(Runtime(vision_package), "decode")

@@ -314,7 +314,7 @@ def test_it_is_shown(package: Path) -> None:
     [
         ("missing", [], "no such folder; give a folder with pictures"),
         ("a.png", [], "is a file; give the folder that it is in"),
-        ("empty", [], "has no pictures; give a folder with .png, .jpg, .jpeg, .webp files"),
+        ("empty", [], "has no pictures; give a folder with .png, .jpg, .jpeg, .webp, "),
         ("broken", [], "broken/b.png: no picture that can be read"),
         ("good", ["--text-only"], "qwen3_vl_text takes no images; leave the option out"),
     ],

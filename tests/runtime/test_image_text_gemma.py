@@ -14,15 +14,14 @@ from image_attention_reference import Image, Prompt, embeddings_of, gemma3, make
 from PIL import Image as Pillow
 from torch import Tensor
 from transformers import AutoProcessor, DynamicCache, PreTrainedModel
-from vision_checkpoint import draw_picture, save_gemma_checkpoint
+from vision_checkpoint import draw_picture
 from vision_reference import random_model
 
 import popcompile
-from popcompile.conversion import convert
 from popcompile.runtime import session
 from popcompile.runtime.image_text import PopForImageTextToText
 
-PRUNED, WINDOW = [1, 3], 6  # sliding layers, one of which a full layer follows; the window may begin inside an image
+PRUNED, WINDOW = [1, 3], 6  # of the package
 PROMPTS: dict[str, list[reference.Part]] = {
     "no image": [9],
     "an image": [3, Image(), 5],
@@ -41,11 +40,8 @@ def theirs() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def package(theirs: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gemma")
-    checkpoint = save_gemma_checkpoint(theirs, folder / "model")
-    convert(checkpoint, folder / "out", layers="1,3", kv_projection="layer", window=WINDOW)
-    return folder / "out"
+def package(gemma_vision_package: Path) -> Path:
+    return gemma_vision_package
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,12 @@ def test_what_is_checked(vision_package: Path, cli: Cli) -> None:
     assert lines[3].startswith("ok  images: an image of 6 or 10 tokens has the same features alone and beside another")
 
 
+def test_images_of_one_size(gemma_vision_package: Path) -> None:
+    """Which see all of themselves, and so must lie whole before the tokens that are encoded again."""
+    checks = {check["check"]: check["detail"] for check in verify(gemma_vision_package)}
+    assert checks["images"].startswith("an image of 16 tokens has the same features") and "numbers" in checks
+
+
 def test_noise(vision_package: Path) -> None:
     """The images of a size that was asked for, and a prompt with them whose text has no image's token by chance."""
     runtime = Runtime(vision_package)
