@@ -92,6 +92,8 @@ def evaluate_pictures(
     asked = picture_questions(Path(images), None if questions is None else Path(questions), prompts, seed)
     manifest, other = read_manifest(folder), None if reference is None else Path(reference)
     require_comparable(folder, manifest, other, baselines)
+    if other is not None and read_manifest(other).images is None:
+        raise PopcompileError(f"--reference {other}: takes no images; give a package whose model does")
     report = progress or (lambda *_: None)
 
     prompts_of = _Prompts(folder, manifest, continuation_tokens)
@@ -176,7 +178,7 @@ class _Prompts:
         found: dict[str, PromptScores] = {}
         written: dict[str, list[int]] = {}
         expected = torch.empty(0)
-        for name, encoder in encoders.by_name.items():
+        for name, encoder in encoders.by_name.items():  # of which the reference is the first
             first, cache = encoder.encode(ids, images[full.runtime if encoder is full else own])
             if question.answer:
                 count = len(answer) + (_SPARE if self._ends else 0)

@@ -11,6 +11,8 @@ from bad_input import Cli
 from resign import sign
 from vision_checkpoint import save_pictures
 
+from popcompile.package.manifest import read_manifest
+
 QUESTION = '{"image": "a.png", "question": "w9"}\n'
 
 
@@ -100,6 +102,12 @@ def test_questions_without_pictures(cli: Cli, package: Path, tmp_path: Path) -> 
 def test_a_model_of_text(cli: Cli, tiny_package: Path, pictures: Path) -> None:
     line = cli.refuses("evaluate", tiny_package, "--images", pictures)
     assert "takes no images, or was converted with --text-only" in line
+
+
+def test_a_reference_of_text(cli: Cli, package: Path, pictures: Path, tiny_package: Path) -> None:
+    sign(package, vocab_size=read_manifest(tiny_package).vocab_size, context_length=8)
+    line = cli.refuses("evaluate", package, "--images", pictures, "--reference", tiny_package)
+    assert f"--reference {tiny_package}: takes no images; give a package whose model does" in line
 
 
 def test_prompts_that_lose_nothing(cli: Cli, package: Path, pictures: Path) -> None:
