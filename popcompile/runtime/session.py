@@ -119,8 +119,8 @@ class Runtime:
         return self.provider.on_host and self._policy(self.main).packs
 
     def _policy(self, stage: str) -> SessionPolicy:
-        if stage in _IMAGE_STAGES:  # nobody shares their matrices
-            return SessionPolicy.of(main=True, quantized=False, low_memory=self._low_memory)
+        if stage in _IMAGE_STAGES:  # nobody shares their matrices, and the decoder runs right after them
+            return SessionPolicy(packs=not self._low_memory, spins=False)
         return SessionPolicy.of(main=stage == self.main, quantized=self.manifest.quantized, low_memory=self._low_memory)
 
     def close(self) -> None:
