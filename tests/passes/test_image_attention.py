@@ -147,7 +147,7 @@ def test_a_window_is_no_wider_for_images() -> None:
 
 # --- pruned prefill ----------------------------------------------------------------------------------------------
 
-#: windows of 9 begin inside the image at the end of a prompt, or in the text behind it; of 14 and 30 inside images
+#: windows of 9 and 14 begin inside the last image, those of 30 before it
 PRUNED = [((), 1), ((2, 3), 1), ((2, 3), 9), ((1, 3), 14), ((0,), 30), ((0, 1, 2, 3), 9)]
 
 
@@ -159,9 +159,7 @@ def test_pruned_prefill_is_the_reference(pruned: tuple[int, ...], window: int) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2, 5, 9, 14, 17, 20, 30, 64])
-@pytest.mark.parametrize(
-    "pruned", [(), (0,), (2,), (5,), (3, 4), (1, 4, 5), (0, 2, 4), (1, 2, 3, 4), (0, 1, 2, 3, 4, 5)]
-)
+@pytest.mark.parametrize("pruned", [(), (0,), (2,), (3,), (1, 2), (0, 3), (0, 2), (1, 2, 3), (0, 1, 2, 3)])
 def test_every_pruned_prefill_is_the_reference(pruned: tuple[int, ...], window: int) -> None:
     for prompt in PROMPTS:
         require_reference(prompt, pruned, window)
