@@ -44,7 +44,7 @@ QUESTIONS = (
 #: what the values of a list are asked for by, after which they follow
 _ASK = "Write down again what is listed in the picture, in another order."
 #: the share of a prompt that its pictures take, and of a list's
-_SHARES, _LISTED_SHARES = (0.2, 0.95), (0.2, 0.6)
+_SHARES, _LISTED_SHARES = (0.2, 0.95), (0.1, 0.35)
 #: width by height, and the share of prompts that have two pictures
 _RATIOS, _TWO = (0.4, 2.5), 0.25
 #: pairs of a list that stands in a picture, and how often a picture of another size is tried that has room for so many
@@ -69,8 +69,8 @@ def image_calibration(
 ) -> CalibrationText:
     """`texts` rows to calibrate on, and as many and as long ones that decide and that measure as `text` has.
 
-    text: where lists are asked for, they are in pictures as well, half as often. Each part of its rows fills up
-    prompts of the same part. Raises PopcompileError where the processor refuses a prompt.
+    text: where lists are asked for, they are in pictures as well. Each part of its rows fills up prompts of the same
+    part. Raises PopcompileError where the processor refuses a prompt.
     """
     maker = _Maker(source, prompts, seed)
     parts = [(text.calibration, texts), (text.unseen, len(text.unseen)), (text.held_out, len(text.held_out))]
@@ -102,7 +102,7 @@ def _divided(pictures: list[Image.Image], seed: int) -> list[list[Image.Image]]:
 
 
 class _Maker:
-    """Makes rows of prompts with images. text: rows whose tokens fill prompts up, and that pictures show."""
+    """Makes prompts with images. Their `text` is rows whose tokens fill them up, and that self-made pictures show."""
 
     def __init__(self, source: ImageSource, prompts: ImagePrompts, seed: int) -> None:
         self._source, self._prompts = source, prompts
@@ -113,20 +113,19 @@ class _Maker:
     def described(
         self, text: Rows, count: int, tokens: int, pictures: Sequence[Image.Image] | None
     ) -> list[ImagePrompt]:
-        """Prompts of so many tokens that ask about pictures, by default of the text."""
-        return [
-            self._fitting(
-                self._shown(text, i) if pictures is None else partial(_reduced, pictures[i % len(pictures)]),
-                2 if self._source.inputs.merge and self._choice.random() < _TWO else 1,
-                self._choice.choice(QUESTIONS),
-                _tokens_from(text, i, tokens),
-                tokens,
-                _SHARES,
-            )
-            for i in range(count)
-        ]
+        """Prompts of so many tokens that ask about pictures, by default self-made ones."""
+        prompts = []
+        for i in range(count):
+            shown = range(i, i + (2 if self._source.inputs.merge and self._choice.random() < _TWO else 1))
+            if pictures is None:
+                draw = [self._page(text, j) for j in shown]
+            else:
+                draw = [partial(_reduced, pictures[j % len(pictures)]) for j in shown]
+            question = self._choice.choice(QUESTIONS)
+            prompts.append(self._fitting(draw, question, _tokens_from(text, i, tokens), tokens, _SHARES))
+        return prompts
 
-    def _shown(self, text: Rows, row: int) -> _Draw:
+    def _page(self, text: Rows, row: int) -> _Draw:
         written = str(self._prompts.tokenizer.decode(text.ids[row % len(text)], skip_special_tokens=True))
         words = self._words or written.split() or ["0"]
         return lambda pixels: draw_picture(written, words, self._size(pixels), self._choice)
@@ -137,27 +136,27 @@ class _Maker:
         return max(1, round((pixels * ratio) ** 0.5)), max(1, round((pixels / ratio) ** 0.5))
 
     def _fitting(
-        self, draw: _Draw, count: int, question: str, text: Sequence[int], tokens: int, shares: tuple[float, float]
+        self, draw: Sequence[_Draw], question: str, text: Sequence[int], tokens: int, shares: tuple[float, float]
     ) -> ImagePrompt:
-        """A prompt of so many tokens with `count` pictures, which are drawn smaller until there is room for them."""
-        pixels = self._choice.uniform(*shares) * tokens * self._source.side**2 / count
-        at = self._choice.choice((0, count))
+        """A prompt of so many tokens with these pictures, which are drawn smaller until there is room for them."""
+        pixels = self._choice.uniform(*shares) * tokens * self._source.side**2 / len(draw)
+        at = self._choice.choice((0, len(draw)))
         while pixels >= 1:
-            pictures = [draw(pixels) for _ in range(count)]
+            pictures = [one(pixels) for one in draw]
             if (prompt := self._prompts.write([*pictures, question], tokens, text, at)) is not None:
                 return prompt
             pixels /= 2
         raise PopcompileError(
-            f"a prompt of {tokens} tokens has no room for {question!r} and {count} of the smallest pictures that the"
-            " model's processor makes; give --kv-projection layer with --prune 1/3 or --layers, which ask nothing"
+            f"a prompt of {tokens} tokens has no room for {question!r} and the smallest picture that the model's"
+            " processor makes; give --kv-projection layer with --prune 1/3 or --layers, which ask nothing"
         )
 
     def with_lists(self, found: CalibrationText, text: CalibrationText) -> CalibrationText:
-        """With rows whose answers stand in pictures, half as many of each part as `text` has."""
+        """With rows whose answers stand in pictures, half as many as `text` has; for refinement a quarter."""
         if text.asked_tokens is None or text.retrieval_held_out is None or text.retrieval_refinement is None:
             return found
         count, long = len(text.retrieval_held_out.rows) // 2, text.retrieval_held_out.rows.length
-        refine, few = len(text.retrieval_refinement.rows) // 2, max(1, round(len(found.calibration) * RETRIEVAL))
+        refine, few = len(text.retrieval_refinement.rows) // 4, max(1, round(len(found.calibration) * RETRIEVAL))
         unseen = self.asked(text.unseen, count, text.asked_tokens, long)
         decide = unseen
         if text.unseen is not text.held_out:
@@ -184,7 +183,7 @@ class _Maker:
             listed = _List(FORMS[i % len(FORMS)], self._values(), self._size, self._choice)
             filling = _tokens_from(text, i, tokens)
             for _ in range(_TRIES):
-                prompt = self._fitting(listed.draw, 1, _ASK, filling, tokens, _LISTED_SHARES)
+                prompt = self._fitting([listed.draw], _ASK, filling, tokens, _LISTED_SHARES)
                 if len(listed.shown) >= _PAIRS[0]:
                     break
             else:
