@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -24,11 +25,12 @@ def test_what_is_asked_about_is_not_calibrated_on() -> None:
 
 @pytest.mark.real
 def test_demo(tmp_path: Path) -> None:
-    """A package with its loss, and a prompt that is answered twice; with CPU time to spare for a machine that is busy,
-    whose threads wait for one another.
+    """A package with its loss, and a prompt answered twice, in some 90 s of CPU time.
+
+    Threads that wait for busy cores would be counted as well.
     """
     before = psutil.Process().cpu_times()
-    done = popcompile("demo", "--out", tmp_path / "out")
+    done = popcompile("demo", "--out", tmp_path / "out", env=os.environ | {"OMP_WAIT_POLICY": "passive"})
     after = psutil.Process().cpu_times()
     assert done.returncode == 0, done.stderr
     assert all(re.search(rf"--- {how} prefill\n\w", done.stdout) for how in ("full", "pop"))
@@ -38,4 +40,4 @@ def test_demo(tmp_path: Path) -> None:
     loss, own = quality["loss"], quality["own_projection"]
     assert loss["first_token_kl"] < 0.05 and loss["retrieval_kl"] < 0.5 * own["retrieval_kl"]
     spent = after.children_user + after.children_system - before.children_user - before.children_system
-    assert spent < 180, f"{spent:.0f} s of CPU time"
+    assert spent < 150, f"{spent:.0f} s of CPU time"
