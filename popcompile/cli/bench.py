@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from popcompile.arguments import POSITIVE, SEED, command, new_file, numbers, path
+from popcompile.arguments import POSITIVE, SEED, command, name, new_file, numbers, path
 from popcompile.terminal import say, show
 
 
@@ -39,6 +39,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument(
         "--image",
         dest="images",
+        type=name,
         metavar="FILE",
         action="append",
         default=[],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from popcompile.arguments import POSITIVE, SEED, TEMPERATURE, command, path
+from popcompile.arguments import POSITIVE, SEED, TEMPERATURE, command, name, path
 
 
 def add_run(commands: Any) -> None:
@@ -29,6 +29,7 @@ def add_run(commands: Any) -> None:
     parser.add_argument(
         "--image",
         metavar="FILE",
+        type=name,
         action="append",
         default=[],
         help="a picture that the prompt is about, of a vision-language model; as often as there are pictures (in a chat"

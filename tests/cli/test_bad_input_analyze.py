@@ -102,7 +102,7 @@ def test_names_in_plots(tmp_path: Path) -> None:
     for name in (r"a$\frac$", "_hidden", "a\x1b[31m", "a\udcff"):
         row = {"tokens": 8, "prefill": {"median": 1.0, "seconds": [1.0, 2.0]}}
         subjects = [{"name": name, "lengths": [row]}, {"name": "pop", "lengths": [row]}]
-        result = {"source": name, "dtype": "fp32", "subjects": subjects}
+        result = {"source": name, "dtype": "fp32", "settings": {}, "subjects": subjects}
         write_prefill_plot(tmp_path / "x.svg", result)
         texts = " ".join(text for text in ElementTree.parse(tmp_path / "x.svg").getroot().itertext())
         assert texts.count(printable(name)) == 2

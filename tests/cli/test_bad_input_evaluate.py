@@ -71,7 +71,7 @@ def test_text_without_permission(cli: Cli, package: Path, text: Path) -> None:
         (["--text"], "--text"),
         (["--limit", "3"], "--limit and --include-path are for --tasks"),
         (["--include-path", "."], "--limit and --include-path are for --tasks"),
-        (["--tasks", "hellaswag", "--baselines"], "leave out --text, --baselines, --reference"),
+        (["--tasks", "hellaswag", "--baselines"], "leave out --text, --images, --baselines, --reference"),
         (["--tasks", "hellaswag", "--run-code"], "and --run-code"),
         (["--code-problems", "3"], "--code-problems is for --run-code"),
         (["--run-code", "--code-problems", "0"], "--code-problems"),

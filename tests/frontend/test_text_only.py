@@ -222,10 +222,9 @@ def test_bad_input(case: str, checkpoint: Path, cli: Cli) -> None:
     assert words in line, line
 
 
-@pytest.mark.parametrize("command", ["convert", "analyze"])
-def test_commands_refuse_it_without_the_option(command: str, checkpoint: Path, cli: Cli) -> None:
-    out = [checkpoint.parent / "out"] if command == "convert" else []
-    assert "here of model type gemma3_text: add --text-only" in cli.refuses(command, checkpoint, *out)
+def test_images_without_a_processor_are_refused_without_the_option(checkpoint: Path, cli: Cli) -> None:
+    line = cli.refuses("convert", checkpoint, checkpoint.parent / "out")
+    assert "has no preprocessor_config.json" in line and line.rstrip().endswith("--text-only")
 
 
 def test_inspect(converted: Converted, cli: Cli) -> None:

@@ -319,7 +319,7 @@ def test_it_is_shown(package: Path) -> None:
     text = inspect_text(package)
     assert f"prompts with images: first-token KL {kl}" in " ".join(text.split())
     assert "12 prompts with self-made pictures" in " ".join(text.split())
-    assert not [line for line in text.splitlines() if len(line) > 80 and str(package.parent) not in line]
+    assert not [line for line in text.splitlines() if len(line) > 80 and "/" not in line]
     assert "image: the worst KL of prompts with images" in text
     (chosen,) = [line.split() for line in text.splitlines() if line.endswith(" *")]
     (picked,) = [p.loss.images for p in found.choice.frontier if p.chosen] if found.choice else []

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 
 from popcompile.errors import PopcompileError
-from popcompile.frontend.decoders import require_decoder
+from popcompile.frontend.decoders import WITH_IMAGES, require_decoder
 
 from .worker import Case
 
@@ -102,8 +102,10 @@ def cases() -> list[Case]:
 
 
 def model_types() -> list[str]:
-    """Every type of the causal LM mapping of the installed transformers, but for popcompile's own entry."""
-    return sorted(model_type for model_type in CAUSAL_LMS if model_type in CONFIG_MAPPING)
+    """Every type of the causal LM mapping of the installed transformers, but for popcompile's own entry, and for those
+    that are compiled with their images, which have tests of their own.
+    """
+    return sorted(t for t in CAUSAL_LMS if t in CONFIG_MAPPING and t not in WITH_IMAGES)
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
