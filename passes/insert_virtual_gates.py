@@ -39,7 +39,7 @@ class InsertVirtualGates(Pass):
         self.blocks: tuple[str, ...] = ()
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        self.check("model" in self.program.graphs, "the program is split already")
+        self.check(not {"prefill", "decode"} & set(self.program.graphs), "the program is split already")
         self.check(GATES not in inputs_of(graph_module), "the graph has gates already")
         layers = [layer_of(n) for n in find(graph_module, op=ops.attention)]
         self.check(layers == list(range(self.program.num_layers)), f"attention nodes are in layers {layers}")
