@@ -23,7 +23,7 @@ from filelock import FileLock
 from image_attention_reference import gemma3
 from random_weights import randomize
 from torch import Tensor, fx
-from traced_once import remembering
+from traced_once import remembering, remembering_parts
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -41,6 +41,7 @@ from popcompile.frontend import tracing
 from popcompile.frontend.samples import sample_checkpoint, sample_model
 from popcompile.passes import Program
 from popcompile.pruning import execution
+from popcompile.vision import tracing as vision_tracing
 
 #: what else has fixtures
 pytest_plugins = ("gguf_files", "pairs", "vision")
@@ -57,6 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "_traced", remembering(tracing._traced))
+        patch.setattr(vision_tracing, "_traced", remembering_parts(vision_tracing._traced))
         yield
 
 
