@@ -68,10 +68,10 @@ def _of_tokens(inputs: ImageInputs, tokens: int) -> Size:
 def require_images(subjects: Sequence[Subject]) -> None:
     """Raise PopcompileError for one that cannot be given the images of the first."""
     for subject in subjects:
-        if subject.kind != "package":
+        if subject.kind not in ("package", "transformers"):
             raise PopcompileError(
-                f"{subject.path}: bench gives images to packages in popcompile's own runtime alone; leave --image and"
-                " --image-tokens out"
+                f"{subject.path}: bench gives images to packages in popcompile's own runtime and to checkpoints alone;"
+                " leave --image and --image-tokens out"
             )
         expected, taken = subjects[0].images, subject.images
         if expected is None or taken is None or taken.tokens_per_image != expected.tokens_per_image:

@@ -61,7 +61,7 @@ def bench(
     images: Sequence[str] = (),
     image_tokens: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Measure the package in `folder`, its full model, and the packages and decoders of `against`.
+    """Measure the package in `folder`, its full model, and the packages, decoders and checkpoints of `against`.
 
     lengths: of the prompts, in tokens; they are random ones, the same for all subjects, `batch` rows of each.
     decode_tokens: greedy steps after every prompt. repeats: turns that count, after one that warms up. threads: of
@@ -91,9 +91,9 @@ def bench(
     find_provider(provider)
     manifest = read_manifest(folder)
     settings = replace(settings, images=image_sizes(folder, manifest, images, image_tokens))
-    peers = find_peers(folder, [Path(path) for path in against], runtime)
-    check_package(folder, manifest)
     pop = package_subject("pop", folder, runtime)
+    peers = find_peers(pop, [Path(path) for path in against], runtime)
+    check_package(folder, manifest)
     if settings.images:
         require_images([pop, *peers])
     for subject in (pop, *peers):
@@ -277,6 +277,8 @@ def _versions() -> dict[str, str | None]:
         "popcompile": installed("popcompile"),
         "onnxruntime": onnxruntime.__version__,
         "onnxruntime_genai": installed("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
+        "transformers": installed("transformers"),
+        "torch": installed("torch"),
         "python": platform.python_version(),
     }
 

@@ -59,9 +59,16 @@ class Runner(Protocol):
 
 
 def open_runner(subject: dict[str, Any], provider: str, threads: int, images: Sequence[Sequence[int]]) -> Runner:
-    """The runner of a subject as bench_subjects.Subject.to_json describes it. images: as ImagePackageRunner takes them,
-    for packages alone.
+    """The runner of a subject as subjects.Subject.to_json describes it. images: as ImagePackageRunner takes them, for
+    packages and checkpoints alone.
     """
+    if subject["kind"] == "transformers":
+        from popcompile.bench.transformers_runner import TransformersRunner
+        from popcompile.package.image_inputs import ImageInputs
+
+        inputs = ImageInputs(**subject["images"]) if subject["images"] else None
+        sizes = [(rows, columns) for rows, columns in images]
+        return TransformersRunner(Path(subject["path"]), subject["dtype"], provider, threads, sizes, inputs)
     if images:
         return ImagePackageRunner(Path(subject["path"]), provider, threads, images)
     if subject["kind"] == "package":

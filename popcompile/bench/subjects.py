@@ -1,4 +1,4 @@
-"""What `bench` compares a package with: other packages, and decoders that other tools made."""
+"""What `bench` compares a package with: other packages, decoders that other tools made, and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from popcompile.bench.onnx_decoder import GENAI_CONFIG, LOOKED_FOR, OnnxDecoder, read_decoder
 from popcompile.errors import PopcompileError
+from popcompile.export.precisions import PRECISIONS
+from popcompile.export.providers import PROVIDERS
 from popcompile.files import require_utf8
-from popcompile.loading import read_json
+from popcompile.loading import quiet, read_json, reading
 from popcompile.package.image_inputs import ImageInputs
 from popcompile.package.manifest import MANIFEST, read_manifest
 
@@ -25,8 +27,9 @@ _OTHER_PARTS = ("encoder", "vision", "speech", "embedding")
 class Subject:
     """One thing that is measured, in a process of its own.
 
-    kind: "package" (through popcompile's runtime), "onnx" (its graph, `decoder`, through ONNX Runtime), or "genai" (the
-    folder through onnxruntime-genai). required: without it there is no benchmark. images: what a package takes of them.
+    kind: "package" (through popcompile's runtime), "onnx" (its graph, `decoder`, through ONNX Runtime), "genai" (the
+    folder through onnxruntime-genai), or "transformers" (a checkpoint). required: without it there is no benchmark.
+    images: what it takes of them. dtype: of activations, where it is known; a checkpoint's of weights too.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Subject:
     decoder: OnnxDecoder | None = None
     required: bool = True
     images: ImageInputs | None = None
+    model_type: str = ""
+    dtype: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For the worker."""
@@ -44,6 +49,8 @@ class Subject:
             "kind": self.kind,
             "path": str(self.path.absolute()),
             "decoder": asdict(self.decoder) if self.decoder else None,
+            "images": asdict(self.images) if self.images else None,
+            "dtype": self.dtype,
         }
 
 
@@ -59,18 +66,22 @@ def package_subject(name: str, folder: Path, runtime: str) -> Subject:
     """runtime: one of RUNTIMES. Raises PopcompileError where `folder` is no package."""
     require_utf8(folder)
     manifest = read_manifest(folder)
-    vocabulary, context = manifest.vocab_size, manifest.context_length
-    return Subject(name, RUNTIMES[runtime], folder, vocabulary, context, images=manifest.images)
+    precision = PRECISIONS[manifest.dtype]
+    return Subject(
+        name, RUNTIMES[runtime], folder, manifest.vocab_size, manifest.context_length, images=manifest.images,
+        model_type=manifest.model_type,
+        dtype=precision.torch_dtype or str(PRECISIONS[PROVIDERS[manifest.provider].dtypes[0]].torch_dtype),
+    )  # fmt: skip
 
 
-def find_peers(package: Path, against: Iterable[Path], runtime: str) -> list[Subject]:
+def find_peers(package: Subject, against: Iterable[Path], runtime: str) -> list[Subject]:
     """The subjects that the folders and files of `against` are; one that onnxruntime-genai can run, if it is installed,
     is two. runtime: of packages. Raises PopcompileError for one that is none, or that is there already.
     """
-    places = {package.resolve()}
+    places = {package.path.resolve()}
     subjects: list[Subject] = []
     for path in against:
-        found = _find(path, runtime)
+        found = _find(path, runtime, package)
         place = Path(found.decoder.graph if found.decoder else path).resolve()
         if place in places:
             raise PopcompileError(f"--against {path}: is given twice, or is OUT itself; leave it out")
@@ -86,7 +97,7 @@ def has_genai() -> bool:
     return importlib.util.find_spec("onnxruntime_genai") is not None
 
 
-def _find(path: Path, runtime: str) -> Subject:
+def _find(path: Path, runtime: str, package: Subject) -> Subject:
     try:
         is_package, is_there = (path / MANIFEST).is_file(), path.exists()
     except OSError as error:
@@ -96,8 +107,30 @@ def _find(path: Path, runtime: str) -> Subject:
     if is_package:
         return package_subject(str(path), path, runtime)
     require_utf8(path)
+    if _is_checkpoint(path):
+        return _checkpoint(path, package)
     decoder = read_decoder(_graph(path))
     return Subject(str(path), "onnx", path, decoder.vocab_size, decoder.context_length, decoder)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether it has weights as transformers keeps them, and no graph."""
+    return path.is_dir() and any(path.glob("*.safetensors")) and not any(path.glob("**/*.onnx"))
+
+
+def _checkpoint(path: Path, package: Subject) -> Subject:
+    """A checkpoint, in the package's precision; it takes the package's images where it is a model of the same type."""
+    from transformers import AutoConfig
+
+    with quiet(), reading(str(path), "transformers does not load its config; leave it out of --against"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        text = config.get_text_config(decoder=True)
+        vocabulary, context = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
+    images = package.images if config.model_type == package.model_type else None
+    return Subject(
+        str(path), "transformers", path, vocabulary, context, images=images, model_type=config.model_type,
+        dtype=package.dtype,
+    )  # fmt: skip
 
 
 def _graph(path: Path) -> Path:
@@ -136,6 +169,6 @@ def _genai_graph(folder: Path) -> Path:
 def _nothing_known(path: Path, reason: str) -> PopcompileError:
     return PopcompileError(
         f"--against {path}: nothing that bench can run, {reason}; looked for a popcompile package ({MANIFEST}), an"
-        f" onnxruntime-genai model ({GENAI_CONFIG} with one decoder) and a graph (model.onnx, or one .onnx file); of a"
-        f" graph, {LOOKED_FOR.removeprefix('looked for ')}"
+        f" onnxruntime-genai model ({GENAI_CONFIG} with one decoder), a checkpoint (*.safetensors) and a graph"
+        f" (model.onnx, or one .onnx file); of a graph, {LOOKED_FOR.removeprefix('looked for ')}"
     )

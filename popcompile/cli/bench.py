@@ -26,8 +26,8 @@ def add_bench(commands: Any) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="other packages, onnxruntime-genai model folders (also run by onnxruntime-genai, if it is installed), or"
-        " folders or files with one ONNX decoder",
+        help="other packages, onnxruntime-genai model folders (also run by onnxruntime-genai, if it is installed),"
+        " folders or files with one ONNX decoder, or checkpoints, which transformers runs",
     )
     parser.add_argument(
         "--lengths",

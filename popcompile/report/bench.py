@@ -26,12 +26,16 @@ def bench_text(result: dict[str, Any]) -> str:
 def measured_on(result: dict[str, Any]) -> tuple[str, str]:
     """The machine, and how times were taken."""
     settings, versions = result["settings"], result["versions"]
-    genai = f", onnxruntime-genai {versions['onnxruntime_genai']}" if _uses_genai(result) else ""
+    kinds = {subject["kind"] for subject in result["subjects"]}
+    genai = f", onnxruntime-genai {versions['onnxruntime_genai']}" if "genai" in kinds else ""
+    transformers = (
+        f", transformers {versions['transformers']}, torch {versions['torch']}" if "transformers" in kinds else ""
+    )
     gpu = f"{result['gpu']}, " if result["gpu"] else ""
     rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
     return (
         f"{settings['runtime']}, {settings['provider']}, {gpu}threads: {settings['threads']}, {result['cpu']};"
-        f" onnxruntime {versions['onnxruntime']}{genai}",
+        f" onnxruntime {versions['onnxruntime']}{genai}{transformers}",
         f"median ± half the spread of {settings['repeats']} turns, subjects alternating{rows};"
         f" {settings['decode_tokens']} tokens decoded after each prompt",
     )
@@ -69,10 +73,6 @@ def first_token_words(result: dict[str, Any]) -> list[tuple[int, str]]:
 
 def _vision_share(row: dict[str, Any]) -> str:
     return share(row["vision"]["median"] / row["time_to_first_token"]["median"])
-
-
-def _uses_genai(result: dict[str, Any]) -> bool:
-    return any(subject["kind"] == "genai" for subject in result["subjects"])
 
 
 def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -27,7 +27,12 @@ def make_pixels(runtime: Runtime, sizes: Sequence[Size], seed: int) -> tuple[Ten
     inputs = runtime.manifest.images
     assert inputs is not None
     values = {value.name: value.shape for value in runtime.open("vision").get_inputs()}
-    shape, generator = values[PIXELS["image"]][1:], torch.Generator().manual_seed(seed)
+    return noise(inputs, values[PIXELS["image"]][1:], sizes, seed)
+
+
+def noise(inputs: ImageInputs, shape: Sequence[int], sizes: Sequence[Size], seed: int) -> tuple[Tensor, Tensor | None]:
+    """The same without a runtime. shape: of a patch's features, or of an image where all have one size."""
+    generator = torch.Generator().manual_seed(seed)
     if not inputs.merge:
         return torch.randn(len(sizes), *shape, generator=generator), None
     grids = torch.tensor([[1, rows * inputs.merge, columns * inputs.merge] for rows, columns in sizes])

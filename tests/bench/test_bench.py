@@ -22,7 +22,7 @@ from popcompile.bench.measure import MEASURES, bench
 from popcompile.bench.memory import AnonymousPeak, anonymous_bytes
 from popcompile.bench.onnx_decoder import read_decoder
 from popcompile.bench.runners import GenaiRunner, OnnxRunner, PackageRunner, Runner
-from popcompile.bench.subjects import find_peers
+from popcompile.bench.subjects import find_peers, package_subject
 from popcompile.conversion import convert
 from popcompile.errors import PopcompileError
 from popcompile.package.manifest import REPORT
@@ -120,7 +120,8 @@ def test_what_it_ran_on(result: dict[str, Any], tiny_package: Path) -> None:
     assert (result["package"], result["pruned"], result["dtype"]) == (str(tiny_package), [1], "fp32")
     settings = {"lengths": LENGTHS, "batch": 1, "decode_tokens": STEPS, "repeats": REPEATS, "threads": 1}
     assert result["settings"] == settings | {"provider": "cpu", "runtime": "popcompile", "seed": 3, "images": []}
-    assert set(result["versions"]) == {"popcompile", "onnxruntime", "onnxruntime_genai", "python"}
+    names = {"popcompile", "onnxruntime", "onnxruntime_genai", "transformers", "torch", "python"}
+    assert set(result["versions"]) == names
     assert result["versions"]["popcompile"] and result["versions"]["onnxruntime"]
     assert (result["versions"]["onnxruntime_genai"] is not None) == GENAI
     assert result["cpu"] and result["warnings"] == []
@@ -297,7 +298,7 @@ def test_a_folder_as_optimum_writes_it(tiny_package: Path, tmp_path: Path) -> No
     peer = tmp_path / "peer"
     save_mean_decoder(peer / "onnx" / "model.onnx")
     (peer / "config.json").write_text(json.dumps({"max_position_embeddings": 48}))
-    (subject,) = find_peers(tiny_package, [peer], "popcompile")
+    (subject,) = find_peers(package_subject("pop", tiny_package, "popcompile"), [peer], "popcompile")
     assert (subject.name, subject.kind, subject.context_length) == (str(peer), "onnx", 48)
     assert subject.decoder and subject.decoder.graph == str(peer / "onnx" / "model.onnx")
 
