@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from popcompile.export.providers import PROVIDERS
 from popcompile.loading import quiet, reading
 from popcompile.package.image_inputs import GRIDS, PIXELS, ImageInputs
 from popcompile.runtime.noise import Size, make_prompt, noise
+from popcompile.upstream import CACHE
 
 
 class TransformersRunner:
@@ -64,7 +64,7 @@ class TransformersRunner:
         return {name: tensor.to(self._model.device) for name, tensor in tensors.items()}
 
     def begin(self, prompt: dict[str, Tensor], steps: int) -> None:
-        self._output: Any = SimpleNamespace(past_key_values=None)
+        self._output: Any = None
 
     @torch.no_grad()
     def see(self, prompt: dict[str, Tensor]) -> None:
@@ -90,8 +90,8 @@ class TransformersRunner:
 
     @torch.no_grad()
     def step(self) -> list[int]:
-        past = self._output.past_key_values
-        self._output = self._model(input_ids=self._tokens[:, None], past_key_values=past, use_cache=True)
+        past = {CACHE: getattr(self._output, CACHE)}
+        self._output = self._model(input_ids=self._tokens[:, None], use_cache=True, **past)
         return self.pick()
 
     def end(self) -> None:

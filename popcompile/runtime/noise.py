@@ -16,8 +16,6 @@ from popcompile.runtime.batch import Place
 from popcompile.runtime.session import Runtime
 
 Size = tuple[int, int]
-#: tokens of text before the first image
-_BEFORE = 1
 
 
 def make_pixels(runtime: Runtime, sizes: Sequence[Size], seed: int) -> tuple[Tensor, Tensor | None]:
@@ -40,16 +38,19 @@ def noise(inputs: ImageInputs, shape: Sequence[int], sizes: Sequence[Size], seed
 
 
 def make_prompt(inputs: ImageInputs, text: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, list[Place]]:
-    """ids of a prompt in which images stand behind the first token of `text` [S], one after another, and where they do.
+    """ids of a prompt in which images stand behind the first tokens of `text` [S], one behind each as far as there are
+    so many, and where they do.
 
     What has the id of an image's token in the text becomes another token.
     """
     taken = inputs.tokens.values()
     free = next(token for token in count() if token not in taken)
     words = text.masked_fill(torch.isin(text, torch.tensor(list(taken))), free)
-    places, at = [], _BEFORE
-    for rows, columns in sizes:
+    parts, places, at = [], [], 0
+    for i, (rows, columns) in enumerate(sizes):
+        word, seen = words[i : i + 1], torch.full((rows * columns,), inputs.tokens["image"])
+        at += len(word)
         places.append(Place(at, rows, columns))
-        at += rows * columns
-    seen = torch.full((at - _BEFORE,), inputs.tokens["image"])
-    return torch.cat((words[:_BEFORE], seen, words[_BEFORE:])), places
+        parts += [word, seen]
+        at += len(seen)
+    return torch.cat([*parts, words[len(sizes) :]]), places

@@ -170,8 +170,10 @@ def test_noise(vision_package: Path) -> None:
     assert runtime.encode_images(pixels, grids).shape == (11, inputs.width)
     image, video = inputs.tokens["image"], inputs.tokens["video"]
     ids, places = make_prompt(inputs, torch.tensor([image, 7, video, 8]), [(2, 3), (1, 5)])
-    assert ids.tolist() == [0, *[image] * 11, 7, 0, 8]
-    assert [(p.begin, p.rows, p.columns) for p in places] == [(1, 2, 3), (7, 1, 5)]
+    assert ids.tolist() == [0, *[image] * 6, 7, *[image] * 5, 0, 8]
+    assert [(p.begin, p.rows, p.columns) for p in places] == [(1, 2, 3), (8, 1, 5)]
+    ids, places = make_prompt(inputs, torch.tensor([7]), [(2, 3), (1, 5)])
+    assert ids.tolist() == [7, *[image] * 11] and [place.begin for place in places] == [1, 7]
 
 
 def test_a_prompt_of_images_of_one_size() -> None:
