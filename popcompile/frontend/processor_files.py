@@ -19,7 +19,8 @@ PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json", "video_p
 def read_processor(model: str, folder: Path) -> dict[str, dict[str, Any]]:
     """The processor's files of the checkpoint in `folder`, by name, without fields that name code.
 
-    Raises PopcompileError where none of them describes an image processor that transformers has.
+    preprocessor_config.json states the defaults of its class as well, for runtimes that have others. Raises
+    PopcompileError where none of the files describes an image processor that transformers has.
     """
     found = {name: read_json(model, folder / name) for name in PROCESSOR_FILES if (folder / name).exists()}
     if not found:
@@ -27,7 +28,9 @@ def read_processor(model: str, folder: Path) -> dict[str, dict[str, Any]]:
             f"{model}: has no {PROCESSOR_FILES[0]}, which says how images become pixels; add the file, or take the text"
             " decoder alone: --text-only"
         )
-    processor_settings(model, folder)
+    settings = processor_settings(model, folder)
+    if PROCESSOR_FILES[0] in found:
+        found[PROCESSOR_FILES[0]] = settings | found[PROCESSOR_FILES[0]]
     return {name: {k: v for k, v in content.items() if k != "auto_map"} for name, content in found.items()}
 
 
