@@ -18,7 +18,7 @@ ONNXRUNTIME = "1.27"
 _GENAI_IMAGES = "{} alone, a decoder; pictures (PNG, JPEG) in the first turn, rows of one length"
 
 #: of the same in transformers.js
-_JS_IMAGES = "on Node; one picture a prompt, which it scales otherwise"
+_JS_IMAGES = "on Node; it scales pictures otherwise, and with grids takes one a prompt"
 _JS_NO_GRAPHS = "no, it looks for other graphs; convert with --layout unified"
 
 
