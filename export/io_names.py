@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 #: of the graphs around a decoder whose inputs are embeddings; their inputs have the names of the traced ones
-IMAGE_OUTPUTS = {"vision": ["image_features"], "embedding": ["inputs_embeds"]}
+IMAGE_OUTPUTS = {"vision": ["image_features"], "embedding": ["inputs_embeds"], "text_embedding": ["inputs_embeds"]}
 
 
 #: a decoder's inputs before the cache, of text alone

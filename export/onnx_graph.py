@@ -50,7 +50,7 @@ def to_onnx(program: Program, stages: Iterable[str], provider: str) -> dict[str,
 def images_to_onnx(program: Program, provider: str) -> dict[str, ir.Model]:
     """The graphs around a decoder, those that the program has, as ONNX models whose parameters have no value yet.
 
-    provider: one of PROVIDERS.
+    Beside the embedding of text and images there is that of text alone. provider: one of PROVIDERS.
     """
     models = {}
     for stage, outputs in IMAGE_OUTPUTS.items():
@@ -59,7 +59,24 @@ def images_to_onnx(program: Program, provider: str) -> dict[str, ir.Model]:
             models[stage] = _model(gm, stage, list(inputs_of(gm)), outputs)
             if not PROVIDERS[provider].fp16_products:
                 widen_products(models[stage])
+    if "embedding" in models:
+        models["text_embedding"] = _without_features(models["embedding"])
     return models
+
+
+def _without_features(embedding: ir.Model) -> ir.Model:
+    """The embedding before images' features take their places, for runtimes that put them there themselves."""
+    model = embedding.clone()
+    graph = model.graph
+    scatter = graph.outputs[0].producer()
+    assert scatter is not None and scatter.op_type == "ScatterND"
+    text, _, features = scatter.inputs
+    assert text is not None and features is not None
+    text.name = graph.outputs[0].name
+    graph.outputs[:] = [text]
+    RemoveUnusedNodesPass()(model)
+    graph.inputs.remove(features)
+    return model
 
 
 def _written(program: Program, stage: str) -> ir.Model:

@@ -27,7 +27,7 @@ from popcompile.package.image_inputs import ImageInputs
 from popcompile.package.integrity import CODE_FIELDS
 from popcompile.package.manifest import (
     FORMAT_VERSION,
-    IMAGE_GRAPHS,
+    IMAGE_LAYOUTS,
     LAYOUTS,
     MANIFEST,
     REPORT,
@@ -58,24 +58,24 @@ class PackageWriter:
         progress: Progress,
     ) -> None:
         """layout: a name in LAYOUTS. adapter: what is merged into the weights. target: what graphs are lowered for."""
-        self._folder, self._layout, self._files = folder, layout, LAYOUTS[layout]
+        self._folder, self._layout = folder, layout
+        self._files = (IMAGE_LAYOUTS if source.has_images else LAYOUTS)[layout]
         self._source, self._adapter, self._checkpoint = source, adapter, checkpoint
         self._target, self._progress = target, progress
         self._hashes: dict[str, str] = {}
-        #: file of each stage that was written
-        self._graphs: dict[str, str] = {}
         #: of what was written; None for a model of text alone
         self._images: ImageInputs | None = None
 
     def write_model(self, program: Program) -> None:
         """Graphs and weights of a lowered program. Raises PopcompileError where the checkpoint's do not fit."""
         self._progress("export", 0, 1)
-        models = to_onnx(program, self._files.graphs, self._target.provider)
-        models |= images_to_onnx(program, self._target.provider)
+        around = images_to_onnx(program, self._target.provider)
+        decoders = [stage for stage in self._files.graphs if stage not in around]
+        made = to_onnx(program, decoders, self._target.provider) | around
+        models = {stage: made[stage] for stage in self._files.graphs}
         self._images = image_inputs(self._source.config, program) if self._source.has_images else None
-        self._graphs = self._files.graphs | {stage: file for stage, file in IMAGE_GRAPHS.items() if stage in models}
         self._hashes[self._files.weights] = self._write_weights(models, program)
-        for stage, file in self._graphs.items():
+        for stage, file in self._files.graphs.items():
             ir.save(models[stage], self._folder / file)
 
     def _write_weights(self, models: dict[str, ir.Model], program: Program) -> str:
@@ -107,7 +107,7 @@ class PackageWriter:
         config = genai_config(
             source.config,
             source.generation_config,
-            graphs=self._graphs,
+            graphs=self._files.graphs,
             head_size=sizes.head_size,
             kv_heads=sizes.kv_heads,
             vocab_size=sizes.vocab_size,
@@ -147,7 +147,7 @@ class PackageWriter:
             provider=target.provider,
             layout=self._layout,
             window=plan.window if plan.pruned else 1,
-            graphs=self._graphs,
+            graphs=self._files.graphs,
             weights=self._files.weights,
             inputs=input_names(program.num_layers, program.inputs),
             outputs=output_names(program.num_layers),

@@ -229,13 +229,25 @@ def vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def gemma_vision_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a tiny Gemma-3 with images, which see all of themselves. Pruned are sliding layers, one of which a full layer
-    follows, and the window of 6 may begin inside an image.
-    """
-    checkpoint = save_gemma_checkpoint(random_model(gemma3()), tmp_path_factory.mktemp("models") / "gemma")
+def unified_vision_package(vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model and layers in the other layout."""
+    variable, options = "POPCOMPILE_TEST_UNIFIED_VISION", {"layers": "3-4", "kv_projection": "layer", "window": 2}
+    return _package("unified-vision", variable, vision_checkpoint, tmp_path_factory, layout="unified", **options)
+
+
+@pytest.fixture(scope="session")
+def gemma_vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma-3 with images, which see all of themselves."""
+    return save_gemma_checkpoint(random_model(gemma3()), tmp_path_factory.mktemp("models") / "gemma")
+
+
+@pytest.fixture(scope="session")
+def gemma_vision_package(gemma_vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pruned are sliding layers, one of which a full layer follows, and the window of 6 may begin inside an image."""
     options = {"layers": "1,3", "kv_projection": "layer", "window": 6}
-    return _package("gemma-vision", "POPCOMPILE_TEST_GEMMA_VISION", checkpoint, tmp_path_factory, **options)
+    return _package(
+        "gemma-vision", "POPCOMPILE_TEST_GEMMA_VISION", gemma_vision_checkpoint, tmp_path_factory, **options
+    )
 
 
 @pytest.fixture(scope="session")

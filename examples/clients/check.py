@@ -1,4 +1,4 @@
-"""Run a unified package in every client of this folder: python examples/clients/check.py PACKAGE [--genai-include DIR]
+"""Run a unified package in every client of text: python examples/clients/check.py PACKAGE [--genai-include DIR]
 
 Installs each from its registry into an environment of its own, kept in WORK, runs it on the same prompts, and compares
 its greedy tokens with popcompile's. The C++ client is compiled where --genai-include names the folder with ort_genai.h

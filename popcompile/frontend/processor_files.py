@@ -19,7 +19,9 @@ PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json", "video_p
 def read_processor(model: str, folder: Path) -> dict[str, dict[str, Any]]:
     """The processor's files of the checkpoint in `folder`, by name, without fields that name code.
 
-    Raises PopcompileError where none of them describes an image processor that transformers has.
+    preprocessor_config.json, which other runtimes than transformers look for, is always there and states the defaults
+    of its class as well. Raises PopcompileError where none of the files describes an image processor that transformers
+    has.
     """
     found = {name: read_json(model, folder / name) for name in PROCESSOR_FILES if (folder / name).exists()}
     if not found:
@@ -27,7 +29,9 @@ def read_processor(model: str, folder: Path) -> dict[str, dict[str, Any]]:
             f"{model}: has no {PROCESSOR_FILES[0]}, which says how images become pixels; add the file, or take the text"
             " decoder alone: --text-only"
         )
-    processor_settings(model, folder)
+    images, whole, _ = PROCESSOR_FILES
+    named = {name: value for name, value in found.get(whole, {}).items() if name == "processor_class"}
+    found[images] = processor_settings(model, folder) | named | found.get(images, {})
     return {name: {k: v for k, v in content.items() if k != "auto_map"} for name, content in found.items()}
 
 

@@ -1,7 +1,7 @@
 """Which runtimes load a package as it is, and why another does not: told before a user finds out.
 
 Each was tried with the packages of this version (tests/real/test_genai.py, tests/runtime/test_genai_images.py,
-examples/clients/), but for transformers.js with images, whose source asks for graphs that no package has.
+examples/clients/).
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ ONNXRUNTIME = "1.27"
 
 #: of a model of images, whose decoder genai takes from one graph and not from a pipeline
 _GENAI_IMAGES = "{} alone, a decoder; pictures (PNG, JPEG) in the first turn, rows of one length"
+
+#: of the same in transformers.js
+_JS_IMAGES = "on Node; it scales pictures otherwise, and with grids takes one a prompt"
+_JS_NO_GRAPHS = "no, it looks for other graphs; convert with --layout unified"
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ def runtimes(manifest: Manifest) -> list[Compatibility]:
         Compatibility(f"ONNX Runtime {ONNXRUNTIME} or newer", True, f"{graphs}; batches padded on the right"),
     ]
     if manifest.images is not None:
+        in_node = "text_embedding" in manifest.graphs
         return [
             *found,
             Compatibility("onnxruntime-genai", True, _GENAI_IMAGES.format(manifest.graphs["prefill"])),
             Compatibility("optimum", False, "no, it loads decoders of text; convert with --text-only"),
-            Compatibility("transformers.js", False, "no, it embeds text and images apart; convert with --text-only"),
+            Compatibility("transformers.js", in_node, _JS_IMAGES if in_node else _JS_NO_GRAPHS),
         ]
     if manifest.layout == "split":
         one_graph = "no, it loads one graph; convert with --layout unified"

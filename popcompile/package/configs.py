@@ -116,11 +116,12 @@ def _private_copy(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield temporary
 
 
-def load_processor(folder: Path, manifest: Manifest | None = None) -> ProcessorMixin:
+def load_processor(folder: str | Path, manifest: Manifest | None = None) -> ProcessorMixin:
     """The processor of text and images of a vision-language model's package, as AutoProcessor makes it.
 
     manifest: as for `load_tokenizer`. Raises PopcompileError where the package has none.
     """
+    folder = Path(folder)
     there = _same(folder, manifest)
     if there.images is None or not set(PROCESSOR_FILES) & set(there.files):
         raise PopcompileError(

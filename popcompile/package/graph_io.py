@@ -64,8 +64,8 @@ def _check_decoder(graph: GraphProto, manifest: Manifest, stage: str) -> None:
 
 def _check_images(graph: GraphProto, images: ImageInputs, stage: str) -> None:
     """Of the graphs that make embeddings of tokens and images."""
-    inputs = images.inputs if stage == "vision" else ["input_ids", "image_features"]
-    _check_names(graph, inputs, IMAGE_OUTPUTS[stage])
+    embedded = {"embedding": ["input_ids", "image_features"], "text_embedding": ["input_ids"]}
+    _check_names(graph, embedded.get(stage, images.inputs), IMAGE_OUTPUTS[stage])
     width = images.width
     for value in (*graph.input, *graph.output):
         if value.name == "image_features":

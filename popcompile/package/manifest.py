@@ -1,7 +1,8 @@
 """A package on disk: its manifest, and the checks before it is used.
 
     prefill.onnx  decode.onnx  weights.onnx.data    or, in the unified layout, model.onnx  model.onnx_data
-    vision.onnx  embedding.onnx                     of a vision-language model, over the same weights
+    vision.onnx  embedding.onnx                     of a vision-language model, over the same weights; IMAGE_LAYOUTS has
+                                                    the names in the unified layout
     popcompile.json  report.json  genai_config.json  config.json  generation_config.json  tokenizer files  passes/
 
 popcompile.json, the manifest, names every other file with its size and SHA-256, and carries a checksum of itself.
@@ -23,12 +24,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args, get_origin, get_type_hints
 
 from popcompile.errors import PopcompileError
+from popcompile.export.io_names import IMAGE_OUTPUTS
 from popcompile.files import read_regular
 from popcompile.package.image_inputs import ImageInputs
 from popcompile.package.integrity import MANIFEST, check_files, describe_files, file_sha256
 from popcompile.package.manifest_values import wrong_value
 
-__all__ = ["FORMAT_VERSION", "IMAGE_GRAPHS", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest"]
+__all__ = ["FORMAT_VERSION", "IMAGE_LAYOUTS", "LAYOUTS", "MANIFEST", "PASSES", "REPORT", "Layout", "Manifest"]
 __all__ += ["check_files", "describe_files", "file_sha256", "read_manifest"]
 
 REPORT = "report.json"
@@ -54,8 +56,22 @@ LAYOUTS = {
     "unified": Layout({"prefill": "model.onnx"}, "model.onnx_data"),
 }
 
-#: of a vision-language model, in both layouts: those that make the decoder's inputs
-IMAGE_GRAPHS = {"vision": "vision.onnx", "embedding": "embedding.onnx"}
+#: of a vision-language model, with the graphs that make the decoder's inputs; transformers.js looks for other names
+#: then, and has text embedded apart
+IMAGE_LAYOUTS = {
+    "split": Layout(
+        LAYOUTS["split"].graphs | {"vision": "vision.onnx", "embedding": "embedding.onnx"}, LAYOUTS["split"].weights
+    ),
+    "unified": Layout(
+        {
+            "prefill": "decoder_model_merged.onnx",
+            "vision": "vision_encoder.onnx",
+            "embedding": "embedding.onnx",
+            "text_embedding": "embed_tokens.onnx",
+        },
+        "decoder_model_merged.onnx_data",
+    ),
+}
 
 _CHECKSUM = "manifest_sha256"
 #: bytes; one of a thousand layers and as many files has a tenth of it
@@ -71,7 +87,7 @@ class Manifest:
     dtype: a name in export/precisions.py. block_size: target.py; 0 where weights are not quantized.
     provider: what the graphs were lowered for; others run them too.
     window: how many tokens at a prompt's end take the whole model; a prompt that has no more is encoded in full.
-    layout: one of LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of the decoder's, in order.
+    layout: a name in LAYOUTS. graphs: file of each stage. inputs, outputs: the I/O names of the decoder's, in order.
     vision: the fields of ImageInputs, of a vision-language model; else empty.
     files: {name: {"size", "sha256"}} of every other file in the package.
     """
@@ -113,7 +129,7 @@ class Manifest:
     @property
     def stages(self) -> list[str]:
         """Those with a graph of the decoder."""
-        return [stage for stage in self.graphs if stage not in IMAGE_GRAPHS]
+        return [stage for stage in self.graphs if stage not in IMAGE_OUTPUTS]
 
     def to_json(self) -> str:
         content = asdict(self)

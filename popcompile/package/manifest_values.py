@@ -26,6 +26,8 @@ _RANGES = {
 #: layout -> stages with a graph of their own
 _STAGES = {"split": {"prefill", "decode"}, "unified": {"prefill"}}
 _IMAGE_STAGES = {"vision", "embedding"}
+#: beside those, in packages for transformers.js
+_TEXT_STAGES = {"text_embedding"}
 _CHOICES = {
     "kv_projection": ("calibrated", "layer"),
     "dtype": tuple(PRECISIONS),
@@ -59,7 +61,8 @@ def wrong_value(manifest: Manifest) -> str:
 
 def _wrong_names(manifest: Manifest) -> str:
     stages = _STAGES[manifest.layout] | (_IMAGE_STAGES if manifest.vision else set())
-    if set(manifest.graphs) != stages:
+    more = _TEXT_STAGES if manifest.vision else set()
+    if not stages <= set(manifest.graphs) <= stages | more:
         return (
             f"field graphs has other graphs than {' and '.join(sorted(stages))}, which the {manifest.layout} layout has"
         )

@@ -18,7 +18,7 @@ from popcompile.errors import PopcompileError
 from popcompile.package.compatibility import runtimes
 from popcompile.package.graph_check import check_package
 from popcompile.package.integrity import read_file
-from popcompile.package.manifest import IMAGE_GRAPHS, PASSES, REPORT, Manifest, read_manifest
+from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
 from popcompile.package.measurements import LayerChoice, Measurements, read_measurements
 from popcompile.package.report import format_layers
 from popcompile.report.bench import first_token_words, measured_on
@@ -183,8 +183,8 @@ def _graphs(manifest: Manifest) -> list[tuple[str, str]]:
     """Of a package that takes images, who makes what for whom."""
     if manifest.images is None:
         return []
-    graphs = manifest.graphs
-    made, given = (" and ".join(graphs[stage] for stage in stages) for stages in (IMAGE_GRAPHS, manifest.stages))
+    graphs, makers = manifest.graphs, ("vision", "embedding")
+    made, given = (" and ".join(graphs[stage] for stage in stages) for stages in (makers, manifest.stages))
     return [("graphs", f"{given}, for embeddings of text and images, which {made} make")]
 
 

@@ -1,7 +1,8 @@
 """Check the graphs around a package's decoder on images of noise, in numbers.
 
 It needs no second model: an image has as many features as the manifest says, all of them finite, and the same ones
-alone as beside another image of its size; unlike images have unlike features, and a prompt tells them apart.
+alone as beside another image of its size; unlike images have unlike features, and a prompt tells them apart. Where text
+is embedded by a graph of its own too, both make the same of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from popcompile.runtime.session import Runtime
 
 #: rows and columns in tokens, where images have any size: unlike ones, for a graph may have been made for a single one
 SIZES: tuple[Size, ...] = ((2, 3), (5, 2))
+#: of the vocabulary, at most, whose embeddings are compared
+_TOKENS = 64
 
 
 def check_images(runtime: Runtime) -> str:
@@ -37,6 +40,8 @@ def check_images(runtime: Runtime) -> str:
             f" it (allowed: {allowed:.0e}) on {runtime.provider.device}; convert again, or report it"
         )
     _require_seen(runtime, inputs, sizes[0])
+    if "text_embedding" in runtime.manifest.graphs:
+        _require_same_text(runtime, inputs)
     return (
         f"an image of {' or '.join(map(str, counts))} tokens has the same features alone and beside another; largest"
         f" relative difference {worst:.1e}"
@@ -88,6 +93,16 @@ def _require_seen(runtime: Runtime, inputs: ImageInputs, size: Size) -> None:
         raise PopcompileError(
             f"{runtime.folder}: {runtime.manifest.graphs['embedding']} leaves images out of prompts; convert again"
         )
+
+
+def _require_same_text(runtime: Runtime, inputs: ImageInputs) -> None:
+    """Raise PopcompileError where the two graphs that embed text do it in two ways."""
+    last = runtime.manifest.vocab_size - 1
+    ids = torch.cat((torch.linspace(0, last, _TOKENS).long(), torch.tensor(list(inputs.tokens.values()))))[None]
+    no_features = torch.empty(0, inputs.width, dtype=runtime.cache_dtype)
+    if not torch.equal(runtime.embed(ids, None), runtime.embed(ids, no_features)):
+        apart, together = (runtime.manifest.graphs[stage] for stage in ("text_embedding", "embedding"))
+        raise PopcompileError(f"{runtime.folder}: {apart} embeds text otherwise than {together}; convert again")
 
 
 def _vision(runtime: Runtime) -> str:

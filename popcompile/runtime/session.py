@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from popcompile.errors import PopcompileError
+from popcompile.export.io_names import IMAGE_OUTPUTS
 from popcompile.export.precisions import FLOATS
 from popcompile.files import require_utf8
 from popcompile.loading import one_line
@@ -38,9 +39,6 @@ from popcompile.runtime.providers import find_provider, unusable
 from popcompile.runtime.weights import SharedWeights
 
 Stage = Literal["prefill", "decode"]
-#: the graphs around a decoder that takes embeddings
-_IMAGE_STAGES = ("vision", "embedding")
-
 #: bytes of logits that a full prefill makes at once where only the last token's are asked for
 _LOGITS_BYTES = 256 << 20
 #: the precision and PyTorch's type of what a graph computes in, by ONNX Runtime's name of the type
@@ -109,9 +107,10 @@ class Runtime:
         types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
         #: of the logits
         self.dtype = _TYPES[types["logits"]]
-        self._cache_dtype = _TYPES[types[self._cache_inputs[0]]]
+        #: of the cache, and of embeddings
+        self.cache_dtype = _TYPES[types[self._cache_inputs[0]]]
         images = self.manifest.images
-        self._embeddings = Embeddings(images, self._embed, self._cache_dtype) if images is not None else None
+        self._embeddings = Embeddings(images, self.embed, self.cache_dtype) if images is not None else None
 
     @property
     def packs(self) -> bool:
@@ -119,7 +118,7 @@ class Runtime:
         return self.provider.on_host and self._policy(self.main).packs
 
     def _policy(self, stage: str) -> SessionPolicy:
-        if stage in _IMAGE_STAGES:  # nobody shares their matrices, and the decoder runs right after them
+        if stage in IMAGE_OUTPUTS:  # nobody shares their matrices, and the decoder runs right after them
             return SessionPolicy(packs=not self._low_memory, spins=False)
         return SessionPolicy.of(main=stage == self.main, quantized=self.manifest.quantized, low_memory=self._low_memory)
 
@@ -160,7 +159,7 @@ class Runtime:
         options.add_session_config_entry(_WEIGHTS_FOLDER, os.path.realpath(self.folder))
         content, graph = self._graphs[stage]
         try:
-            if stage not in _IMAGE_STAGES:
+            if stage not in IMAGE_OUTPUTS:
                 self._require_kernels(graph)
             flipped: frozenset[str] = frozenset()
             if self.provider.on_host and self.manifest.quantized and saturates():
@@ -208,7 +207,7 @@ class Runtime:
     def new_cache(self, batch: int) -> KVCache:
         """A cache without tokens."""
         shape = (batch, self.manifest.num_kv_heads, 0, self.manifest.head_size)
-        empty = torch.zeros(shape, dtype=self._cache_dtype)
+        empty = torch.zeros(shape, dtype=self.cache_dtype)
         device = self.provider.device
         return KVCache([to_ort(empty, device) for _ in self._cache_inputs], [0] * batch, device)
 
@@ -234,14 +233,19 @@ class Runtime:
             self._graphs["vision"] = read_graphs(self.folder, self.manifest)["vision"]
         return torch.from_numpy(features)
 
-    def _embed(self, ids: Tensor, features: Tensor) -> Tensor:
-        """Embeddings [B, S, W] of ids [B, S] and the features [n, W] of image tokens."""
-        session = self.open("embedding")
-        values = {"input_ids": to_ort(ids.contiguous()), "image_features": to_ort(features.contiguous())}
+    def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
+        """Embeddings [B, S, W] of ids [B, S] and the features [n, W] of image tokens.
+
+        features: None for the graph that embeds text alone, which not every package has.
+        """
+        stage, values = "text_embedding", {"input_ids": to_ort(ids.contiguous())}
+        if features is not None:
+            stage, values = "embedding", values | {"image_features": to_ort(features.contiguous())}
+        session = self.open(stage)
         try:
             return to_torch(session.run_with_ort_values(["inputs_embeds"], values)[0])
         except Exception as error:
-            raise self._failure("embedding", error) from error
+            raise self._failure(stage, error) from error
 
     def _batch(
         self,

@@ -47,6 +47,18 @@ def test_files(unified: Path, tiny_package: Path) -> None:
     assert "pipeline" not in decoder["decoder"]
 
 
+def test_files_with_images(unified_vision_package: Path, vision_package: Path) -> None:
+    """Under transformers.js's names, and the table of embeddings, which three graphs read, once."""
+    manifest, split = read_manifest(unified_vision_package), read_manifest(vision_package)
+    assert (manifest.stages, manifest.graphs) == (["prefill"], {
+        "prefill": "decoder_model_merged.onnx", "vision": "vision_encoder.onnx", "embedding": "embedding.onnx",
+        "text_embedding": "embed_tokens.onnx",
+    })  # fmt: skip
+    assert split.graphs.keys() - {"decode"} == manifest.graphs.keys() - {"text_embedding"}
+    assert manifest.weights == "decoder_model_merged.onnx_data"
+    assert manifest.files[manifest.weights]["sha256"] == split.files[split.weights]["sha256"]
+
+
 @pytest.mark.parametrize("lengths", [[1], [20], [12, 5], [1, 1, 1]])
 def test_same_numbers_as_the_split_layout(lengths: list[int], unified: Path, tiny_package: Path) -> None:
     """Prompts, tokens after them, and a second prompt after those: bit for bit."""

@@ -12,6 +12,7 @@ import pytest
 from bad_input import refusal
 from resign import sign
 
+from popcompile.package.compatibility import runtimes
 from popcompile.package.graph_check import read_graphs
 from popcompile.package.manifest import MANIFEST, read_manifest
 
@@ -84,6 +85,18 @@ def test_graphs_in_each_others_places(package: Path) -> None:
     (package / "embedding.onnx").write_bytes(content)
     sign(package)
     assert "has other inputs or outputs" in refusal(lambda: read_graphs(package, read_manifest(package)))
+
+
+def test_manifests_from_before_transformers_js(unified_vision_package: Path, tmp_path: Path) -> None:
+    """Without a graph that embeds text alone, and under other names."""
+    package = Path(shutil.copytree(unified_vision_package, tmp_path / "out"))
+    (package / "embed_tokens.onnx").unlink()
+    (package / "vision_encoder.onnx").rename(package / "vision.onnx")
+    graphs = read_manifest(unified_vision_package).graphs | {"vision": "vision.onnx"}
+    del graphs["text_embedding"]
+    sign(package, graphs=graphs)
+    read_graphs(package, manifest := read_manifest(package))
+    assert not next(found for found in runtimes(manifest) if found.runtime == "transformers.js").loads
 
 
 def test_older_manifests_have_no_images(tiny_package: Path, tmp_path: Path) -> None:

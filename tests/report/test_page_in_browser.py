@@ -16,11 +16,10 @@ from typing import Any
 import matplotlib.image
 import pytest
 from bad_input import TIMEOUT, save_model
-from filelock import FileLock
 from measured_report import measured, save
+from npm import npm_packages
 
 from popcompile.conversion import convert
-from popcompile.frontend.samples import cache_folder
 from popcompile.report.page import html_report
 
 PACKAGES = ("@sparticuz/chromium@153.0.0", "puppeteer-core@24.43.1")
@@ -38,13 +37,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def browser() -> Path:
     """A folder with the packages."""
-    folder = cache_folder() / "browser"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not (folder / "node_modules/puppeteer-core").is_dir():
-            command = ["npm", "install", "--no-save", "--no-audit", "--no-fund", "--prefix", str(folder), *PACKAGES]
-            subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
-    return folder
+    return npm_packages("browser", *PACKAGES)
 
 
 @pytest.fixture(scope="module")

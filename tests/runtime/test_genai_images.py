@@ -226,10 +226,10 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def test_what_loads_is_said(vision_package: Path, unified_package: Path) -> None:
-    for package, graph in ((vision_package, "prefill.onnx"), (unified_package, "model.onnx")):
+    for package, graph in ((vision_package, "prefill.onnx"), (unified_package, "decoder_model_merged.onnx")):
         known = {found.runtime: found for found in runtimes(read_manifest(package))}
         assert known["onnxruntime-genai"].loads and known["onnxruntime-genai"].note.startswith(f"{graph} alone")
-        assert not known["optimum"].loads and not known["transformers.js"].loads
+        assert not known["optimum"].loads and known["transformers.js"].loads == (package == unified_package)
 
 
 def test_where_sizes_differ(unified_package: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_what_a_processor_makes(
     vision_package: Path, ours: PopForImageTextToText, theirs: PreTrainedModel, tmp_path: Path
 ) -> None:
     """Of pictures and text, by the package's own."""
-    processor = popcompile.load_processor(vision_package)
+    processor = popcompile.load_processor(str(vision_package))
     pictures = [Image.open(draw_picture(tmp_path / f"{w}.png", w, h)) for w, h in ((32, 32), (20, 30))]
     parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "w9 w10"}]}]

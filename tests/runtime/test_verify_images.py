@@ -119,6 +119,19 @@ def test_a_damaged_weight(file: str, name: str, package: Path, cli: Cli) -> None
     assert "is not the file that this package was made with" in cli.refuses("verify", package)
 
 
+def test_text_that_is_embedded_in_two_ways(unified_vision_package: Path, tmp_path: Path) -> None:
+    def fill_with_ones(graph: GraphProto) -> None:
+        """What stands behind a token's embedding is no zero."""
+        (pad,) = (node for node in graph.node if node.op_type == "Pad")
+        value = next(tensor for tensor in graph.initializer if tensor.name == pad.input[2])
+        value.CopyFrom(numpy_helper.from_array(np.array(1, np.float32), value.name))
+
+    package = Path(shutil.copytree(unified_vision_package, tmp_path / "out"))
+    edit(package, "embed_tokens.onnx", fill_with_ones)
+    sign(package)
+    assert "embed_tokens.onnx embeds text otherwise than embedding.onnx" in refusal(lambda: verify(package))
+
+
 def test_other_tokens_than_the_manifest_says(package: Path) -> None:
     """Of four times as many patches."""
     sign(package, vision=read_manifest(package).vision | {"merge": 4})

@@ -72,8 +72,9 @@ class Graphs:
         for name, onnx_model in self.models.items():
             ir.save(onnx_model, folder / f"{name}.onnx")
         providers = ["CPUExecutionProvider"]
-        self.vision, self.embedding = (
-            ort.InferenceSession(folder / f"{name}.onnx", providers=providers) for name in ("vision", "embedding")
+        self.vision, self.embedding, self.text_embedding = (
+            ort.InferenceSession(folder / f"{name}.onnx", providers=providers)
+            for name in ("vision", "embedding", "text_embedding")
         )
 
     def features(self, pixel_values: torch.Tensor, grids: torch.Tensor | None = None) -> np.ndarray:

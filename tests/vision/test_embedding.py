@@ -127,6 +127,16 @@ def test_image_tokens_without_features_are_text(qwen_vl: Any, qwen_vl_graphs: Gr
     assert close(found, torch.nn.functional.pad(table[ids], (0, 128)).detach())
 
 
+@pytest.mark.parametrize(("family", "width"), [("qwen", 192), ("gemma", 65)])
+def test_text_alone(family: str, width: int, request: pytest.FixtureRequest) -> None:
+    """By the graph that takes no features, also of tokens beyond the vocabulary."""
+    graphs: Graphs = request.getfixturevalue(f"{family}_vl_graphs")
+    ids = torch.tensor([[3, 7], [IMAGE, 100 if family == "gemma" else VIDEO]])
+    assert [value.name for value in graphs.text_embedding.get_inputs()] == ["input_ids"]
+    (found,) = graphs.text_embedding.run(["inputs_embeds"], {"input_ids": ids.numpy()})
+    assert np.array_equal(found, graphs.embeddings(ids, np.zeros((0, width), np.float32)))
+
+
 @pytest.mark.parametrize("given", [1, 3, 5])
 def test_another_number_of_features_is_an_error(qwen_vl_graphs: Graphs, given: int) -> None:
     ids = torch.tensor([[3, *[IMAGE] * 4]])
