@@ -26,6 +26,7 @@ from .pad_heads import AttentionKernels, PadHeads
 from .prune_lm_head import PruneLMHead
 from .prune_prefill import PrunePrefill
 from .quantize_dynamic import QuantizeDynamic
+from .quantize_embedding import QuantizeEmbedding
 from .quantize_linear import Quantization, QuantizeLinear
 from .split_stages import SplitStages
 from .widen_logits import WidenLogits
@@ -60,12 +61,21 @@ def pruning(
 IMAGE_GRAPHS = ("vision", "embedding")
 
 
-def image_lowering() -> list[Pass]:
+def image_lowering(quantization: Quantization | None = None) -> list[Pass]:
     """The passes that bring the graphs around a decoder, as they were traced, to ONNX Runtime's operators.
 
     They read the program's other graphs to see who shares a parameter, and are to run before those are lowered.
+    quantization: of the decoder's weights, of which the embedding's may be one; the vision tower's are left.
     """
-    passes = [Normalize(), FuseRMSNorm(), LowerRMSNorm(), LowerLinear(), FoldParameters(), Cleanup()]
+    passes: list[Pass] = [
+        Normalize(),
+        FuseRMSNorm(),
+        LowerRMSNorm(),
+        *([QuantizeEmbedding(quantization)] if quantization else []),
+        LowerLinear(),
+        FoldParameters(),
+        Cleanup(),
+    ]
     for one in passes:
         one.stages = IMAGE_GRAPHS
     return passes
@@ -94,7 +104,7 @@ def lowering(
         LowerRMSNorm(),
         FuseSkipRMSNorm(),
         *([QuantizeDynamic()] if quantization and quantization.dynamic else []),
-        *([QuantizeLinear(quantization)] if quantization else []),
+        *([QuantizeEmbedding(quantization), QuantizeLinear(quantization)] if quantization else []),
         LowerLinear(),
         LowerExperts(experts or ExpertKernels(), quantization),
         FoldParameters(),

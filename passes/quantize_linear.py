@@ -1,13 +1,10 @@
 """Quantize the weights of linear layers, block by block of input features.
 
     linear(x, W)  =>  MatMulNBits(x, quantized_weight(W), weight_scales(W))
-    embedding(W, ids)  =>  GatherBlockQuantized(quantized_weight(W), ids, weight_scales(W))
 
-Symmetric, a scale for every block of a row: ONNX Runtime's own quantizer computes both when weights are written. The
-embedding is quantized where the LM head has the same weight, which is then stored once. Routers are left to
-LowerLinear: they are small, and rounded ones choose other experts.
-Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulnbits and
-#commicrosoftgatherblockquantized
+Symmetric, a scale for every block of a row: ONNX Runtime's own quantizer computes both when weights are written.
+Routers are left to LowerLinear: they are small, and rounded ones choose other experts.
+Spec: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulnbits
 """
 
 from __future__ import annotations
@@ -77,6 +74,11 @@ def _quantize(weight: Tensor, bits: int, block_size: int) -> tuple[Tensor, Tenso
     return torch.from_numpy(values), torch.from_numpy(scales)
 
 
+def quantizable_linears(gm: fx.GraphModule) -> list[fx.Node]:
+    """Linear layers whose weights are quantized."""
+    return [n for n in find(gm, op=aten.linear.default) if not (role_of(n) or "").endswith("router")]
+
+
 def emit_quantized(graph: fx.Graph, weight: fx.Node, scheme: Quantization, like: fx.Node) -> tuple[fx.Node, fx.Node]:
     """quantized_weight and weight_scales of a weight [out, in], named after its parameter."""
     name = weight.meta.get("parameter", str(weight.target))
@@ -94,26 +96,14 @@ class QuantizeLinear(Pass):
         self.quantization = quantization
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        linears = self._quantizable(graph_module)
-        weights = {node.args[1] for node in linears}
-        for node in linears:
+        for node in quantizable_linears(graph_module):
             with graph_module.graph.inserting_before(node):
                 replace(node, self._linear(graph_module.graph, node))
             self.matches += 1
-        for node in find(graph_module, op=aten.embedding.default):
-            weight = node.args[0]
-            if weight in weights and shape_of(weight)[1] % self.quantization.block_size == 0:
-                with graph_module.graph.inserting_before(node):
-                    replace(node, self._embedding(graph_module.graph, node))
-                self.matches += 1
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        self.check(not self._quantizable(graph_module), "a linear is left")
-
-    @staticmethod
-    def _quantizable(gm: fx.GraphModule) -> list[fx.Node]:
-        return [n for n in find(gm, op=aten.linear.default) if not (role_of(n) or "").endswith("router")]
+        self.check(not quantizable_linears(graph_module), "a linear is left")
 
     def _linear(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         x, weight, *bias = node.args
@@ -140,23 +130,3 @@ class QuantizeLinear(Pass):
         for term in bias:
             out = emit(graph, aten.add.Tensor, out, term, like=node)
         return out
-
-    def _embedding(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
-        """Rows of the weight as MatMulNBits keeps them: [.., blocks, block size], and then side by side."""
-        weight, ids = node.args[:2]
-        assert isinstance(weight, fx.Node) and isinstance(ids, fx.Node)
-        scheme = self.quantization
-        values, scales = emit_quantized(graph, weight, scheme, node)
-        column = emit(graph, aten.unsqueeze.default, scales, 2, like=node)  # the operator asks for the values' rank
-        column.meta["parameter"] = f"{scales.meta['parameter']}_of_rows"
-        sizes, width = emit_sizes(graph, ids), shape_of(weight)[1]
-        blocks = emit_onnx(
-            graph,
-            f"{CONTRIB}::GatherBlockQuantized",
-            [values, ids, column],
-            {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 2},
-            shape=[*sizes, width // scheme.block_size, scheme.block_size],
-            dtype=value_of(node).dtype,
-            like=node,
-        )
-        return emit(graph, aten.reshape.default, blocks, [*sizes, width], like=node)

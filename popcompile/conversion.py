@@ -22,16 +22,7 @@ from popcompile.frontend.tracing import trace
 from popcompile.package.manifest import LAYOUTS, PASSES, Manifest
 from popcompile.package.staging import require_apart, require_disk_space, require_writable, staged
 from popcompile.packaging import ModelSizes, PackageWriter
-from popcompile.passes import (
-    ContractError,
-    Pass,
-    PassManager,
-    PassRecord,
-    Program,
-    canonicalization,
-    image_lowering,
-    pruning,
-)
+from popcompile.passes import ContractError, Pass, PassManager, PassRecord, Program, canonicalization, pruning
 from popcompile.passes.flops import REFERENCE_SIZES, image_flops, total_flops
 from popcompile.passes.printing import print_graph
 from popcompile.progress import Progress, StepTimes
@@ -266,6 +257,6 @@ class _Compilation:
         if "vision" in self._program.graphs:
             tokens, one = image_flops(self._program.graphs["vision"])
             flops["vision"] = {"image_tokens": tokens, "flops": one}
-            self.run(image_lowering(), "lower")
+            self.run(target.image_lowering(), "lower")
         self.run(target.lowering(), "lower")
         return {"passes": [asdict(r) for r in self._records], "layers": table, "flops": flops, **plan.sections}

@@ -9,7 +9,7 @@ import torch
 from popcompile.errors import PopcompileError
 from popcompile.export.precisions import PRECISIONS
 from popcompile.export.providers import PROVIDERS
-from popcompile.passes import AttentionKernels, ExpertKernels, Pass, Quantization, lowering
+from popcompile.passes import AttentionKernels, ExpertKernels, Pass, Quantization, image_lowering, lowering
 
 #: input features that share a scale: less error, or fewer scales
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -62,6 +62,10 @@ class Target:
     def lowering(self) -> list[Pass]:
         """The passes that bring a program's graphs to the provider's operators."""
         return lowering(self.quantization, self.experts, self.attention)
+
+    def image_lowering(self) -> list[Pass]:
+        """Those of the graphs around a decoder that takes embeddings, which run before."""
+        return image_lowering(self.quantization)
 
     def weight_bytes(self, parameters: int) -> int:
         """At least so many for a model of that many parameters."""

@@ -34,6 +34,7 @@ from popcompile.passes.pack_qkv import PARTS, packed_name, part_features
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
 from popcompile.target import Target
+from popcompile.vision.tracing import build_model, trace_embedding
 
 
 class Variants:
@@ -49,6 +50,8 @@ class Variants:
         config = read_config(self.package, manifest)
         with reading(str(package), "its model cannot be compiled again from config.json"):
             self._program = trace(config, self._target.dtype)
+            if manifest.images is not None:  # an embedding that is tied to the LM head decides how that is stored
+                self._program.add(trace_embedding(build_model(config, self._target.dtype)))
             PassManager(canonicalization()).run(self._program)
         with open_weights(self.package, manifest) as file:
             self._weights = np.memmap(file, np.uint8, "r")
@@ -93,7 +96,7 @@ class Variants:
         changes: of the manifest.
         """
         program = self._program.clone()
-        PassManager([*passes, *self._target.lowering()]).run(program)
+        PassManager([*passes, *self._target.image_lowering(), *self._target.lowering()]).run(program)
         manifest = replace(self.manifest, **changes)
         changed = {manifest.graphs[stage] for stage in stages}
         try:

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import Dim
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -46,14 +46,21 @@ def trace_images(model: PreTrainedModel) -> Program:
     The program's graphs and constants may be added to those of the model's decoder, which then shares the embedding
     table. Raises PopcompileError for other models.
     """
+    family = vision_family(model.config)
+    with reporting(model.config, "torch.export cannot trace its vision tower"):
+        vision = _traced(model, family.tower(model), family.inputs(model.config))
+    program = _program(model, "vision", vision)
+    program.add(trace_embedding(model))
+    return program
+
+
+def trace_embedding(model: PreTrainedModel) -> Program:
+    """Graph "embedding" alone, as of `trace_images`."""
     family, width = vision_family(model.config), embedding_width(model.config)
     embedding = Embedding(model, list(family.image_tokens(model.config).values()), width)
-    with reporting(model.config, "torch.export cannot trace its vision tower"):
-        graphs = {
-            "vision": _traced(model, family.tower(model), family.inputs(model.config)),
-            "embedding": _traced(model, embedding, _embedding_inputs(width, embedding.embed.weight.dtype)),
-        }
-    return Program(graphs, num_layers=0, max_positions=0, constants=_constants(model, graphs))
+    with reporting(model.config, "torch.export cannot trace its embedding"):
+        graph = _traced(model, embedding, _embedding_inputs(width, embedding.embed.weight.dtype))
+    return _program(model, "embedding", graph)
 
 
 def _embedding_inputs(width: int, dtype: torch.dtype) -> dict[str, Input]:
@@ -101,10 +108,11 @@ def _exported(model: PreTrainedModel, module: nn.Module, inputs: Mapping[str, In
     return graph
 
 
-def _constants(model: PreTrainedModel, graphs: Mapping[str, fx.GraphModule]) -> dict[str, Tensor]:
-    """Values of the buffers that the graphs read and no checkpoint holds."""
+def _program(model: PreTrainedModel, name: str, gm: fx.GraphModule) -> Program:
+    """Of one graph, with the values of the buffers that it reads and no checkpoint holds."""
     known = dict(model.named_buffers())
     if any(isinstance(value, FakeTensor) for value in known.values()):
         known = buffer_values(model, model)
-    read = {str(node.target) for gm in graphs.values() for node in gm.graph.nodes if node.op == "get_attr"}
-    return {name: value for name, value in known.items() if name in read}
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    constants = {buffer: value for buffer, value in known.items() if buffer in read}
+    return Program({name: gm}, num_layers=0, max_positions=0, constants=constants)

@@ -33,6 +33,7 @@ from popcompile.passes.pad_heads import AttentionKernels, PadHeads
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.prune_prefill import PrunePrefill
 from popcompile.passes.quantize_dynamic import QuantizeDynamic
+from popcompile.passes.quantize_embedding import QuantizeEmbedding
 from popcompile.passes.quantize_linear import Quantization, QuantizeLinear
 from popcompile.passes.split_stages import SplitStages
 from popcompile.passes.widen_logits import WidenLogits
@@ -164,8 +165,16 @@ def lower_experts() -> LowerExperts:
     return LowerExperts(ExpertKernels())
 
 
+def tie_the_head(program: Program, gm: fx.GraphModule) -> None:
+    find(gm, role="lm_head")[0].update_arg(1, find(gm, op=torch.ops.aten.embedding.default)[0].args[0])
+
+
 def quantize() -> QuantizeLinear:
     return QuantizeLinear(Quantization(bits=4))
+
+
+def quantize_embedding() -> QuantizeEmbedding:
+    return QuantizeEmbedding(Quantization(bits=4))
 
 
 BREACHES = {
@@ -262,6 +271,12 @@ BREACHES = {
         QuantizeDynamic, use_before_definition, "was used before it has been defined", at="LowerLinear"
     ),
     "QuantizeDynamic, after": Breach(QuantizeDynamic, nothing, "a linear of a layer", ensures=True, at="Cleanup"),
+    "QuantizeEmbedding": Breach(
+        quantize_embedding, use_before_definition, "was used before it has been defined", at="LowerLinear"
+    ),
+    "QuantizeEmbedding, after": Breach(
+        quantize_embedding, tie_the_head, "an embedding of a weight that is quantized", ensures=True, at="Cleanup"
+    ),
     "QuantizeLinear": Breach(quantize, use_before_definition, "was used before it has been defined", at="LowerLinear"),
     "QuantizeLinear, after": Breach(quantize, nothing, "a linear is left", ensures=True, at="Cleanup"),
     "FoldParameters": Breach(FoldParameters, use_before_definition, "was used before it has been defined"),

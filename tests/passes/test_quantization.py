@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny_gemma3, tiny_llama, tiny_model
 from reference import pop_prefill
+from rounded_weights import rounded
 from steps import GRAPHS, llama_steps, numbered
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
@@ -27,7 +28,7 @@ from popcompile.package.manifest import read_manifest
 from popcompile.passes import PassManager
 from popcompile.passes.printing import print_graph
 from popcompile.passes.quantize_dynamic import QuantizeDynamic, feature_scales, int8_weight
-from popcompile.passes.quantize_linear import Quantization, QuantizeLinear, quantized_weight, weight_scales
+from popcompile.passes.quantize_linear import Quantization, QuantizeLinear, weight_scales
 from popcompile.runtime import session
 from popcompile.runtime.session import Runtime
 from popcompile.runtime.verify import verify
@@ -42,14 +43,6 @@ CONFIGS = {
     ),
 }  # fmt: skip
 PRUNED = [1]
-
-
-def rounded(weight: Tensor, bits: int, block_size: int) -> Tensor:
-    """What MatMulNBits multiplies with: (value - 2^(bits - 1)) * scale, blocks along the input features."""
-    packed, scales = quantized_weight(weight, bits, block_size), weight_scales(weight, bits, block_size)
-    values = torch.stack((packed & 15, packed >> 4), -1).flatten(2) if bits == 4 else packed
-    blocks = (values.float() - 2 ** (bits - 1)) * scales[:, :, None]
-    return blocks.flatten(1)[:, : weight.shape[1]]
 
 
 @pytest.mark.parametrize(("bits", "block_size"), [(4, 32), (4, 128), (8, 32)])

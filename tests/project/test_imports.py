@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"export", "package", "runtime", "variants"},
     "pruning": {"passes", "frontend", "package", "text", "evaluation", "runtime", "vision"},
     "report": {"package"},
-    "variants": {"passes", "export", "frontend", "package", "target"},
+    "variants": {"passes", "export", "frontend", "package", "target", "vision"},
     "target": {"passes", "export"},
     "packaging": {"passes", "export", "frontend", "package", "pruning", "target", "vision"},
     "conversion": {"passes", "export", "frontend", "package", "packaging", "pruning", "target", "vision"},

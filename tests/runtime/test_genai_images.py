@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from vision_checkpoint import MARKS, PROCESSOR, draw_picture, save_vision_checkpoint, vision_model
-from vision_reference import IMAGE, Part, Visual, make_prompt
+from vision_reference import IMAGE, Part, Prompt, Visual, make_prompt
 
 import popcompile
 from popcompile.package.compatibility import runtimes
@@ -111,16 +111,30 @@ def test_same_greedy_tokens(vision_package: Path, tmp_path: Path) -> None:
     prompts = [make_prompt(parts, seed=3) for parts in PROMPTS.values()]
     marked = make_prompt(PROMPTS["an image"], seed=4)
     marked.ids[0, [1, -3]] = torch.tensor([0, 2])
+    require_same_tokens(vision_package, [*prompts, marked], tmp_path)
+
+
+def test_a_quantized_package(vision_checkpoint: Path, tmp_path: Path) -> None:
+    """Whose embedding reads the LM head's table, in blocks."""
+    out = tmp_path / "out"
+    popcompile.convert(vision_checkpoint, out, layers="3-4", kv_projection="layer", window=2, dtype="int8")
+    require_same_tokens(
+        out, [make_prompt(PROMPTS[name], seed=3) for name in ("text", "two of different size")], tmp_path
+    )
+
+
+def require_same_tokens(package: Path, prompts: Sequence[Prompt], folder: Path) -> None:
+    """In two turns, of which the first is one of the prompts."""
     jobs = []
-    for i, prompt in enumerate([*prompts, marked]):
+    for i, prompt in enumerate(prompts):
         tensors = {"input_ids": prompt.ids.int().numpy(), **{k: v.numpy() for k, v in prompt.pixels.items()}}
         if prompt.pixels:
             tensors["num_image_tokens"] = (prompt.ids == IMAGE).sum(1).numpy()
-        np.savez(tmp_path / f"{i}.npz", **tensors)
-        jobs.append({"tensors": str(tmp_path / f"{i}.npz"), "later": [SECOND]})
-    with popcompile.load(vision_package, prefill="pop") as model:
-        expected = [ours(model, prompt.ids, prompt.pixels, [SECOND]) for prompt in [*prompts, marked]]
-    assert genai(vision_package, jobs) == expected
+        np.savez(folder / f"{i}.npz", **tensors)
+        jobs.append({"tensors": str(folder / f"{i}.npz"), "later": [SECOND]})
+    with popcompile.load(package, prefill="pop") as model:
+        expected = [ours(model, prompt.ids, prompt.pixels, [SECOND]) for prompt in prompts]
+    assert genai(package, jobs) == expected
 
 
 # --- genai's own processor -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from vision_reference import IMAGE, Prompt, Visual, given_of, make_prompt
 
 import popcompile
 from popcompile.runtime.image_text import PopForImageTextToText
+from popcompile.runtime.verify import verify
 
 PRUNED, WINDOW = [3, 4], 2  # of the package
 SMALL, WIDE, TALL = Visual(4, 4), Visual(4, 6), Visual(8, 4)
@@ -264,7 +265,7 @@ def test_a_text_package_takes_no_images(tiny_package: Path) -> None:
 def test_precisions(
     options: dict[str, str], tolerance: float, vision_checkpoint: Path, theirs: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Of the decoder's layers; the vision tower's weights are not quantized."""
+    """Of the decoder's layers and the embedding; the vision tower's weights are not quantized."""
     out = tmp_path / "out"
     popcompile.convert(vision_checkpoint, out, layers="3-4", kv_projection="layer", window=WINDOW, **options)
     given = make_prompt(PROMPTS["two of different size"])
@@ -272,3 +273,4 @@ def test_precisions(
     with popcompile.load(out) as model:
         found = model(given.ids, prefill="pop", **given.pixels).logits.float()
     assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+    assert {check["check"] for check in verify(out)} >= {"images", "numbers"}

@@ -36,13 +36,17 @@ _VISION = {"depth": 2, "intermediate_size": 48, "num_heads": 4, "patch_size": PA
 
 
 def qwen3_vl(deepstack: Sequence[int] = (0, 1), **changes: Any) -> Qwen3VLConfig:
-    """Interleaved sections of M-RoPE; features after the first layers, as many as `deepstack` names vision layers."""
+    """Interleaved sections of M-RoPE; features after the first layers, as many as `deepstack` names vision layers.
+
+    changes: of the text config. That the head is tied stands in both configs, as in those of checkpoints.
+    """
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     vision = _VISION | {
         "hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": list(deepstack),
     }  # fmt: skip
-    text = _TEXT | {"head_dim": 16, "rope_parameters": rope} | changes
-    return Qwen3VLConfig(text_config=text, vision_config=vision, **_TOKENS)
+    text = _TEXT | {"head_dim": 16, "rope_parameters": rope, "tie_word_embeddings": False} | changes
+    tied = text["tie_word_embeddings"]
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_TOKENS)
 
 
 def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLConfig:
