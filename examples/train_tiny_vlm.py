@@ -48,7 +48,7 @@ def write_pictures(family: Family, folder: Path, count: int, seed: str) -> None:
     random, lines = Random(seed), []
     for i in range(count):
         size = random.choice(family.sizes)
-        shown = picture(random, random.randint(1, size[0] // 20), size)
+        shown = picture(random, size)
         name, (question, answer) = f"{i:04}.png", shown.turns[0]
         shown.pictures[0].image.save(folder / name)
         lines.append(json.dumps({"image": name, "question": question, "answer": answer}))

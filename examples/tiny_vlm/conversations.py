@@ -15,6 +15,8 @@ NAMES = (  # noqa: SIM905 -- words are read best as words
     "ant bat bear bee bird bull cat cow crab crow deer dog dove duck eel elk fish fly fox frog goat hare hawk hen ibis"
     " kid kiwi lamb lark lion lynx mole moth mouse mule owl ox pig puma rat seal swan toad wasp wolf worm yak zebra"
 ).split()
+#: pixels of a picture's width for each digit
+_DIGIT = 24
 Part = str | Picture
 Size = tuple[int, int]
 
@@ -69,9 +71,9 @@ def repeat(random: Random, digits: int) -> Conversation:
     return Conversation((), ((f"Repeat {number}", number),))
 
 
-def picture(random: Random, digits: int, size: Size) -> Conversation:
+def picture(random: Random, size: Size) -> Conversation:
     """A picture of a number, which is asked for whole, and by its first and last digits, in any order."""
-    number = _number(random, digits)
+    number = _number(random, random.randint(1, size[0] // _DIGIT))
     turns = [("What is in the picture?", number), ("What is first?", number[0]), ("What is last?", number[-1])]
     random.shuffle(turns)
     return Conversation((draw_number(number, *size, random),), tuple(turns))

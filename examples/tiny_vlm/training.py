@@ -36,9 +36,9 @@ _RISE, _LOWEST = 40, 0.05
 def train(family: Family, folder: Path, seed: int = 0, log: Callable[[str], None] = print) -> None:
     """Write a trained checkpoint to a folder. log: takes lines of progress."""
     training = Training(family, folder, seed, log)
-    training.tower(500)
-    training.lists(800)
-    training.everything(1300)
+    training.tower(1200)
+    training.lists(1000)
+    training.everything(1000)
     training.save()
 
 
@@ -60,8 +60,7 @@ class Training:
         optimizer = Optimizer([*tower, *head.parameters()], steps)
         for step in range(steps):
             size = self.random.choice(self.family.sizes)
-            digits = self.random.randint(1, size[0] // 20)
-            pictures = [picture(self.random, digits, size).pictures[0] for _ in range(rows)]
+            pictures = [picture(self.random, size).pictures[0] for _ in range(rows)]
             labels = torch.tensor([digit for p in pictures for digit in digits_in_cells(p)])
             features = self._features(self.inputs.pixels(pictures))
             logits = head(F.layer_norm(features, features.shape[-1:]))
@@ -69,9 +68,11 @@ class Training:
             self._note(step, "digits in cells", (logits.argmax(-1) == labels)[labels < 10])
 
     def lists(self, steps: int, rows: int = 32) -> None:
-        """The decoder alone: codes of ever more names, and numbers to repeat. At most `steps`, until all are known."""
+        """The decoder alone: codes of ever more names, and numbers to repeat. At most `steps`, until it knows them all
+        and answers questions about them.
+        """
         optimizer = Optimizer(self.model.get_decoder().parameters(), rate=1e-3)
-        known, recent = 6, deque[float](maxlen=10)
+        known, recent, answered = 6, deque[float](maxlen=10), deque[float](maxlen=10)
         for step in range(steps):
             chosen, listed = self.random.random(), self.random.randint(2, min(8, known))
             chosen = chosen if known > 12 else 1.0
@@ -79,17 +80,17 @@ class Training:
             if chosen < 0.1:
                 digits = self.random.randint(2, 6)
                 self._learn(step, optimizer, "repeat", [repeat(self.random, digits) for _ in range(rows)])
-            elif chosen < 0.25:
+            elif chosen < 0.35:
                 chats = [codes.conversation(self.random, 2) for _ in range(rows)]
-                self._learn(step, optimizer, "codes", chats)
+                answered.append(self._learn(step, optimizer, "codes", chats))
             else:
                 documents = [codes.document(self.random) for _ in range(rows)]
                 recent.append(self._learn(step, optimizer, f"documents, {known} names", documents))
-            if len(recent) == recent.maxlen and statistics.mean(recent) > 0.9:
-                if known >= len(NAMES):
-                    return
+            if known < len(NAMES) and _knows(recent, 0.9):
                 known += 6
                 recent.clear()
+            elif known >= len(NAMES) and _knows(recent, 0.9) and _knows(answered, 0.8):
+                return
 
     def everything(self, steps: int) -> None:
         """The whole model, of prompts that get longer."""
@@ -106,8 +107,7 @@ class Training:
             return "repeat", [repeat(random, digits) for _ in range(32)]
         if chosen < 0.35:
             size = random.choice(sizes)
-            digits = random.randint(1, size[0] // 20)
-            return "picture", [picture(random, digits, size) for _ in range(32)]
+            return "picture", [picture(random, size) for _ in range(32)]
         if chosen < 0.6:
             codes = Codes(random.randint(1, 3), random.randint(3, 8 + round(24 * progress)))
             return "codes", [codes.conversation(random, 4) for _ in range(24)]
@@ -144,6 +144,11 @@ class Training:
             self.log(f"step {step + 1}, {time.process_time():.0f} s of CPU: right of {shares}")
             self._right.clear()
         return share
+
+
+def _knows(recent: deque[float], share: float) -> bool:
+    """Whether of the last steps, as many as are looked at, at least this share was right."""
+    return len(recent) == recent.maxlen and statistics.mean(recent) > share
 
 
 class Optimizer:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from popcompile.errors import PopcompileError
 from popcompile.package.image_inputs import GRIDS, PIXELS, ImageInputs
@@ -22,6 +21,11 @@ from popcompile.runtime.generation import PopForCausalLM
 from popcompile.runtime.generation_cache import PopCache
 from popcompile.runtime.session import Runtime
 
+#: arguments that have no row for each row of ids
+_VISUALS = (*PIXELS.values(), *GRIDS.values())
+_SEQUENCES = "num_return_sequences"
+_T = TypeVar("_T")
+
 
 class PopForImageTextToText(PopForCausalLM):
     """`PopForCausalLM` for prompts with images: `model.generate(**processor(...))`.
@@ -29,11 +33,13 @@ class PopForImageTextToText(PopForCausalLM):
     pixel_values [patches, features] and image_grid_thw [images, 3], or pixel_values [images, 3, S, S] where images have
     one size, and the same of videos; of all rows, one after the other. Which tokens are images the model sees by their
     ids: mm_token_type_ids and token_type_ids, which processors give as well, say nothing new.
+    num_return_sequences, which `generate` sets: so many rows, one after another, are one prompt, whose pixels are given
+    once.
     Raises PopcompileError where pixels and image tokens do not go together.
     """
 
     input_modalities = ("image", "text")
-    image_arguments = (*PIXELS.values(), *GRIDS.values(), "mm_token_type_ids", "token_type_ids")
+    image_arguments = (*_VISUALS, "mm_token_type_ids", "token_type_ids", _SEQUENCES)
 
     def __init__(self, runtime: Runtime, prefill: str = "auto") -> None:
         super().__init__(runtime, prefill)
@@ -44,10 +50,25 @@ class PopForImageTextToText(PopForCausalLM):
     def _images_of(self, rows: Sequence[Tensor], cache: PopCache, given: Mapping[str, Any]) -> list[RowImages] | None:
         if all(cache.kv.lengths) and all(len(row) == 1 for row in rows):
             return None  # generated tokens: what has the id of an image token there is text
+        sequences = given.get(_SEQUENCES) or 1
+        prompts = rows[::sequences]
+        repeated = _repeated(prompts, sequences)
+        if len(rows) != len(repeated) or not all(map(torch.equal, rows, repeated)):
+            raise PopcompileError(
+                f"{_SEQUENCES} is {sequences}, and rows of input_ids that follow one another are unlike; leave it out,"
+                " and give the images of every row"
+            )
+        found = self._images_of_prompts(prompts, cache.images[::sequences], given)
+        return None if found is None else _repeated(found, sequences)
+
+    def _images_of_prompts(
+        self, rows: Sequence[Tensor], held: Sequence[Mapping[str, int]], given: Mapping[str, Any]
+    ) -> list[RowImages] | None:
+        """held: image tokens of every row that the cache has, by kind."""
         visuals = {kind: Visuals.of(self._images, kind, given) for kind in PIXELS}
         tokens = [_count(row, self._images) for row in rows]
         if not any(any(counts.values()) for counts in tokens):
-            if any(visuals.values()) and not any(any(counts.values()) for counts in cache.images):
+            if any(visuals.values()) and not any(any(counts.values()) for counts in held):
                 raise PopcompileError(
                     "pixel_values without image tokens in input_ids; write prompts with the processor's chat template"
                 )
@@ -56,7 +77,7 @@ class PopForImageTextToText(PopForCausalLM):
         for kind in self._images.tokens:
             new = [counts[kind] for counts in tokens]
             if any(new):
-                features[kind] = self._encode(kind, visuals[kind], [counts[kind] for counts in cache.images], new)
+                features[kind] = self._encode(kind, visuals[kind], [counts[kind] for counts in held], new)
         return [
             _row_images(row, self._images, {kind: found[i] for kind, found in features.items()}, counts)
             for i, (row, counts) in enumerate(zip(rows, tokens, strict=True))
@@ -77,15 +98,11 @@ class PopForImageTextToText(PopForCausalLM):
         parts = iter(features.split([visuals.tokens[image] for image in chosen]))
         return [[Visual(next(parts), visuals.frames[image]) for image in row] for row in rows]
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if (config.num_return_sequences or 1) > 1 and any(kwargs.get(name) is not None for name in PIXELS.values()):
-            raise PopcompileError(
-                "num_return_sequences with images is not supported; give the prompt as often as there are answers"
-            )
-        return config, model_kwargs
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Repeat rows as transformers does, and no pixels: the tower encodes a prompt's once for all its rows."""
+        visuals = {name: kwargs.pop(name) for name in _VISUALS if name in kwargs}
+        ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return ids, expanded | visuals | ({_SEQUENCES: expand_size} if expand_size > 1 else {})
 
 
 def encode_prompt_images(runtime: Runtime, ids: Tensor, given: Mapping[str, Any]) -> RowImages | None:
@@ -175,6 +192,11 @@ class Visuals:
             )
         grids = None if self.grids is None else self.grids[list(chosen)]
         return torch.cat([parts[image] for image in chosen]), grids
+
+
+def _repeated(items: Sequence[_T], times: int) -> list[_T]:
+    """[a, b] -> [a, a, b, b]."""
+    return [item for item in items for _ in range(times)]
 
 
 def _count(row: Tensor, inputs: ImageInputs) -> dict[str, int]:

@@ -38,6 +38,9 @@ PROMPTS: dict[str, list[reference.Part]] = {
 TOLERANCE = 1e-4
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True}
 
+#: of which the second is the first once more
+BEST_OF_TWO = GREEDY | {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+
 
 @pytest.fixture(scope="module")
 def theirs(vision_checkpoint: Path) -> PreTrainedModel:
@@ -151,6 +154,63 @@ def test_a_batch_goes_on(ours: PopForImageTextToText) -> None:
         assert close(found[row, -1:], ours(prompt.ids, **prompt.pixels).logits[0, -1:])
 
 
+def test_sampled_answers(ours: PopForImageTextToText, theirs: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three to each of two prompts are those that transformers samples, and their images are encoded once."""
+    prompts = [make_prompt(PROMPTS[name], seed=i) for i, name in enumerate(("two of different size", "an image"))]
+    given, encode, encoded = batched(prompts), ours.runtime.encode_images, []
+
+    def watched(pixels: Tensor, grids: Tensor | None) -> Tensor:
+        encoded.append(len(pixels))
+        return encode(pixels, grids)
+
+    monkeypatch.setattr(ours.runtime, "encode_images", watched)
+    sampling: dict[str, Any] = {
+        "do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "min_new_tokens": 8, "top_k": 20,
+        "suppress_tokens": [IMAGE, reference.VIDEO],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    found = ours.generate(**given, prefill="full", **sampling)
+    torch.manual_seed(0)
+    kinds = (given["input_ids"] == IMAGE).int()
+    assert torch.equal(found, theirs.generate(**given, mm_token_type_ids=kinds, **sampling))
+    assert len({tuple(row) for row in found.tolist()}) == 6
+    assert encoded == [len(given["pixel_values"])]
+
+
+@pytest.mark.parametrize("prefill", ["full", "pop"])
+def test_several_answers_to_each_prompt(prefill: str, ours: PopForImageTextToText) -> None:
+    """Where only the best token is drawn, all are what a prompt has alone; a prompt without images is among them."""
+    prompts = [make_prompt(PROMPTS[name], seed=i) for i, name in enumerate(PROMPTS)]
+    rows = ours.generate(**batched(prompts), prefill=prefill, **BEST_OF_TWO).sequences[:, -6:]
+    for answers, prompt in zip(rows.split(2), prompts, strict=True):
+        alone = ours.generate(prompt.ids, prefill=prefill, **prompt.pixels, **GREEDY).sequences[:, -6:]
+        assert torch.equal(answers, alone.expand(2, -1))
+
+
+def test_several_answers_in_a_second_turn(ours: PopForImageTextToText) -> None:
+    """With a new image; the cache has a row for each answer, and pixels are those of the conversation, or new ones."""
+    first = make_prompt([3, WIDE, 5])
+    words = {"suppress_tokens": [IMAGE, reference.VIDEO]}  # ids that without a cache would be an image's
+    turn = ours.generate(first.ids, prefill="full", **first.pixels, **words, **BEST_OF_TWO)
+    second = make_prompt([2, TALL, 3], seed=1)
+    ids = torch.cat((turn.sequences[:1], second.ids), 1)
+    pixels = {name: torch.cat((first.pixels[name], second.pixels[name])) for name in first.pixels}
+    alone = ours.generate(ids, prefill="full", **pixels, **GREEDY).sequences
+    for given in (pixels, second.pixels):
+        held = copy.deepcopy(turn.past_key_values)
+        answers = ours.generate(ids, past_key_values=held, prefill="full", **given, **BEST_OF_TWO).sequences
+        assert torch.equal(answers, alone.expand(2, -1))
+
+
+def test_rows_that_are_not_one_prompt(ours: PopForImageTextToText) -> None:
+    given = image_prompt()
+    for rows in (3, 2):
+        ids = given["input_ids"].repeat(rows, 1)
+        ids[-1, 0] += 1
+        line = refusal(lambda ids=ids: ours(**given | {"input_ids": ids}, num_return_sequences=2))
+        assert "num_return_sequences is 2, and rows of input_ids that follow one another are unlike" in line
+
+
 def test_low_memory(vision_package: Path, ours: PopForImageTextToText) -> None:
     """The vision graph is closed when the images of a call are encoded, and opened again."""
     given = make_prompt(PROMPTS["two of different size"])
@@ -197,7 +257,6 @@ def image_prompt(**changes: Any) -> dict[str, Any]:
         ({"image_grid_thw": None}, "image_grid_thw must be a tensor"),
         ({"pixel_values": [[1]]}, "must be a tensor of pixels"),
         ({"image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 4]])}, "the tokens of an image do not stand together"),
-        ({"num_return_sequences": 2}, "num_return_sequences with images is not supported"),
         ({"num_beams": 2}, "beam search is not supported"),
         ({"pixel_mask": torch.ones(2, 2)}, "pixel_mask: not taken"),
     ],

@@ -62,6 +62,15 @@ def inputs_of(prompt: Prompt) -> dict[str, Any]:
     return {"input_ids": prompt.ids, "token_type_ids": prompt.types, **pixels}
 
 
+def batched(prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Rows padded on the left, and all pixels, one row after the other."""
+    longest = max(p.ids.shape[1] for p in prompts)
+    ids = torch.cat([torch.nn.functional.pad(p.ids, (longest - p.ids.shape[1], 0)) for p in prompts])
+    mask = torch.stack([(torch.arange(longest) >= longest - p.ids.shape[1]).long() for p in prompts])
+    pixels = torch.cat([p.pixels for p in prompts if p.pixels is not None])
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits(name: str, ours: PopForImageTextToText, theirs: PreTrainedModel) -> None:
     """Of the whole model, of which a causal mask gives others, and of the pruned prefill."""
@@ -91,12 +100,7 @@ def test_a_second_turn_with_an_image(ours: PopForImageTextToText, theirs: PreTra
 def test_generated_tokens(ours: PopForImageTextToText, theirs: PreTrainedModel) -> None:
     """After the pruned prefill, of a batch of unlike rows."""
     prompts = [make_prompt(PROMPTS[name], seed=i) for i, name in enumerate(PROMPTS)]
-    longest = max(p.ids.shape[1] for p in prompts)
-    ids = torch.cat([torch.nn.functional.pad(p.ids, (longest - p.ids.shape[1], 0)) for p in prompts])
-    mask = torch.stack([(torch.arange(longest) >= longest - p.ids.shape[1]).long() for p in prompts])
-    pixels = torch.cat([p.pixels for p in prompts if p.pixels is not None])
-    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
-    found = ours.generate(ids, attention_mask=mask, pixel_values=pixels, **greedy)
+    found = ours.generate(**batched(prompts), do_sample=False, max_new_tokens=4)[:, -4:]
     for row, prompt in zip(found, prompts, strict=True):
         logits, cache = reference.pop_prefill(theirs, embeddings_of(theirs, prompt), PRUNED, window=WINDOW)
         expected = []
@@ -104,7 +108,17 @@ def test_generated_tokens(ours: PopForImageTextToText, theirs: PreTrainedModel) 
             expected.append(int(logits[0, -1].argmax()))
             wide = torch.nn.functional.pad(theirs.get_input_embeddings()(torch.tensor([expected[-1:]])), (0, 1))
             logits = text_step(theirs, wide, cache)
-        assert row[longest:].tolist() == expected
+        assert row.tolist() == expected
+
+
+def test_several_answers_to_each_prompt(ours: PopForImageTextToText) -> None:
+    """Each has its own images, of which some have two; only the best token is drawn."""
+    prompts = [make_prompt(PROMPTS[name], seed=i) for i, name in enumerate(PROMPTS)]
+    drawn: dict[str, Any] = {"do_sample": True, "top_k": 1, "max_new_tokens": 4, "min_new_tokens": 4}
+    rows = ours.generate(**batched(prompts), num_return_sequences=2, **drawn)[:, -4:]
+    for answers, prompt in zip(rows.split(2), prompts, strict=True):
+        alone = ours.generate(**inputs_of(prompt), **drawn)[:, -4:]
+        assert torch.equal(answers, alone.expand(2, -1))
 
 
 def text_step(model: PreTrainedModel, wide: Tensor, cache: DynamicCache) -> Tensor:
