@@ -74,6 +74,7 @@ def expected_answer(package: Path, question: str, pictures: list[Path]) -> str:
 
 
 @pytest.mark.real
+@pytest.mark.slow  # the first time npm brings 475 MB
 @pytest.mark.skipif(not shutil.which("npm"), reason="needs Node.js")
 @pytest.mark.parametrize(
     ("layout", "sizes"), [("unified_vision_package", [(32, 32), (48, 32)]), ("unified_gemma_package", [(32, 32)])]
