@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -54,8 +55,9 @@ def main() -> None:
 
 def compile_model(made: Path, package: Path, layers: str, window: int, projection: str) -> Path:
     """projection: of keys and values, "calibrated" on the pictures beside the model or "layer", the layers' own."""
-    pictures = {"calibration_images": made / "pictures", "prompt_tokens": 256} if projection == "calibrated" else {}
-    popcompile.convert(made / "model", package, layers=layers, window=window, kv_projection=projection, **pictures)  # type: ignore[arg-type]  # values of unlike types
+    on_pictures = {"calibration_images": made / "pictures", "prompt_tokens": 256}
+    options: Any = on_pictures if projection == "calibrated" else {}
+    popcompile.convert(made / "model", package, layers=layers, window=window, kv_projection=projection, **options)
     return package
 
 
@@ -87,9 +89,10 @@ def share_answered(model: Path, package: Path, asked: Sequence[Conversation], pr
     """Of the questions, those that the package answers exactly. model: has the tokenizer and the image processor."""
     family = FAMILIES[AutoConfig.from_pretrained(model).model_type]
     inputs, runtime, right = Inputs(family, model), popcompile.load(package, prefill=prefill), 0
+    greedy: Any = {"max_new_tokens": _ANSWER, "do_sample": False}
     for conversation in asked:
         prompt = inputs.prompts([conversation])
-        written = runtime.generate(**prompt, max_new_tokens=_ANSWER, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        written = runtime.generate(**greedy, **prompt)[0, prompt["input_ids"].shape[1] :]
         text = str(inputs.tokenizer.decode(written)).split(family.end)[0]
         right += text.strip() == conversation.turns[0][1]
     return right / len(asked)

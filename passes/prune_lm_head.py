@@ -28,7 +28,7 @@ class PruneLMHead(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
-        hidden = walk_back(find(graph_module, role="lm_head")[0], lambda n: layer_of(n) is not None)
+        hidden = walk_back(find(graph_module, role="lm_head")[0], _hands_on_the_stream)
         if hidden is None:
             self.check(False, "lm_head reads no layer")
         assert hidden is not None
@@ -52,3 +52,11 @@ class PruneLMHead(Pass):
     def ensures(self, graph_module: fx.GraphModule) -> None:
         shape = shape_of(outputs_of(graph_module)[0])
         self.check(len(shape) == 3 and shape[1] == 1, f"logits are {shape}, not [batch, 1, vocabulary]")
+
+
+def _hands_on_the_stream(node: fx.Node) -> bool:
+    """Whether it is a layer's, or adds something to what a layer hands on: DeepStack's image features may follow the
+    last layer that is left.
+    """
+    added = [n for n in node.all_input_nodes if n.op != "get_attr" and isinstance(n.meta["val"], torch.Tensor)]
+    return layer_of(node) is not None or (node.target == torch.ops.aten.add.Tensor and len(added) == 2)

@@ -31,7 +31,8 @@ def new_checkpoint(family: Family, folder: Path) -> PreTrainedModel:
     tokenizer.save_pretrained(folder)
     for name, content in (("preprocessor", family.image_processor), ("processor", family.processor)):
         (folder / f"{name}_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    config = family.config({token: tokenizer.convert_tokens_to_ids(token) for token in family.tokens}, VOCABULARY)
+    ids = tokenizer.get_vocab()
+    config = family.config({token: ids[token] for token in family.tokens}, VOCABULARY)
     return _initialize(AutoModelForImageTextToText.from_config(config))
 
 
@@ -65,7 +66,7 @@ def _initialize(model: PreTrainedModel) -> PreTrainedModel:
             scale = 1.0 if "embed" in name else 0.7
             nn.init.normal_(parameter, 0, scale * fan_in**-0.5)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter *= 0.2
+            parameter.mul_(0.2)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter += 0.5
+            parameter.add_(0.5)
     return model

@@ -74,8 +74,8 @@ def _gemma3(ids: Ids, vocabulary: int) -> Gemma3Config:
     vision = {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64, "vision_use_head": False}
     return Gemma3Config(
         text_config=_TEXT | text, vision_config=_VISION | vision, mm_tokens_per_image=16, tie_word_embeddings=True,
-        image_token_id=ids["<image_soft_token>"], boi_token_id=ids["<start_of_image>"],
-        eoi_token_id=ids["<end_of_image>"], eos_token_id=ids["<end_of_turn>"],
+        image_token_index=ids["<image_soft_token>"], boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
     )  # fmt: skip
 
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
-import torch
-from tiny_vlm.conversations import picture
-from tiny_vlm.inputs import Inputs
 from trained_vlm import Trained
-from transformers import AutoModelForImageTextToText
 
 import popcompile
 from popcompile.evaluation.pictures import evaluate_pictures
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ("trained_vlm",)
-#: half of the six layers
-PRUNED = "3-5"
+#: of six layers
+PRUNED = "2-5"
 QUESTIONS = 200
 
 
@@ -51,7 +46,7 @@ def result(trained: Trained, package: Path) -> dict[str, Any]:
 
 
 def test_the_whole_model_reads(trained: Trained, package: Path, result: dict[str, Any], tmp_path: Path) -> None:
-    assert result["answers"]["answered"]["reference"]["value"] > 0.7
+    assert result["answers"]["answered"]["reference"]["value"] > 0.65
     lines = [json.loads(line) for line in trained.questions.read_text().splitlines()]
     for line, other in zip(lines, [*lines[1:], lines[0]], strict=True):
         line["image"] = other["image"]
@@ -63,45 +58,22 @@ def test_the_whole_model_reads(trained: Trained, package: Path, result: dict[str
     )  # one digit of ten is right by chance
 
 
-def test_half_of_the_layers_skipped_and_the_same_answers(result: dict[str, Any]) -> None:
-    assert first_kl(result) < 0.05
-    assert result["answers"]["kept"]["value"] > 0.93
+def test_four_of_six_layers_skipped_and_the_same_answers(result: dict[str, Any]) -> None:
+    assert first_kl(result) < 0.02
+    assert result["answers"]["kept"]["value"] > 0.9
 
 
-def test_dropping_the_layers_is_no_answer(result: dict[str, Any]) -> None:
+def test_decoding_needs_the_layers(result: dict[str, Any]) -> None:
+    """They are skipped in prefill alone: left out of decoding, too, they are missed."""
     answered = result["answers"]["answered"]
-    assert answered["dropped"]["value"] < 0.2 < answered["pop"]["value"]
+    assert answered["dropped"]["value"] < answered["pop"]["value"] - 0.3
 
 
-def test_a_window_and_calibration_are_worth_what_they_cost(
-    trained: Trained, result: dict[str, Any], tmp_path: Path
-) -> None:
-    popcompile.convert(trained.model, tmp_path / "paper", layers=PRUNED, window=1, kv_projection="layer")
-    popcompile.convert(
-        trained.model, tmp_path / "calibrated", layers=PRUNED, window=1, prompt_tokens=256,
-        calibration_images=trained.made / "pictures",
-    )  # fmt: skip
-    paper, calibrated = (first_kl(evaluated(trained, tmp_path / name)) for name in ("paper", "calibrated"))
-    assert first_kl(result) < calibrated / 2 and calibrated < paper / 2
-
-
-@torch.no_grad()
-def test_image_tokens_that_see_no_later_ones_read_less(trained: Trained) -> None:
-    """What a causal mask costs Gemma 3; Qwen3-VL's images have one."""
-    if trained.family.kinds != "token_type_ids":
-        pytest.skip("its images are causal")
-    model = AutoModelForImageTextToText.from_pretrained(trained.model).eval()
-    inputs, random = Inputs(trained.family, trained.model), Random("causal")
-    size = trained.family.sizes[0]
-    asked = [picture(random, size) for _ in range(QUESTIONS)]
-    given = inputs.prompts(asked)
-    labels = torch.tensor([inputs.tokenizer(one.turns[0][1])["input_ids"][0] for one in asked])
-    rows = torch.arange(len(asked))
-
-    def share() -> float:
-        logits = model(**given).logits[rows, given["attention_mask"].sum(1) - 1]
-        return (logits.argmax(-1) == labels).float().mean().item()
-
-    whole = share()
-    given[trained.family.kinds] = torch.zeros_like(given[trained.family.kinds])
-    assert share() < whole - 0.1
+def test_what_a_window_gains(trained: Trained, tmp_path: Path) -> None:
+    """At the layers' own projections, of which the paper's has a window of 1."""
+    losses = {}
+    for window in (1, 8):
+        package = tmp_path / str(window)
+        popcompile.convert(trained.model, package, layers="3-5", window=window, kv_projection="layer")
+        losses[window] = first_kl(evaluated(trained, package))
+    assert losses[8] < losses[1] / 2

@@ -40,6 +40,7 @@ from popcompile.passes.fuse_rotary_embedding import _axis_of_each_pair
 from popcompile.passes.graph import find
 from popcompile.passes.layers import runs_of
 from popcompile.passes.printing import print_graph
+from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
 
 CONFIGS = {"qwen3_vl": qwen3_vl(), "qwen2_5_vl": qwen2_5_vl(num_hidden_layers=4)}
@@ -331,16 +332,23 @@ def test_closed_prefill_gates_prune(pruned: tuple[int, ...]) -> None:
     assert difference([logits[:, -1:], *cache], [expected, *cache_tensors(kv)]) < TOLERANCE
 
 
-def test_dropped_layers_keep_the_features_behind_them() -> None:
-    """transformers' module whose dropped layers hand their input on, for every token."""
+@pytest.mark.parametrize("layers", [(0, 1, 3), (2, 3), (1, 2, 3)], ids=str)
+def test_dropped_layers_keep_the_features_behind_them(layers: tuple[int, ...]) -> None:
+    """transformers' module whose dropped layers hand their input on, for every token. The head may read what was added
+    behind the last layer that is left.
+    """
     program, tokens = canonical("qwen3_vl").clone(), given("qwen3_vl", "two of different size")
-    PassManager([SplitStages(), DropLayers([0, 1, 3])]).run(program)
-    dropped = materialise(program.graphs["decode"], program, model_of("qwen3_vl").state_dict())
+    PassManager([SplitStages(), DropLayers(layers), PruneLMHead()]).run(program)
+    prefill, decode = (
+        materialise(program.graphs[stage], program, model_of("qwen3_vl").state_dict())
+        for stage in ("prefill", "decode")
+    )
     model = deepcopy(model_of("qwen3_vl"))
-    for layer in (0, 1, 3):
+    for layer in layers:
         model.model.language_model.layers[layer].register_forward_hook(lambda module, args, out: args[0])
     expected = reference.full_logits(model, make_prompt(PROMPTS["two of different size"]))
-    assert difference([run(dropped, tokens, empty_cache(program))[0]], [expected]) < TOLERANCE
+    assert difference([run(decode, tokens, empty_cache(program))[0]], [expected]) < TOLERANCE
+    assert difference([run(prefill, tokens, empty_cache(program))[0]], [expected[:, -1:]]) < TOLERANCE
 
 
 # --- in ONNX Runtime ---------------------------------------------------------------------------------------------
