@@ -89,10 +89,10 @@ def share_answered(model: Path, package: Path, asked: Sequence[Conversation], pr
     """Of the questions, those that the package answers exactly. model: has the tokenizer and the image processor."""
     family = FAMILIES[AutoConfig.from_pretrained(model).model_type]
     inputs, runtime, right = Inputs(family, model), popcompile.load(package, prefill=prefill), 0
-    greedy: Any = {"max_new_tokens": _ANSWER, "do_sample": False}
     for conversation in asked:
         prompt = inputs.prompts([conversation])
-        written = runtime.generate(**greedy, **prompt)[0, prompt["input_ids"].shape[1] :]
+        arguments: Any = prompt | {"max_new_tokens": _ANSWER, "do_sample": False}
+        written = runtime.generate(**arguments)[0, prompt["input_ids"].shape[1] :]
         text = str(inputs.tokenizer.decode(written)).split(family.end)[0]
         right += text.strip() == conversation.turns[0][1]
     return right / len(asked)
