@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from trained_vlm import Trained
 
 import popcompile
 from popcompile.evaluation.pictures import evaluate_pictures
+
+if TYPE_CHECKING:
+    from trained_vlm import Trained
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ("trained_vlm",)
