@@ -24,8 +24,11 @@ class Patches:
         multiples of `merge`. count: patches of all frames together.
         """
         self.rows, self.columns = grid[0, 1], grid[0, 2]
-        #: patches of a frame, [] int64. Grids are an input, and a division by zero may end the process
-        self.per_frame = (self.rows * self.columns).clamp(min=1)
+        differences = grid[:, 1:] - grid[:1, 1:]
+        unlike = (differences * differences).max()
+        #: patches of a frame, [] int64; where grids are not alike more than there are, so that no graph takes them for
+        #: such a frame. Grids are an input, and a division by zero may end the process
+        self.per_frame = (self.rows * self.columns + unlike * count).clamp(min=1)
         across = (self.columns // merge).clamp(min=1)
         place = torch.arange(count, device=grid.device) % self.per_frame
         block, inside = place // merge**2, place % merge**2

@@ -62,6 +62,14 @@ def test_qwen_videos(qwen_vl: Any, qwen_vl_graphs: Graphs, sizes: list[list[int]
     assert close(qwen_vl_graphs.features(pixels, grids), expected)
 
 
+@pytest.mark.parametrize("sizes", [[[1, 4, 4], [1, 2, 8]], [[1, 2, 4], [1, 4, 2], [1, 2, 4]], [[1, 4, 4], [1, 4, 6]]])
+def test_images_of_unlike_sizes_are_an_error(qwen_vl_graphs: Graphs, sizes: list[list[int]]) -> None:
+    """In one call, and be it that all have as many patches."""
+    grids = torch.tensor(sizes)
+    with pytest.raises(Exception, match="shape"):
+        qwen_vl_graphs.features(patches(grids), grids)
+
+
 @pytest.mark.parametrize("images", [1, 3])
 @torch.no_grad()
 def test_gemma_images(gemma_vl: Any, gemma_vl_graphs: Graphs, images: int) -> None:
