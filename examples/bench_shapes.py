@@ -75,6 +75,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+#: preprocessor_config.json of those with a vision tower
+PROCESSORS = {
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16, "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+    "gemma3": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 896, "width": 896}},
+}  # fmt: skip
 #: those of text
 _TEXT = [name for name, shape in SHAPES.items() if "vision_config" not in shape]
 _CHECK = {"layers": 4, "tokens": 300}
@@ -143,10 +151,12 @@ def package(options: argparse.Namespace, name: str, cut: int | None, share: str)
 
 
 def save_random(folder: Path) -> None:
-    """The weights that transformers begins with, beside their config."""
+    """The weights that transformers begins with, beside their config, and what a checkpoint with images has as well."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     kind.from_config(config).save_pretrained(folder)
+    if config.model_type in PROCESSORS:
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[config.model_type]))
 
 
 def agreement(folder: Path, provider: str) -> str:

@@ -181,4 +181,4 @@ def test_other_runtimes(cli: Cli, package: Path, tiny_package: Path) -> None:
     others += [["--runtime", "onnxruntime-genai"]] if has_genai() else []
     for other in others:
         line = cli.refuses("bench", package, *SMALL, "--image-tokens", "6", *other)
-        assert "bench gives images to packages in popcompile's own runtime alone; leave --image and" in line
+        assert "bench gives images to packages in popcompile's own runtime and to checkpoints alone" in line

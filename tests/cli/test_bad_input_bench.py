@@ -95,6 +95,11 @@ def write(path: Path, content: bytes = b"") -> Path:
     return path
 
 
+def without_weights(folder: Path) -> Path:
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
 def two_graphs(folder: Path) -> Path:
     for name in ("decoder.onnx", "encoder.onnx"):
         save_mean_decoder(folder / name)
@@ -111,7 +116,7 @@ PEERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "missing": (lambda empty, peer: empty / "nothing", "there is no such folder or file; give one that is there"),
     "empty": (lambda empty, peer: empty, NONE_OF_THEM),
     "text file": (lambda empty, peer: write(empty / "notes.txt", b"x"), f"{NOTHING}it is no .onnx file"),
-    "checkpoint": (lambda empty, peer: save_model(empty / "m"), NONE_OF_THEM),
+    "no weights of a checkpoint": (lambda empty, peer: without_weights(save_model(empty / "m")), NONE_OF_THEM),
     "no graph file": (lambda empty, peer: write(empty / "a.onnx", b"\xff"), "not a readable ONNX file; give another"),
     "two graphs": (lambda empty, peer: two_graphs(empty), "has 2 graphs (decoder.onnx, encoder.onnx); give the file"),
     "config is no JSON": (lambda empty, peer: write_config(peer, "{"), "genai_config.json is not JSON"),
