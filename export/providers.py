@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .precisions import PRECISIONS
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -72,3 +74,12 @@ PROVIDERS = {
         attention={"head_multiple": 8, "max_head_size": 256},
     ),
 }
+
+
+def activations(precision: str, provider: str) -> str:
+    """PyTorch's name of the type of activations, cache, and weights that are not quantized. Names in PRECISIONS and
+    PROVIDERS.
+    """
+    dtype = PRECISIONS[precision].torch_dtype or PRECISIONS[PROVIDERS[provider].dtypes[0]].torch_dtype
+    assert dtype is not None  # a provider's are floats
+    return dtype

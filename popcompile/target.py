@@ -8,7 +8,7 @@ import torch
 
 from popcompile.errors import PopcompileError
 from popcompile.export.precisions import PRECISIONS
-from popcompile.export.providers import PROVIDERS
+from popcompile.export.providers import PROVIDERS, activations
 from popcompile.passes import AttentionKernels, ExpertKernels, Pass, Quantization, image_lowering, lowering
 
 #: input features that share a scale: less error, or fewer scales
@@ -40,13 +40,14 @@ class Target:
         """
         stored, kernels = PRECISIONS[precision], PROVIDERS[provider]
         experts, attention = ExpertKernels(**kernels.experts), AttentionKernels(**kernels.attention)
+        dtype: torch.dtype = getattr(torch, activations(precision, provider))
         if not stored.quantized:
             if precision not in kernels.dtypes:
                 raise PopcompileError(
                     f"--dtype {precision}: ONNX Runtime's attention has no kernels for it on {provider}; choose"
                     f" {' or '.join(kernels.dtypes)}"
                 )
-            return cls(precision, provider, _torch_dtype(precision), experts=experts, attention=attention)
+            return cls(precision, provider, dtype, experts=experts, attention=attention)
         if stored.quantizes_activations and not kernels.int8_products:
             able = " or ".join(other for other, its in PROVIDERS.items() if its.int8_products)
             raise PopcompileError(
@@ -57,7 +58,7 @@ class Target:
         quantization = Quantization(
             stored.bits, block_size, kernels.accuracy_level, dynamic=stored.quantizes_activations
         )
-        return cls(precision, provider, _torch_dtype(kernels.dtypes[0]), quantization, experts, attention)
+        return cls(precision, provider, dtype, quantization, experts, attention)
 
     def lowering(self) -> list[Pass]:
         """The passes that bring a program's graphs to the provider's operators."""
@@ -71,11 +72,3 @@ class Target:
         """At least so many for a model of that many parameters."""
         bits = self.quantization.bits if self.quantization else 8 * self.dtype.itemsize
         return parameters * bits // 8
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = PRECISIONS[name].torch_dtype
-    assert dtype is not None  # activations are in floats
-    found = getattr(torch, dtype)
-    assert isinstance(found, torch.dtype)
-    return found

@@ -11,10 +11,12 @@ from typing import Any
 from .pictures import Picture, draw_number
 
 #: what has a code
-NAMES = (  # noqa: SIM905 -- words are read best as words
-    "ant bat bear bee bird bull cat cow crab crow deer dog dove duck eel elk fish fly fox frog goat hare hawk hen ibis"
-    " kid kiwi lamb lark lion lynx mole moth mouse mule owl ox pig puma rat seal swan toad wasp wolf worm yak zebra"
-).split()
+NAMES = (
+    "ant", "bat", "bear", "bee", "bird", "bull", "cat", "cow", "crab", "crow", "deer", "dog", "dove", "duck", "eel",
+    "elk", "fish", "fly", "fox", "frog", "goat", "hare", "hawk", "hen", "ibis", "kid", "kiwi", "lamb", "lark", "lion",
+    "lynx", "mole", "moth", "mouse", "mule", "owl", "ox", "pig", "puma", "rat", "seal", "swan", "toad", "wasp",
+    "wolf", "worm", "yak", "zebra",
+)  # fmt: skip
 #: pixels of a picture's width for each digit
 _DIGIT = 24
 Part = str | Picture

@@ -29,8 +29,10 @@ class Family:
     tokens: special tokens, of which the first pads; `named` are those that the tokenizer knows by a name. end: ends a
     turn. answer: what stands before an answer. template: the chat template. config: makes the model's, of token ids
     and the size of the vocabulary. image_processor: preprocessor_config.json. processor: processor_config.json.
-    image: what the template writes for an image, and what a processor makes of it with the image tokens inside.
-    sizes: of pictures, width and height in pixels.
+    image: what the template writes for an image, of which a processor replaces the `placeholder` by as many of
+    `image_token` as the image has, between the two texts of `around_image`. begin: what a document begins with, before
+    all text. kinds: the model's argument that says which tokens are an image's. sizes: of pictures, width and height in
+    pixels.
     """
 
     tokens: tuple[str, ...]

@@ -10,8 +10,7 @@ from typing import Any
 
 from popcompile.bench.onnx_decoder import GENAI_CONFIG, LOOKED_FOR, OnnxDecoder, read_decoder
 from popcompile.errors import PopcompileError
-from popcompile.export.precisions import PRECISIONS
-from popcompile.export.providers import PROVIDERS
+from popcompile.export.providers import activations
 from popcompile.files import require_utf8
 from popcompile.loading import quiet, read_json, reading
 from popcompile.package.image_inputs import ImageInputs
@@ -66,11 +65,9 @@ def package_subject(name: str, folder: Path, runtime: str) -> Subject:
     """runtime: one of RUNTIMES. Raises PopcompileError where `folder` is no package."""
     require_utf8(folder)
     manifest = read_manifest(folder)
-    precision = PRECISIONS[manifest.dtype]
     return Subject(
         name, RUNTIMES[runtime], folder, manifest.vocab_size, manifest.context_length, images=manifest.images,
-        model_type=manifest.model_type,
-        dtype=precision.torch_dtype or str(PRECISIONS[PROVIDERS[manifest.provider].dtypes[0]].torch_dtype),
+        model_type=manifest.model_type, dtype=activations(manifest.dtype, manifest.provider),
     )  # fmt: skip
 
 

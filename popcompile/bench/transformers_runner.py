@@ -68,7 +68,9 @@ class TransformersRunner:
 
     @torch.no_grad()
     def see(self, prompt: dict[str, Tensor]) -> None:
-        """The model's own method, which the prefill then finds done."""
+        """The model's own method, which prefill then finds done: `mm_encoder_outputs`, which says the same, is newer
+        than the oldest transformers that is allowed.
+        """
         if PIXELS["image"] not in prompt:
             return
         inner: Any = self._model.model
@@ -76,10 +78,17 @@ class TransformersRunner:
         given = {name: prompt[name] for name in (PIXELS["image"], GRIDS["image"]) if name in prompt}
         features = inner.get_image_features(**given, return_dict=True)
         inner.get_image_features = lambda *_, **__: features
+        self._wait()
 
     @torch.no_grad()
     def prefill(self, prompt: dict[str, Tensor]) -> None:
         self._output = self._model(**prompt, use_cache=True, logits_to_keep=1)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until the GPU, where there is one, has computed what was asked of it."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def likeliest(self) -> list[int]:
         return self._output.logits[:, -1].argmax(-1).tolist()
