@@ -2,7 +2,9 @@
 
 Writes 16 GB of random bf16 weights to WORK/checkpoint, in shards as on the hub, unless they are there; converts them to
 WORK/package, with the layers' own K/V projections, which runs no forward pass; and prints how long the steps took and
-the most memory that the conversion held. Needs 35 GB of disk.
+the most memory that the conversion held. Needs 35 GB of disk. `--calibration FILE --tokenizer FOLDER` calibrates the
+deepest third on text, read by the tokenizer of another model, and needs some GB more, and hours on two cores:
+`--texts 16` makes it some minutes.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from popcompile.package.manifest import REPORT, read_manifest
 
@@ -39,20 +42,30 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for checkpoint and package")
     parser.add_argument("--layers", type=int, default=32, help="of the model (default 32)")
     parser.add_argument("--dtype", default="fp16", help="of the package (default fp16)")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate on")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer of at most 128,256 tokens for it")
+    parser.add_argument("--texts", default="104", help="pieces of the text (default 104)")
     options = parser.parse_args()
     checkpoint, package = options.work / "checkpoint", options.work / "package"
     config = LlamaConfig.from_dict(CONFIG | {"num_hidden_layers": options.layers})
     if not (checkpoint / "config.json").is_file():
         write_checkpoint(checkpoint, config)
-    command = ["convert", str(checkpoint), str(package), "--prune", "1/3", "--kv-projection", "layer", "--force"]
+    how = ["--prune", "1/3", "--kv-projection", "layer"]
+    if options.calibration:
+        AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True).save_pretrained(checkpoint)
+        deepest = f"{options.layers * 2 // 3}-{options.layers - 1}"
+        how = ["--layers", deepest, "--calibration", str(options.calibration), "--calibration-texts", options.texts]
+        how += ["--refinement-steps", "0"]
+    command = ["convert", str(checkpoint), str(package), *how, "--force", "--dtype", options.dtype]
     started = time.perf_counter()
-    process = psutil.Popen([sys.executable, "-m", "popcompile", *command, "--dtype", options.dtype])
-    peak = 0
+    process = psutil.Popen([sys.executable, "-m", "popcompile", *command])
+    held = resident = 0
     while process.poll() is None:
         try:
-            peak = max(peak, _held(process))
+            memory = process.memory_info()
         except psutil.NoSuchProcess:
             break
+        held, resident = max(held, _held(memory)), max(resident, memory.rss)
         time.sleep(_INTERVAL)
     seconds = time.perf_counter() - started
     if process.wait():
@@ -62,15 +75,15 @@ def main() -> None:
     rows = [
         ["conversion", f"{seconds:.0f} s"],
         ["- of that, passes", f"{sum(record['seconds'] for record in report['passes']):.0f} s"],
-        ["most memory, mapped files left out", f"{peak / 2**30:.2f} GiB"],
+        ["most memory, mapped files left out", f"{held / 2**30:.2f} GiB"],
+        ["most memory with these", f"{resident / 2**30:.2f} GiB"],
         ["package", f"{size / 1e9:.1f} GB"],
     ]
     print(tabulate(rows, tablefmt="plain"))
 
 
-def _held(process: psutil.Process) -> int:
+def _held(memory: Any) -> int:
     """Bytes that no file can give back: where the system does not tell, all that are resident."""
-    memory = process.memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 
 

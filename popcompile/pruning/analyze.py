@@ -27,7 +27,7 @@ from popcompile.package.report import Importance
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
 from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
-from popcompile.pruning.execution import Reader, fast_products, held_in_memory
+from popcompile.pruning.execution import Reader, checked, fast_products, held_in_memory
 from popcompile.pruning.importance import importance, random_stream
 from popcompile.pruning.rows import Rows
 from popcompile.pruning.sampling import begun, random_starts, sample_behind
@@ -129,7 +129,7 @@ def analyze(
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
     if source.has_images:
         program.add(trace_images(build_model(source.config)))
-    read = held_in_memory(Checkpoint(source, program, torch.float32, merged).read, source.name)
+    read = held_in_memory(checked(Checkpoint(source, program, torch.float32, merged).read, source.name))
     try:
         PassManager(canonicalization()).run(program)
         if chosen is None:

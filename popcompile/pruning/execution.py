@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
@@ -71,34 +70,57 @@ class _RoundedLinear(TorchFunctionMode):
         return self._weights[weight]
 
 
-def require_memory(program: Program, model: str) -> None:
-    """Raise PopcompileError where the model so named does not fit into the free memory in fp32. program: canonical."""
+def bytes_in_fp32(program: Program) -> int:
+    """Bytes of all parameters of a canonical program in fp32."""
     nodes = [n for gm in program.graphs.values() for n in gm.graph.nodes if n.op == "get_attr"]
-    sizes = {n.target: n.meta["val"].numel() for n in nodes}
-    needed, free = 4 * sum(sizes.values()), psutil.virtual_memory().available
-    if needed > free:
-        raise PopcompileError(
-            f"{model}: to choose layers and to calibrate takes {needed / 1e9:.1f} GB of memory, the model in fp32, and"
-            f" {free / 1e9:.1f} GB are free; give --kv-projection layer with --prune 1/3 or --layers, which run nothing"
-        )
+    return 4 * sum({n.target: n.meta["val"].numel() for n in nodes}.values())
 
 
-def held_in_memory(read: Reader, model: str) -> Reader:
-    """`read` in fp32, every tensor once, so that all graphs share it.
-
-    Raises PopcompileError where a tensor of the model so named holds NaN or infinity.
-    """
+def held_in_memory(read: Reader) -> Reader:
+    """`read` in fp32, every tensor once, so that all graphs share it."""
     held: dict[str, Tensor] = {}
 
     def once(name: str) -> Tensor:
         if name not in held:
-            tensor = read(name).float()
-            if not torch.isfinite(tensor).all():
-                raise PopcompileError(f"{model}: tensor {name} holds NaN or infinity; fix the checkpoint")
-            held[name] = tensor
+            held[name] = read(name).float()
         return held[name]
 
     return once
+
+
+def checked(read: Reader, model: str) -> Reader:
+    """`read`, which raises PopcompileError where a tensor of the model so named holds NaN or infinity."""
+    finite: set[str] = set()
+
+    def read_checked(name: str) -> Tensor:
+        tensor = read(name)
+        if name not in finite and not torch.isfinite(tensor).all():
+            raise PopcompileError(f"{model}: tensor {name} holds NaN or infinity; fix the checkpoint")
+        finite.add(name)
+        return tensor
+
+    return read_checked
+
+
+def parameter_reader(program: Program, read: Reader) -> Reader:
+    """Reads what get_attr nodes of the program's graphs name: parameters, constants, and what is computed of these.
+
+    read: a parameter by its traced name; what it returns keeps its dtype, and what is computed is in fp32.
+    """
+
+    def source(name: str) -> Tensor:
+        return program.constants[name] if name in program.constants else read(name)
+
+    def parameter(name: str) -> Tensor:
+        derived = program.derived.get(name)
+        return derived.compute([widened(source(s)) for s in derived.sources]) if derived else source(name)
+
+    return parameter
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, if it holds floats."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def materialise(gm: fx.GraphModule, program: Program, read: Reader) -> fx.GraphModule:
@@ -107,21 +129,19 @@ def materialise(gm: fx.GraphModule, program: Program, read: Reader) -> fx.GraphM
     A tensor that the checkpoint holds in fp32 is used in place; others are converted, so memory holds 4 bytes for
     each of their parameters. Raises PopcompileError as `read` does.
     """
-
-    def source(name: str) -> Tensor:
-        tensor = program.constants[name] if name in program.constants else read(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    real = clone_module(gm)
+    real, parameter = computing_in_fp32(gm), parameter_reader(program, read)
     for name in {str(n.target) for n in real.graph.nodes if n.op == "get_attr"}:
-        derived = program.derived.get(name)
-        register_parameter(
-            real, name, derived.compute([source(s) for s in derived.sources]) if derived else source(name)
-        )
-    for node in call_nodes(real):
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _in_fp32)
-    real.recompile()
+        register_parameter(real, name, widened(parameter(name)))
     return real
+
+
+def computing_in_fp32(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that casts to fp32 where it casts to a narrower float; its parameters are still fake."""
+    copy = clone_module(gm)
+    for node in call_nodes(copy):
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _in_fp32)
+    copy.recompile()
+    return copy
 
 
 def _in_fp32(argument: Any) -> Any:

@@ -1,16 +1,20 @@
 """What the whole model makes of calibration text: token rows and the hidden states before each layer, on disk.
 
-Every choice of layers is fitted to the same hidden states, so they are computed once. They lie in a file that is mapped
-and has no name, so memory does not grow with the text and a killed process leaves nothing behind.
+Every choice of layers is fitted to the same hidden states, so they are computed once, a layer after the other over all
+of the text, which reads a layer's weights once. They lie in files that are mapped and have no name, so memory does not
+grow with the text and a killed process leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import copy
+import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -40,20 +44,21 @@ class HiddenStates:
         folder: Path | None = None,
         progress: Callable[[int, int], Any] | None = None,
     ) -> None:
-        self.model, self.rows, self.first, self._folder = model, rows, first, folder
+        self.model, self.rows, self.first, self._files = model, rows, first, Files(folder)
         self._states = [self.scratch() for _ in range(first, model.num_layers + 1)]
-        batches = list(self.batches())
-        for done, batch in enumerate(batches):
-            tokens = self.tokens(batch)
-            x = model.embed(tokens)
-            for layer in range(model.num_layers):
-                if layer >= first:
-                    self.before(layer)[batch] = x
-                x = self.run_layer(layer, x, tokens)
-                require_finite(x, layer)
-            self.before(model.num_layers)[batch] = x
-            if progress:
-                progress(done + 1, len(batches))
+        done, total = 0, len(list(self.batches())) * model.num_layers
+        x = self.before(0) if first == 0 else self.scratch()
+        for batch in self.batches():
+            x[batch] = model.embed(self.tokens(batch))
+        for layer in range(model.num_layers):
+            out = self.before(layer + 1) if layer + 1 >= first else x
+            for batch in self.batches():
+                out[batch] = self.run_layer(layer, x[batch], self.tokens(batch))
+                require_finite(out[batch], layer)
+                done += 1
+                if progress:
+                    progress(done, total)
+            x = out
 
     def before(self, layer: int) -> Tensor:
         """[N, T, hidden], backed by the file. layer: at least `first`."""
@@ -68,10 +73,15 @@ class HiddenStates:
         return thinned
 
     def batches(self) -> Iterator[slice]:
-        """Rows to run together."""
+        """Rows to run together. After each, what of the files is in memory is given back."""
         step = max(1, _BATCH_TOKENS // self.rows.length)
         for start in range(0, len(self.rows), step):
             yield slice(start, min(start + step, len(self.rows)))
+            self.release()
+
+    def release(self) -> None:
+        """Give memory back that holds what the files hold."""
+        self._files.release()
 
     def tokens(self, batch: slice) -> Tokens:
         rows = self.rows[batch]
@@ -83,15 +93,34 @@ class HiddenStates:
 
     def scratch(self) -> Tensor:
         """Room for hidden states of all rows."""
-        return scratch((len(self.rows), self.rows.length, self.model.hidden_size), self._folder)
+        return self._files.tensor((len(self.rows), self.rows.length, self.model.hidden_size))
 
 
-def scratch(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """Room for a tensor, fp32, in a file of its own in `folder`, or where temporary files are."""
-    place = folder or Path(tempfile.gettempdir())
-    require_disk_space(place / "calibration", 4 * int(np.prod(shape)))
-    with tempfile.TemporaryFile(dir=place) as file:
-        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
+class Files:
+    """Room for tensors in files of their own, which are gone when the tensors are."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: where the files are, by default that of temporary files."""
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._maps: WeakSet[mmap.mmap] = WeakSet()
+
+    def tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros, fp32. Raises PopcompileError where the disk has no room for them."""
+        size = 4 * int(np.prod(shape))
+        require_disk_space(self._folder / "calibration", size)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a disk that gets full is told of now, and not when pages are written
+                os.posix_fallocate(file.fileno(), 0, size)
+            mapped = mmap.mmap(file.fileno(), size)
+        self._maps.add(mapped)
+        return torch.from_numpy(np.frombuffer(mapped, np.float32).reshape(shape))
+
+    def release(self) -> None:
+        """Let the pages of all tensors go; those that are read again come from the files."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def at_positions(x: Tensor, positions: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils.checkpoint import checkpoint
 
 from popcompile.passes import ops
 from popcompile.passes.graph import (
@@ -30,6 +30,9 @@ from popcompile.passes.graph import (
 )
 from popcompile.passes.layers import layer_input, layer_output, projected_kv
 from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows
+from popcompile.pruning.weights import HeldWeights, Weights
+
+aten = torch.ops.aten
 
 _Values = dict[fx.Node, Any]
 
@@ -63,16 +66,17 @@ class Keys:
 
 
 class LayerwiseModel:
-    """A canonical graph with real weights (execution.materialise), cut at its layers."""
+    """A canonical graph cut at its layers. It is differentiable in hidden states and keys."""
 
-    def __init__(self, model: fx.GraphModule, inputs: DecoderInputs = TOKEN_IDS) -> None:
-        """inputs: what the graph is given of tokens."""
-        self._model, self._inputs_of = model, inputs
+    def __init__(
+        self, model: fx.GraphModule, inputs: DecoderInputs = TOKEN_IDS, weights: Weights | None = None
+    ) -> None:
+        """model: computing in fp32. inputs: what the graph is given of tokens. weights: by default the graph's own,
+        which are real (execution.materialise).
+        """
+        self._model, self._inputs_of, self._weights = model, inputs, weights or HeldWeights(model)
         self._sees_whole_images = bool(find(model, op=ops.image_ends))
         self.num_layers = len(find(model, op=ops.attention))
-        self._parameters: _Values = {
-            n: attrgetter(str(n.target))(model) for n in model.graph.nodes if n.op == "get_attr"
-        }
         layered = {n for n in call_nodes(model) if layer_of(n) is not None}
         after: set[fx.Node] = set()
         for node in call_nodes(model):
@@ -135,7 +139,9 @@ class LayerwiseModel:
         visible: [B or 1, S, T + S], which of `keys` and of the tokens themselves a query may attend to; sliding
         windows narrow it.
         """
+        return self._again_for_gradients(self._layer, index, x, tokens, visible, keys)
 
+    def _layer(self, index: int, x: Tensor, tokens: Tokens, visible: Tensor, keys: Keys | None) -> Tensor:
         def append(past: Any, new: Tensor, positions: Tensor) -> Tensor:
             if keys is None:
                 return new
@@ -185,9 +191,19 @@ class LayerwiseModel:
 
     def logits(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Logits [B, S, vocabulary] of the last layer's output x [B, S, hidden]."""
+        return self._again_for_gradients(self._logits, x, tokens)
+
+    def _logits(self, x: Tensor, tokens: Tokens) -> Tensor:
         values = {**tokens.values, self._outputs[-1]: x}
         self._run(self._head, values)
         return values[outputs_of(self._model)[0]]
+
+    def _again_for_gradients(self, run: Callable[..., Tensor], *args: Any) -> Tensor:
+        """What it returns. Where weights are streamed, gradients run it again, and do not hold on to its weights."""
+        if self._weights.streamed and torch.is_grad_enabled():
+            again: Tensor = checkpoint(run, *args, use_reentrant=False)
+            return again
+        return run(*args)
 
     def _run(
         self, nodes: Sequence[fx.Node], values: _Values, instead: Mapping[Any, Callable[..., Any]] = ops.REFERENCE
@@ -195,9 +211,12 @@ class LayerwiseModel:
         functions = {**ops.REFERENCE, **instead}
 
         def value(node: fx.Node) -> Any:
-            return self._parameters[node] if node.op == "get_attr" else values[node]
+            return self._weights[str(node.target)] if node.op == "get_attr" else values[node]
 
         for node in nodes:
+            if node.target == aten.embedding.default and (table := node.all_input_nodes[0]).op == "get_attr":
+                values[node] = self._weights.embeddings(str(table.target), value(node.all_input_nodes[1]))
+                continue
             args, kwargs = map_arg((node.args, node.kwargs), value)
             function: Any = functions.get(node.target, node.target)
             values[node] = function(*args, **kwargs)

@@ -26,7 +26,7 @@ from popcompile.passes.layers import hands_on_directly, layer_output, projected_
 from popcompile.progress import Progress
 from popcompile.pruning.calibration_set import CalibrationSet, calibration_set
 from popcompile.pruning.costs import full_prefill_one_logit
-from popcompile.pruning.execution import Reader, held_in_memory, materialise, require_memory
+from popcompile.pruning.execution import Reader, checked, computing_in_fp32, held_in_memory, materialise
 from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.image_prompts import ImageSource
@@ -37,6 +37,7 @@ from popcompile.pruning.request import Request
 from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
 from popcompile.pruning.text import SELF, TEXTS
+from popcompile.pruning.weights import room_for_weights, streamed
 
 #: the loss that `convert` allows where the user says nothing: KL in nats
 MAX_KL = 0.05
@@ -102,9 +103,9 @@ def make_plan(
     """
     if not needs_weights(program.num_layers, request, options):
         return Plan(request.layers, options.windows[0])
-    require_memory(program, name)
+    room = room_for_weights(program, name, sampled=options.origin == SELF or images is not None)
     window, *smaller = options.windows
-    read = held_in_memory(read, name)
+    read = checked(read, name) if room is not None else held_in_memory(checked(read, name))
     decides = request.how != "layers" or (options.calibrated and options.steps > 0)
     prompts = calibration_set(
         options.origin, program, read, tokenizer, images, texts=options.texts, window=window,
@@ -114,7 +115,7 @@ def make_plan(
     layers = program.num_layers
     most = largest_count(layers) if request.how == "auto" else len(request.layers)
     first = min(request.layers) if request.how == "layers" else first_candidate(layers, most)
-    model = LayerwiseModel(materialise(program.graphs["model"], program, read), decoder_inputs(program, read))
+    model = _layerwise(program, read, room)
     states = None
     if options.calibrated:
         states = HiddenStates(model, prompts.fit, first, folder, lambda *n: progress("calibrate", *n))
@@ -143,6 +144,14 @@ def make_plan(
     choice = _choice(search, speedup, chosen, request, options)
     sections = {"choice": choice.to_json(), "quality": quality.to_json()}
     return Plan(chosen.pruned, chosen.window, calibration, sections)
+
+
+def _layerwise(program: Program, read: Reader, room: int | None) -> LayerwiseModel:
+    """room: bytes of weights that are kept, None: all."""
+    graph, inputs = program.graphs["model"], decoder_inputs(program, read)
+    if room is None:
+        return LayerwiseModel(materialise(graph, program, read), inputs)
+    return LayerwiseModel(computing_in_fp32(graph), inputs, streamed(program, read, room))
 
 
 def _quality(

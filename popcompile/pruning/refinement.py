@@ -82,6 +82,7 @@ def refine(
                 _answers_loss(answers, pruned, refined, next(asked)).backward()
             optimizer.step()
             schedule.step()
+            states.release()
             if progress:
                 progress(step + 1, steps)
     return refined.each(Tensor.detach)

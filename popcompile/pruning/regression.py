@@ -14,7 +14,7 @@ sink with outlier activations: it is left out, and its values are the mean over 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -93,68 +93,79 @@ def calibrate(
     for first, last in states.model.runs(pruned):
         exact = x is None  # nothing is pruned before: the run's first layer sees its own input
         x = states.before(first) if x is None else _through_layers(states, x, at, first)
-        regression = _Regression(states, x, first, last, bypass and last < last_layer, products)
-        calibration.projections.update(regression.projections(ridge, skip={first} if exact else set()))
-        at = last + 1
-        if regression.bypass:
-            calibration.bypasses[first] = regression.bypass_map(ridge)
-        if regression.bypass or states.model.adds_behind(last):
-            x = _handed_past(states, x, last, calibration.bypasses.get(first))
+        regression = _Regression(states, x, first, last, bypass and last < last_layer, products, ridge)
+        calibration.projections.update(regression.projections(skip={first} if exact else set()))
+        at, over = last + 1, regression.bypass_map()
+        if over is not None:
+            calibration.bypasses[first] = over
+        if over is not None or states.model.adds_behind(last):
+            x = _handed_past(states, x, last, over)
     return calibration
+
+
+@dataclass
+class _Sums:
+    """Over all rows: inputs^T targets [hidden + 1, out], fp64, and the mean target of the first token [out], fp64."""
+
+    cross: Tensor | float = 0.0
+    sink: Tensor | float = 0.0
 
 
 class _Regression:
     """The normal equations of one run: of the maps from x [N, T, hidden] to k, v and the step over the run."""
 
     def __init__(
-        self, states: HiddenStates, x: Tensor, first: int, last: int, bypass: bool, products: torch.dtype
+        self,
+        states: HiddenStates,
+        x: Tensor,
+        first: int,
+        last: int,
+        bypass: bool,
+        products: torch.dtype,
+        ridge: float,
     ) -> None:
-        self.layers, self.bypass = range(first, last + 1), bypass
-        self._model = states.model
-        self._gram: Tensor | float = 0.0
-        self._cross: Tensor | float = 0.0
-        self._sink: Tensor | float = 0.0
+        self.layers, self._bypass = range(first, last + 1), bypass
+        self._states = states
+        self._sums = [_Sums() for _ in range(len(self.layers) + bypass)]
+        gram: Tensor | float = 0.0
         for batch in states.batches():
-            tokens, cut = states.tokens(batch), x[batch]
-            targets = [torch.cat(self._model.project(i, states.before(i)[batch], tokens), -1) for i in self.layers]
-            if bypass:
-                targets.append(states.before(last + 1)[batch] - self._model.hand_on(last, cut, tokens))
-            target = torch.cat(targets, -1)
-            self._sink = self._sink + target[:, 0].double().sum(0) / len(states.rows)
-            inputs = _with_one(normalize(cut[:, 1:]).flatten(0, 1))
-            outputs = target[:, 1:].flatten(0, 1).to(products)
-            self._gram = self._gram + inputs.double().T @ inputs.double()
-            self._cross = self._cross + (inputs.to(products).T @ outputs).double()
-        self._sizes = [t.shape[-1] for t in targets]
+            inputs = _with_one(normalize(x[batch][:, 1:]).flatten(0, 1))
+            gram = gram + inputs.double().T @ inputs.double()
+            inputs = inputs.to(products)
+            for sums, target in zip(self._sums, self._targets(batch, x[batch]), strict=True):
+                sums.sink = sums.sink + target[:, 0].double().sum(0) / len(states.rows)
+                sums.cross = sums.cross + (inputs.T @ target[:, 1:].flatten(0, 1).to(products)).double()
+        assert isinstance(gram, Tensor)
+        self._strength = torch.full((len(gram),), ridge, dtype=torch.float64) * gram.diagonal()[:-1].mean()
+        self._strength[-1] *= 1e-6  # the bias is free
+        self._factor = torch.linalg.cholesky(gram + self._strength.diag())
 
-    def projections(self, ridge: float, skip: set[int]) -> dict[int, AffineMap]:
-        prior = torch.cat([own_projection(self._model, i) for i in self.layers], -1)
-        width = prior.shape[1]
-        solved = self._solve(ridge, slice(0, width), prior)
-        maps = self._split(solved, slice(0, width), self._sizes[: len(self.layers)])
-        return {layer: m for layer, m in zip(self.layers, maps, strict=True) if layer not in skip}
+    def _targets(self, batch: slice, cut: Tensor) -> Iterator[Tensor]:
+        """What the maps of each layer, and then of the bypass, should make of the batch's x: [B, T, out]."""
+        states, tokens = self._states, self._states.tokens(batch)
+        for layer in self.layers:
+            yield torch.cat(states.model.project(layer, states.before(layer)[batch], tokens), -1)
+        if self._bypass:
+            last = self.layers[-1]
+            yield states.before(last + 1)[batch] - states.model.hand_on(last, cut, tokens)
 
-    def bypass_map(self, ridge: float) -> AffineMap:
-        columns = slice(sum(self._sizes[:-1]), sum(self._sizes))
-        return self._split(self._solve(ridge, columns, None), columns, self._sizes[-1:])[0]
+    def projections(self, skip: set[int]) -> dict[int, AffineMap]:
+        """Of all layers of the run but some."""
+        return {
+            layer: self._solve(sums, own_projection(self._states.model, layer))
+            for layer, sums in zip(self.layers, self._sums, strict=False)
+            if layer not in skip
+        }
 
-    def _solve(self, ridge: float, columns: slice, prior: Tensor | None) -> Tensor:
-        """argmin |inputs W - targets|^2 + strength |W - prior|^2, the bias free: [hidden + 1, columns]."""
-        assert isinstance(self._gram, Tensor) and isinstance(self._cross, Tensor)
-        strength = torch.full((len(self._gram),), ridge, dtype=torch.float64) * self._gram.diagonal()[:-1].mean()
-        strength[-1] *= 1e-6
-        right = self._cross[:, columns]
-        if prior is not None:
-            right = right + strength[:, None] * prior
-        return torch.cholesky_solve(right, torch.linalg.cholesky(self._gram + strength.diag()))
+    def bypass_map(self) -> AffineMap | None:
+        return self._solve(self._sums[-1], None) if self._bypass else None
 
-    def _split(self, solved: Tensor, columns: slice, sizes: list[int]) -> list[AffineMap]:
-        assert isinstance(self._sink, Tensor)
-        maps = solved.float().split(sizes, -1)
-        sinks = self._sink[columns].float().split(sizes)
-        return [
-            AffineMap(m[:-1].T.contiguous(), m[-1].clone(), sink.clone()) for m, sink in zip(maps, sinks, strict=True)
-        ]
+    def _solve(self, sums: _Sums, prior: Tensor | None) -> AffineMap:
+        """argmin |inputs W - targets|^2 + strength |W - prior|^2 for W [hidden + 1, out]; prior: None for zeros."""
+        assert isinstance(sums.cross, Tensor) and isinstance(sums.sink, Tensor)
+        right = sums.cross if prior is None else sums.cross + self._strength[:, None] * prior
+        solved = torch.cholesky_solve(right, self._factor).float()
+        return AffineMap(solved[:-1].T.contiguous(), solved[-1].clone(), sums.sink.float())
 
 
 def own_projection(model: LayerwiseModel, layer: int) -> Tensor:
@@ -180,11 +191,9 @@ def _with_one(inputs: Tensor) -> Tensor:
 def _through_layers(states: HiddenStates, x: Tensor, begin: int, end: int) -> Tensor:
     """Hidden states before layer `end` of a prefill that has x before layer `begin`, both [N, T, hidden]."""
     out = states.scratch()
-    for batch in states.batches():
-        tokens, y = states.tokens(batch), x[batch]
-        for layer in range(begin, end):
-            y = states.run_layer(layer, y, tokens)
-        out[batch] = y
+    for layer in range(begin, end):
+        for batch in states.batches():
+            out[batch] = states.run_layer(layer, (x if layer == begin else out)[batch], states.tokens(batch))
     return out
 
 

@@ -257,7 +257,8 @@ def test_hidden_states_are_transformers(
     seen: list[tuple[int, int]] = []
     found = HiddenStates(traced(family).layers, Rows(text()), 2, tmp_path, lambda *n: seen.append(n))
     batches = {1: ROWS, 5 * LENGTH: 6, 2560: 1}[batch_tokens]
-    assert seen == [(n + 1, batches) for n in range(batches)]
+    total = batches * LAYERS
+    assert seen == [(n + 1, total) for n in range(total)]
     whole, _ = activations(traced(family).model)
     for layer in range(2, LAYERS + 1):
         # other kernels; the stream is up to 30

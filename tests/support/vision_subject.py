@@ -50,7 +50,7 @@ class VisionSubject:
     def _compiled(self) -> tuple[Program, Reader]:
         program = trace(self.source.config)
         program.add(trace_images(build_model(self.source.config)))
-        read = held_in_memory(Checkpoint(self.source, program, torch.float32).read, self.source.name)
+        read = held_in_memory(Checkpoint(self.source, program, torch.float32).read)
         PassManager(canonicalization()).run(program)
         return program, read
 
