@@ -106,44 +106,52 @@ def make_plan(
     room = room_for_weights(program, name, sampled=options.origin == SELF or images is not None)
     window, *smaller = options.windows
     read = checked(read, name) if room is not None else held_in_memory(checked(read, name))
-    decides = request.how != "layers" or (options.calibrated and options.steps > 0)
     prompts = calibration_set(
         options.origin, program, read, tokenizer, images, texts=options.texts, window=window,
-        prompt_tokens=options.prompt_tokens if request.how != "layers" else 0, decides=decides, seed=options.seed,
+        prompt_tokens=options.prompt_tokens if request.how != "layers" else 0,
+        decides=request.how != "layers" or (options.calibrated and options.steps > 0), seed=options.seed,
         progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
-    layers = program.num_layers
-    most = largest_count(layers) if request.how == "auto" else len(request.layers)
-    first = min(request.layers) if request.how == "layers" else first_candidate(layers, most)
-    model = _layerwise(program, read, room)
+    model, first = _layerwise(program, read, room), _first_candidate(program.num_layers, request)
     states = None
     if options.calibrated:
         states = HiddenStates(model, prompts.fit, first, folder, lambda *n: progress("calibrate", *n))
     held_out = prompts.held_out(model, first, window, options.seed, folder)
-
-    @cache
-    def answers() -> Answers | None:
-        if (lists := prompts.refinement) is None:
-            return None
-        return Answers(HiddenStates(model, lists.rows, first, folder), lists.answers, prompts.text.prompt - window)
-
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
-        states, held_out, progress, answers=answers, steps=options.steps, seed=options.seed, windows=smaller,
-        speedup=speedup,
+        states, held_out, progress, answers=cache(partial(_answers, model, prompts, first, window, folder)),
+        steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup,
     )  # fmt: skip
-    if request.how == "auto":
-        chosen = search.within(options.budget)
-    elif request.how == "layers":
-        chosen = search.finish(request.layers)
-    else:
-        chosen = search.best(len(request.layers), Budget(max_kl=MAX_KL))
+    chosen = _chosen(search, request, options)
     calibration = search.final(chosen)
     progress("measure", 0, 1)
     quality = _quality(held_out, prompts, chosen, calibration, options.seed, folder)
     choice = _choice(search, speedup, chosen, request, options)
     sections = {"choice": choice.to_json(), "quality": quality.to_json()}
     return Plan(chosen.pruned, chosen.window, calibration, sections)
+
+
+def _first_candidate(layers: int, request: Request) -> int:
+    """The first layer that may be pruned: hidden states before it are not needed."""
+    if request.how == "layers":
+        return min(request.layers)
+    return first_candidate(layers, largest_count(layers) if request.how == "auto" else len(request.layers))
+
+
+def _answers(model: LayerwiseModel, prompts: CalibrationSet, first: int, window: int, folder: Path) -> Answers | None:
+    """What refinement counts of texts whose answers stand in them: minutes of work, for what is refined alone."""
+    if (lists := prompts.refinement) is None:
+        return None
+    return Answers(HiddenStates(model, lists.rows, first, folder), lists.answers, prompts.text.prompt - window)
+
+
+def _chosen(search: Search, request: Request, options: Options) -> Candidate:
+    """The layers and the window that were asked for, or that the budget allows; finished."""
+    if request.how == "auto":
+        return search.within(options.budget)
+    if request.how == "layers":
+        return search.finish(request.layers)
+    return search.best(len(request.layers), Budget(max_kl=MAX_KL))
 
 
 def _layerwise(program: Program, read: Reader, room: int | None) -> LayerwiseModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -68,4 +67,3 @@ def test_rounded_weights_go_with_the_weights() -> None:
     with fast_products():
         for value in range(10):  # tensors in the place of others that are gone
             assert float(F.linear(x, torch.full((1, 8), float(value)))) == 8 * value
-            gc.collect()
