@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from popcompile.arguments import require_choice
 from popcompile.errors import PopcompileError
 from popcompile.export.precisions import PRECISIONS
 from popcompile.export.providers import PROVIDERS
-from popcompile.files import require_utf8
+from popcompile.files import require_utf8, stamps
 from popcompile.frontend.adapter import Adapter
 from popcompile.frontend.checkpoint import Checkpoint
 from popcompile.frontend.source import Source, open_source
@@ -32,6 +34,7 @@ from popcompile.pruning.image_prompts import image_source
 from popcompile.pruning.plan import Plan, make_plan, needs_weights
 from popcompile.pruning.refinement import STEPS
 from popcompile.pruning.settings import KV_PROJECTIONS, PruningSettings
+from popcompile.pruning.steps import COMPUTED, KeptSteps
 from popcompile.pruning.text import SELF, TEXTS
 from popcompile.target import BLOCK_SIZE, Target
 from popcompile.vision.tracing import build_model, trace_images
@@ -63,6 +66,7 @@ def convert(
     random_weights: bool = False,
     trust_remote_code: bool = False,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Compile `model` into a package at `out`, which appears whole or not at all; returns the package's manifest.
@@ -96,6 +100,8 @@ def convert(
             features; with "w8a8", on the CPU, most of these layers multiply in int8, with a scale for every token.
         provider: what the graphs are lowered for and what onnxruntime-genai is told to run on, "cpu" or "cuda".
         force: replace a package at `out`.
+        resume: keep what long steps make in a folder beside `out`, "{out}.steps", until the package is there, and go on
+            from what a conversion that was stopped has kept there, if it was asked for the same.
 
     The model:
         text_only: take the text decoder of a multimodal model; a model of text alone is taken as it is.
@@ -159,6 +165,7 @@ def convert(
     if source.has_images:
         program.add(trace_images(build_model(source.config, target.dtype)))
     images = image_source(source, program, options.pictures) if measures else None
+    kept = KeptSteps(_beside(out, ".steps"), _key(source, inputs, target, asked)) if resume else COMPUTED
     checkpoint = Checkpoint(source, program, target.dtype, merged)
     sizes = ModelSizes.of(program, target)
     _require_kernels(source, sizes, target)
@@ -168,7 +175,16 @@ def convert(
         with _structures_explained(source):
             compilation.run(canonicalization(), "canonicalize")
             plan = make_plan(
-                program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress, images
+                program,
+                checkpoint.read,
+                source.name,
+                tokenizer,
+                request,
+                options,
+                folder,
+                report_progress,
+                images,
+                kept,
             )
             report = compilation.prune_and_lower(plan, target)
         writer = PackageWriter(folder, layout, source, merged, checkpoint, target, report_progress)
@@ -178,6 +194,7 @@ def convert(
         steps = {step: round(seconds, 1) for step, seconds in report_progress.seconds.items()}
         writer.write_report(report | {"seconds": round(time.perf_counter() - started, 1), "steps": steps})
         manifest = writer.write_manifest(program, plan, sizes)
+    kept.remove()
     report_progress("done", 1, 1)
     return manifest
 
@@ -195,6 +212,26 @@ def _require_place(out: Path, inputs: dict[str, str | Path | None], force: bool)
     require_writable(out, force)
     if force:
         require_apart(out, inputs)
+
+
+def _beside(out: Path, ending: str) -> Path:
+    place = Path(os.path.abspath(out))
+    return place.with_name(place.name + ending)
+
+
+def _key(
+    source: Source, inputs: dict[str, str | Path | None], target: Target, asked: PruningSettings
+) -> dict[str, Any]:
+    """What a plan depends on, by the names that users know. inputs: by option, what is read."""
+    versions = {name: version(name) for name in ("popcompile", "torch", "transformers")}
+    options = {f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()}
+    read = {name: [str(given), stamps(given)] for name, given in inputs.items() if given is not None}
+    fingerprint = {
+        "config": source.fingerprint(),
+        "--text-only": source.whole is not None,
+        "--dtype": str(target.dtype),
+    }
+    return versions | options | read | fingerprint
 
 
 @contextlib.contextmanager

@@ -54,3 +54,10 @@ def require_utf8(path: str | Path) -> None:
         raise PopcompileError(
             f"{path}: its name is not UTF-8, and ONNX Runtime, safetensors and tokenizers open no such path; rename it"
         ) from None
+
+
+def stamps(path: str | Path) -> list[list[str | int]]:
+    """Name, bytes and time of change of a file, or of each file of a folder. Of what is no path, as hub ids, none."""
+    place = Path(path)
+    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    return [[file.name, status.st_size, status.st_mtime_ns] for file in files for status in (file.stat(),)]

@@ -22,6 +22,11 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", type=name, help="hub id, local folder, or .gguf file")
     parser.add_argument("out", metavar="OUT", type=path, help="folder that the package appears at")
     parser.add_argument("--force", action="store_true", help="replace the package at OUT")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what long steps make in OUT.steps until the package is there, and go on from what is kept",
+    )
 
     pruning = parser.add_argument_group("what prefill skips")
     pruning.add_argument("--prune", metavar="N", help="how many layers: auto (default), a count, a fraction")
@@ -153,6 +158,7 @@ def _convert(options: argparse.Namespace) -> None:
             random_weights=options.random_weights,
             trust_remote_code=options.trust_remote_code,
             force=options.force,
+            resume=options.resume,
             progress=progress,
         )
     report = json.loads((options.out / REPORT).read_bytes())

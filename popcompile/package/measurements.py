@@ -178,7 +178,7 @@ def _choice(entry: dict[str, Any], num_layers: int, window: int) -> LayerChoice:
                 pruned=point["pruned"],
                 window=_whole(point.get("window", window)),
                 speedup=_number(point["speedup"]),
-                loss=_loss(point["loss"]),
+                loss=read_loss(point["loss"]),
                 refined=bool(point.get("refined", False)),
                 chosen=bool(point["chosen"]),
             )
@@ -195,7 +195,7 @@ def _choice(entry: dict[str, Any], num_layers: int, window: int) -> LayerChoice:
 
 def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
     own = entry.get("own_projection")
-    other = None if own is None or kv_projection == "layer" else _loss(own)
+    other = None if own is None or kv_projection == "layer" else read_loss(own)
     return Quality(
         text=str(entry["text"]),
         texts=_whole(entry["texts"]),
@@ -203,13 +203,14 @@ def _quality(entry: dict[str, Any], kv_projection: str) -> Quality:
         asked_tokens=None if (asked := entry.get("asked_tokens")) is None else _whole(asked),
         window=_whole(entry.get("window", 1)),  # reports of format version 2 have none
         continuation_tokens=_whole(entry["continuation_tokens"]),
-        loss=_loss(entry["loss"]),
+        loss=read_loss(entry["loss"]),
         own_projection=other,
         images=None if (images := entry.get("images")) is None else str(images),
     )
 
 
-def _loss(entry: dict[str, Any]) -> Loss:
+def read_loss(entry: dict[str, Any]) -> Loss:
+    """Of what `asdict` makes of one."""
     images = entry.get("images")
     return replace(_loss_of_kind(entry), images=None if images is None else _loss_of_kind(images))
 

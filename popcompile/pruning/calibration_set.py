@@ -20,6 +20,7 @@ from popcompile.pruning.image_calibration import image_calibration
 from popcompile.pruning.image_prompts import ImagePrompts, ImageSource
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.rows import AskedRows, Rows
+from popcompile.pruning.steps import COMPUTED, Steps
 from popcompile.pruning.text import CalibrationText, calibration_text
 
 #: tokens of a prompt beside the smallest picture, at least: for a question, and for text
@@ -79,6 +80,7 @@ def calibration_set(
     prompt_tokens: int,
     decides: bool = True,
     seed: int = 0,
+    steps: Steps = COMPUTED,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CalibrationSet:
     """Arguments are those of `calibration_text`. images: what prompts with images are made by; where the model's
@@ -98,11 +100,11 @@ def calibration_set(
     of_text = texts if images is None else texts // 2
     text = calibration_text(
         origin, program, read, tokenizer, texts=of_text, window=window, prompt_tokens=prompt_tokens, least=least,
-        decides=decides, seed=seed, progress=progress,
+        decides=decides, seed=seed, steps=steps, progress=progress,
     )  # fmt: skip
     if images is None or prompts is None:
         return CalibrationSet(text)
     of_images = image_calibration(
-        images, prompts, program, read, text, texts=texts - of_text, seed=seed, progress=progress
+        images, prompts, program, read, text, texts=texts - of_text, seed=seed, steps=steps, progress=progress
     )
     return CalibrationSet(text, of_images)

@@ -25,6 +25,7 @@ from popcompile.pruning.importance import random_stream
 from popcompile.pruning.picture_files import read_pictures
 from popcompile.pruning.rows import AskedRows, Rows
 from popcompile.pruning.sampling import sample_behind
+from popcompile.pruning.steps import COMPUTED, Steps
 from popcompile.pruning.text import RETRIEVAL, CalibrationText
 from popcompile.text.lists import FORMS, OF_WORDS, Form, ask, draw_value, find_words, token_count
 from popcompile.text.pictures import Size, draw_lines, draw_picture, draw_table, is_legible
@@ -65,6 +66,7 @@ def image_calibration(
     *,
     texts: int,
     seed: int,
+    steps: Steps = COMPUTED,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CalibrationText:
     """`texts` rows to calibrate on, and as many and as long ones that decide and that measure as `text` has.
@@ -82,10 +84,12 @@ def image_calibration(
         for (rows, count), theirs in zip(parts, pictures, strict=False)
         for prompt in maker.described(rows, count, text.prompt, theirs)
     ]
-    rows = sample_behind(
-        program, read, prompts.rows(written, text.calibration.length), [text.prompt] * len(written),
-        random_stream(seed, "answers about images"), progress,
-    )  # fmt: skip
+    rows, given = prompts.rows(written, text.calibration.length), [text.prompt] * len(written)
+    stream = random_stream(seed, "answers about images")
+    sampled = steps.tensors(
+        "answers_about_images", lambda: {"ids": sample_behind(program, read, rows, given, stream, progress).ids}
+    )
+    rows = replace(rows, ids=sampled["ids"])
     unseen = rows[texts : texts + len(text.unseen)]
     decide = rows[texts + len(text.unseen) :] if len(parts) == 3 else unseen
     named = "self-made pictures" if source.pictures is None else f"pictures of {source.pictures.name}"

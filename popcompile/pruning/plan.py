@@ -36,6 +36,7 @@ from popcompile.pruning.regression import Calibration
 from popcompile.pruning.request import Request
 from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
+from popcompile.pruning.steps import COMPUTED, Steps
 from popcompile.pruning.text import SELF, TEXTS
 from popcompile.pruning.weights import room_for_weights, streamed
 
@@ -95,9 +96,10 @@ def make_plan(
     folder: Path,
     progress: Progress,
     images: ImageSource | None = None,
+    steps: Steps = COMPUTED,
 ) -> Plan:
     """program: canonical; it is left as it is. folder: where files of the size of the hidden states may be. images:
-    what prompts with images are made by.
+    what prompts with images are made by. steps: keeps what takes long.
 
     Raises PopcompileError, ContractError.
     """
@@ -110,7 +112,7 @@ def make_plan(
         options.origin, program, read, tokenizer, images, texts=options.texts, window=window,
         prompt_tokens=options.prompt_tokens if request.how != "layers" else 0,
         decides=request.how != "layers" or (options.calibrated and options.steps > 0), seed=options.seed,
-        progress=lambda *n: progress("sample", *n),
+        steps=steps, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     model, first = _layerwise(program, read, room), _first_candidate(program.num_layers, request)
     states = None
@@ -120,7 +122,7 @@ def make_plan(
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
     search = Search(
         states, held_out, progress, answers=cache(partial(_answers, model, prompts, first, window, folder)),
-        steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup,
+        steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup, kept=steps,
     )  # fmt: skip
     chosen = _chosen(search, request, options)
     calibration = search.final(chosen)

@@ -14,7 +14,7 @@ sink with outlier activations: it is left out, and its values are the mean over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,16 @@ class Calibration:
         if named:
             constants[UNIT_NORM] = torch.ones(next(iter(named.values())).weight.shape[1])
         return constants
+
+    @classmethod
+    def of(cls, constants: Mapping[str, Tensor]) -> Calibration:
+        """The maps whose `constants` these are."""
+        calibration = cls()
+        kinds = {"kv_projection": calibration.projections, "bypass": calibration.bypasses}
+        for name in sorted({name.rpartition(".")[0] for name in constants if name != UNIT_NORM}):
+            kind, _, layer = name.partition(".")
+            kinds[kind][int(layer)] = AffineMap(*(constants[f"{name}.{part}"] for part in _KINDS))
+        return calibration
 
 
 _KINDS = ("weight", "bias", "sink")

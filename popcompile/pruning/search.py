@@ -21,15 +21,17 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from popcompile.package.report import Loss
+from popcompile.package.report import Loss, format_layers
 from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.refinement import Answers, refine
 from popcompile.pruning.regression import Calibration, calibrate
+from popcompile.pruning.steps import COMPUTED, Steps
 
 #: the share of layers that `auto` prunes at most
 MOST = 0.6
@@ -100,6 +102,8 @@ class Candidate:
     window: int = 1
 
 
+#: what maps are made of: some of the text or all of it, in closed form, or refined by gradients
+_Origin = Literal["some", "all", "refined"]
 #: how many times sooner than the whole model's a prefill is that skips these layers, with this window
 Speedup = Callable[[list[int], int], float]
 
@@ -118,13 +122,15 @@ class Search:
         seed: int = 0,
         windows: Sequence[int] = (),
         speedup: Speedup | None = None,
+        kept: Steps = COMPUTED,
     ) -> None:
         """states: text to calibrate on; None: the layers' own projections. answers, steps, seed: of refinement.
-        windows: smaller ones than held_out's that `within` may choose, by what `speedup` predicts.
+        windows: smaller ones than held_out's that `within` may choose, by what `speedup` predicts. kept: maps of
+        all the text, and losses.
         """
         self._states, self._held_out = states, held_out
         self._progress, self._answers, self._steps, self._seed = progress, answers, steps, seed
-        self._windows, self._speedup = windows, speedup
+        self._windows, self._speedup, self._kept = windows, speedup, kept
         self.num_layers = held_out.model.num_layers
         self.measured: list[Candidate] = []
         self._final: dict[tuple[int, ...], _Maps] = {}
@@ -133,11 +139,7 @@ class Search:
         """The set with maps in closed form, of a part of the text. window: by default held_out's. limit: the KL above
         which it need not be known.
         """
-        maps = Calibration()
-        if self._states is not None:
-            few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
-            maps = calibrate(few, pruned, products=torch.float32)
-        return self._measured(pruned, _Maps(maps, refined=False), window, limit)
+        return self._measured(pruned, "some", lambda: self._of_some_text(pruned), window, limit)
 
     def finish(
         self, pruned: list[int], window: int | None = None, refinable: Callable[[Loss], bool] = lambda loss: True
@@ -147,33 +149,60 @@ class Search:
         refinable: whether a loss in closed form is one that refinement is worth its time for: it takes minutes.
         """
         if (known := self._final.get(tuple(pruned))) is not None:
-            return self._measured(pruned, known, window)
-        plain = _Maps(Calibration() if self._states is None else calibrate(self._states, pruned), refined=False)
-        self._final[tuple(pruned)] = plain
-        finished = self._measured(pruned, plain, window)
-        if self._states is None or self._steps == 0 or not plain.maps.projections or not refinable(finished.loss):
+            return self._measured(pruned, known.origin, lambda: known.maps, window)
+        plain = self._of_all_text(pruned)
+        self._final[tuple(pruned)] = _Maps(plain, "all")
+        finished = self._measured(pruned, "all", lambda: plain, window)
+        if self._states is None or self._steps == 0 or not plain.projections or not refinable(finished.loss):
             return finished
-        maps = refine(
-            self._states, pruned, plain.maps, answers=self._answers(), steps=self._steps, seed=self._seed,
-            progress=lambda *n: self._progress("refine", *n),
-        )  # fmt: skip
-        refined = _Maps(maps, refined=True)
-        better = self._measured(pruned, refined, window)
+        maps = self._refined(self._states, pruned, plain)
+        better = self._measured(pruned, "refined", lambda: maps, window)
         if better.loss.worst_kl >= finished.loss.worst_kl:
             self.measured.remove(better)
             return finished
-        self._final[tuple(pruned)] = refined
+        self._final[tuple(pruned)] = _Maps(maps, "refined")
         return better
+
+    def _of_some_text(self, pruned: list[int]) -> Calibration:
+        """Maps in closed form: a set that grows is measured with these."""
+        if self._states is None:
+            return Calibration()
+        few = self._states.thinned(max(1, len(self._states.rows) // _FEW_ROWS))
+        return calibrate(few, pruned, products=torch.float32)
+
+    def _of_all_text(self, pruned: list[int]) -> Calibration:
+        """Maps in closed form."""
+        if (states := self._states) is None:
+            return Calibration()
+        name = f"maps_all_{format_layers(pruned)}"
+        return Calibration.of(self._kept.tensors(name, lambda: calibrate(states, pruned).constants()))
+
+    def _refined(self, states: HiddenStates, pruned: list[int], start: Calibration) -> Calibration:
+        def compute() -> dict[str, Tensor]:
+            return refine(
+                states, pruned, start, answers=self._answers(), steps=self._steps, seed=self._seed,
+                progress=lambda *n: self._progress("refine", *n),
+            ).constants()  # fmt: skip
+
+        return Calibration.of(self._kept.tensors(f"maps_refined_{format_layers(pruned)}", compute))
 
     def final(self, candidate: Candidate) -> Calibration:
         """The maps of a finished candidate."""
         return self._final[tuple(candidate.pruned)].maps
 
-    def _measured(self, pruned: list[int], maps: _Maps, window: int | None, limit: float = math.inf) -> Candidate:
+    def _measured(
+        self,
+        pruned: list[int],
+        origin: _Origin,
+        maps: Callable[[], Calibration],
+        window: int | None,
+        limit: float = math.inf,
+    ) -> Candidate:
         """It takes the place of the same set's, measured with other maps of the same kind."""
         held_out = self._held_out if window is None else self._held_out.at(window)
-        loss = held_out.measure(pruned, maps.maps, limit)
-        found = Candidate(pruned, loss, maps.refined, held_out.window)
+        name = f"loss_{origin}_{format_layers(pruned)}_window_{held_out.window}_limit_{limit:g}"
+        loss = self._kept.loss(name, lambda: held_out.measure(pruned, maps(), limit))
+        found = Candidate(pruned, loss, origin == "refined", held_out.window)
         same = (found.pruned, found.refined, found.window)
         self.measured = [c for c in self.measured if (c.pruned, c.refined, c.window) != same]
         self.measured.append(found)
@@ -265,10 +294,10 @@ class Search:
 
 
 class _Maps(NamedTuple):
-    """What takes the place of pruned layers. refined: by gradients."""
+    """What takes the place of pruned layers."""
 
     maps: Calibration
-    refined: bool
+    origin: _Origin
 
 
 class _Tried(NamedTuple):

@@ -16,6 +16,7 @@ from popcompile.pruning.analyze import sample_texts
 from popcompile.pruning.execution import Reader
 from popcompile.pruning.importance import random_stream
 from popcompile.pruning.rows import AskedRows, Rows
+from popcompile.pruning.steps import COMPUTED, Steps
 from popcompile.text.documents import read_texts, windows
 from popcompile.text.lists import retrieval_text
 
@@ -72,13 +73,15 @@ def calibration_text(
     least: int = 0,
     decides: bool = True,
     seed: int = 0,
+    steps: Steps = COMPUTED,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CalibrationText:
     """origin: "self" or a text file (text/documents.py says of what kinds). program: canonical. texts: how many to
     calibrate on. window: tokens at a prompt's end that take the whole model; texts are long enough for prompts of
     several windows. prompt_tokens: of the prompts in which answers stand, where that is more than the others have and
     the context allows. least: tokens of a text, at least, if the context allows. decides: whether maps are to be chosen
-    between; else nothing but the measuring text is held out, and less of it the fewer the texts.
+    between; else nothing but the measuring text is held out, and less of it the fewer the texts. steps: keep
+    what is sampled.
 
     Raises PopcompileError where the file cannot be used or the model's context is too short.
     """
@@ -91,7 +94,10 @@ def calibration_text(
     held_out, parts = (HELD_OUT, 2) if decides else (max(_FEWEST_HELD_OUT, min(HELD_OUT, texts // 8)), 1)
     count = texts + parts * held_out
     if origin == SELF:
-        rows, source = sample_texts(program, read, tokenizer, count, tokens, seed, progress), _SAMPLED
+        sampled = steps.tensors(
+            "text", lambda: {"ids": sample_texts(program, read, tokenizer, count, tokens, seed, progress).ids}
+        )
+        rows, source = Rows(sampled["ids"]), _SAMPLED
     else:
         rows, source = _read(origin, tokenizer, count, tokens, seed), f"held-out part of {Path(origin).name}"
     if len(rows) < count:
