@@ -81,8 +81,13 @@ class KVCache:
 
     @classmethod
     def unpacked(cls, packed: Tensor, device: str, delta: int = 0) -> KVCache:
-        """The cache of one row that holds what `packed` returned of the first slots. delta: behind them."""
-        return cls([to_ort(t[None], device) for t in packed], [packed.shape[2]], device, [delta])
+        """The cache of one row whose first slots hold what `packed` returned, copied, with room behind them.
+
+        delta: as in `deltas`.
+        """
+        used = packed.shape[2]
+        shape = (*packed.shape[:2], used + _CACHE_STEP, packed.shape[3])
+        return cls([to_ort(t[None], device) for t in _widen(packed, shape)], [used], device, [delta])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         values = [to_ort(t.clone(memory_format=torch.contiguous_format), self.device) for t in self.tensors()]

@@ -10,19 +10,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from popcompile.runtime.cache import KVCache
 from popcompile.runtime.generation import PopForCausalLM
-from popcompile.runtime.generation_cache import PopCache
 from popcompile.serving.errors import ApiError
+from popcompile.serving.prefilling import Encoded, Prefiller
 from popcompile.serving.prefix_cache import PrefixCache
-from popcompile.serving.sampling import Sampling, prefill, tokens
+from popcompile.serving.sampling import Sampling, tokens
 from popcompile.serving.text_stream import TextStream
+
+_T = TypeVar("_T")
 
 
 class Piece(NamedTuple):
@@ -43,6 +44,39 @@ class Generator(Protocol):
         ...
 
 
+class Turns:
+    """One thread whose steps many requests share."""
+
+    def __init__(self, max_concurrent: int) -> None:
+        """max_concurrent: requests that take turns; each has a cache in memory."""
+        self._is_ending = False
+        self._places = asyncio.Semaphore(max_concurrent)
+        #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
+        self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
+
+    async def take(self, steps: Iterator[_T]) -> AsyncIterator[_T]:
+        """What the steps of a request give, each when it is its turn. No more is computed where nobody asks for the
+        next. Raises ApiError after `end`.
+        """
+        async with self._places:
+            loop = asyncio.get_running_loop()
+            while not self._is_ending:
+                given = await loop.run_in_executor(self._thread, next, steps, None)
+                if given is None:
+                    return
+                yield given
+            raise ApiError(503, "the server is ending; ask again later")
+
+    def end(self) -> None:
+        """Let every request end with the step that it is at."""
+        self._is_ending = True
+
+    def close(self) -> None:
+        """End the thread, once the step that runs is done."""
+        self.end()
+        self._thread.shutdown(cancel_futures=True)
+
+
 class Engine:
     """Answers prompts with a model on this machine."""
 
@@ -54,91 +88,32 @@ class Engine:
         max_concurrent: int,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        """max_concurrent: requests that take turns; each has a cache in memory. prefixes: None keeps none."""
+        """max_concurrent: as of `Turns`. prefixes: None keeps none."""
         self._model, self._tokenizer = model, tokenizer
-        self._prefixes = prefixes if prefixes is not None and reuses_prefixes(model) else None
-        self._is_ending = False
-        self._places = asyncio.Semaphore(max_concurrent)
-        #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
-        self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
+        self._prefiller = Prefiller(model, prefixes)
+        self.turns = Turns(max_concurrent)
 
-    async def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncIterator[Piece]:
-        """See `Generator`. No more is computed where nobody asks for the next piece. Raises ApiError after `end`."""
-        async with self._places:
-            pieces, loop = self._pieces(inputs, sampling), asyncio.get_running_loop()
-            while not self._is_ending:
-                piece = await loop.run_in_executor(self._thread, next, pieces, None)
-                if piece is None:
-                    return
-                yield piece
-            raise ApiError(503, "the server is ending; ask again later")
-
-    def end(self) -> None:
-        """Let every answer end with the step that it is at."""
-        self._is_ending = True
-
-    def close(self) -> None:
-        """End the thread, once the step that runs is done."""
-        self.end()
-        self._thread.shutdown(cancel_futures=True)
+    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncIterator[Piece]:
+        """See `Generator`."""
+        return self.turns.take(self._pieces(inputs, sampling))
 
     def _pieces(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> Iterator[Piece]:
-        ids = inputs["input_ids"]
-        reusable = ids[0, : context_tokens(self._model, ids.shape[1])].tolist() if set(inputs) == {"input_ids"} else []
-        cache = self._begin(reusable)
-        cached = cache.get_seq_length()
-        logits = prefill(self._model, inputs, cache)
-        for piece in answer(self._model, self._tokenizer, ids, sampling, logits, cache):
-            yield piece._replace(cached=cached)
-            if reusable and self._prefixes is not None:
-                self._prefixes.store(reusable, cache.kv)
-                reusable = []
-
-    def _begin(self, reusable: list[int]) -> PopCache:
-        """The cache to encode a prompt with: empty, or with what is held of its first tokens."""
-        held = self._prefixes.find(reusable) if self._prefixes is not None else None
-        if held is None:
-            return PopCache(self._model.runtime.new_cache(1))
-        return text_cache(KVCache.unpacked(held, self._model.runtime.provider.device))
+        encoded, is_kept = self._prefiller.encode(inputs), False
+        for piece in answer(self._model, self._tokenizer, encoded, sampling):
+            yield piece
+            if not is_kept:  # after the first token: nobody waits for it
+                self._prefiller.keep(inputs, encoded)
+                is_kept = True
 
 
 def answer(
-    model: PopForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Tensor,
-    sampling: Sampling,
-    logits: Tensor,
-    cache: PopCache,
+    model: PopForCausalLM, tokenizer: PreTrainedTokenizerBase, encoded: Encoded, sampling: Sampling
 ) -> Iterator[Piece]:
-    """The answer to a prompt [1, tokens] that was encoded: logits and cache behind it."""
+    """The answer to a prompt that was encoded, piece by piece; the cache grows."""
     text = TextStream(tokenizer, sampling.stop)
-    for token in tokens(model, prompt, sampling, logits, cache):
+    for token in tokens(model, encoded.prompt, sampling, encoded.logits, encoded.cache):
         new = text.put(token.id)
         finish = "stop" if text.is_stopped else token.finish
-        yield Piece(new if finish is None else new + text.end(), 0, finish)
+        yield Piece(new if finish is None else new + text.end(), encoded.cached, finish)
         if finish is not None:
             return
-
-
-def text_cache(kv: KVCache) -> PopCache:
-    """A cache of one row whose tokens were all seen."""
-    cache = PopCache(kv)
-    cache.seen = torch.ones((1, kv.lengths[0]), dtype=torch.bool)
-    return cache
-
-
-def context_tokens(model: PopForCausalLM, prompt: int) -> int:
-    """How many of a prompt's tokens have keys and values that do not depend on where the prompt ends."""
-    manifest = model.manifest
-    window = manifest.window if manifest.pruned and model.choose_prefill() == "pop" else 1
-    return max(0, prompt - window)
-
-
-def reuses_prefixes(model: PopForCausalLM) -> bool:
-    """Whether a prompt's beginning has the same keys and values in a longer prompt. With longrope it does not: the
-    frequencies are those for the length of the whole prompt.
-    """
-    text = model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    return all(kind.get("rope_type", kind.get("type")) != "longrope" for kind in kinds)

@@ -14,7 +14,7 @@ from popcompile.errors import PopcompileError
 from popcompile.package.configs import load_tokenizer
 from popcompile.runtime.generation import load
 from popcompile.serving.app import create_app
-from popcompile.serving.engine import Engine
+from popcompile.serving.engine import Engine, Turns
 from popcompile.serving.prefix_cache import PrefixCache
 from popcompile.serving.prompts import Prompts
 
@@ -25,12 +25,12 @@ _GRACE = 30
 class _Server(uvicorn.Server):
     """Answers that are under way end with an error when the server does."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, turns: Turns) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._turns = turns
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._engine.end()
+        self._turns.end()
         super().handle_exit(sig, frame)
 
 
@@ -57,9 +57,9 @@ def serve(
         config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=_GRACE)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{opened.getsockname()[1]}/v1")
         try:
-            _Server(config, engine).run(sockets=[opened])
+            _Server(config, engine.turns).run(sockets=[opened])
         finally:
-            engine.close()
+            engine.turns.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

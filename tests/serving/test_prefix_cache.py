@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+import pickle
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from popcompile.conversion import convert
 from popcompile.runtime.cache import KVCache, to_ort
-from popcompile.serving.engine import Piece, reuses_prefixes
+from popcompile.serving.engine import Piece, answer
+from popcompile.serving.prefilling import Prefiller, reuses_prefixes
 from popcompile.serving.prefix_cache import PrefixCache
 from popcompile.serving.sampling import Sampling
 
@@ -165,7 +166,20 @@ def test_hits_are_counted(served: Served) -> None:
         assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (70, cached)
 
 
-def test_longrope_does_not_share(tmp_path: Path) -> None:
+def test_an_encoded_prompt_travels(served: Served) -> None:
+    """As arrays that nobody may write to, as they come out of a store that processes share."""
+    ids = torch.tensor([_prompts()[0]])
+    encoded = Prefiller(served.model).encode({"input_ids": ids})
+    packed = pickle.loads(pickle.dumps(encoded.packed()))
+    for array in (packed.prompt, packed.logits, packed.values):
+        array.flags.writeable = False
+    kept = packed.values.copy()
+    pieces = list(answer(served.model, served.tokenizer, packed.unpacked(served.model), Sampling(new_tokens=8)))
+    assert [p.text for p in pieces] == [p.text for p in _answer(served, ids[0].tolist(), None)]
+    assert (packed.values == kept).all()
+
+
+def test_longrope_does_not_share() -> None:
     """Its frequencies are those of the whole prompt's length."""
     scaling = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "rope_theta": 10000.0,
                "original_max_position_embeddings": 16}  # fmt: skip
