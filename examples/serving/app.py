@@ -22,6 +22,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class Replicas:
                     given += 1
                     yield piece
                 return
-            except (RayActorError, ObjectLostError):
+            except (RayActorError, ObjectLostError, RayServeException):  # the last where Prefill's replica dies
                 continue
             finally:  # also where the client has gone
                 pieces.cancel()

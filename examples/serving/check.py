@@ -53,7 +53,7 @@ def main() -> None:
     killed = asyncio.run(_ask_and_kill(package.name, answers, options.new_tokens))
     again = _wait_for_replicas()
     serve.shutdown()
-    expected = {question: _expected(package, question, options.new_tokens) for question in QUESTIONS}
+    expected = _expected(package, options.new_tokens)
     rows = [
         [a.question, "streamed" if a.is_streamed else "whole", a.cached, a.error or "all", _same(a, expected)]
         for a in answers
@@ -137,14 +137,17 @@ def _wait_for_replicas() -> float:
     return time.monotonic() - began
 
 
-def _expected(package: Path, question: str, new_tokens: int) -> str:
-    tokenizer = load_tokenizer(package)
-    inputs = tokenizer.apply_chat_template(
-        _messages(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+def _expected(package: Path, new_tokens: int) -> dict[str, str]:
+    """The model's own answers to all questions."""
+    tokenizer, answers = load_tokenizer(package), {}
     with popcompile.load(package) as model:
-        tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for question in QUESTIONS:
+            inputs = tokenizer.apply_chat_template(
+                _messages(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+            answers[question] = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 def _same(answer: Answer, expected: dict[str, str]) -> str:
