@@ -13,8 +13,9 @@ its requests start again on others, which compute the same tokens, and go on whe
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class Decode:
         self._tokenizer = load_tokenizer(Path(package), self._model.manifest)
         self._turns = Turns(PLACES)
 
-    async def generate(self, packed: Packed, sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(self, packed: Packed, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         steps = answer(self._model, self._tokenizer, packed.unpacked(self._model), sampling)
         async with aclosing(self._turns.take(steps)) as pieces:
             async for piece in pieces:
@@ -79,7 +80,7 @@ class Replicas:
     def __init__(self, prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
         self._prefill, self._decode = prefill, decode.options(stream=True)
 
-    async def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed  # for an answer that starts again
         given = 0
         for _ in range(ATTEMPTS):
@@ -95,8 +96,9 @@ class Replicas:
                 return
             except (RayActorError, ObjectLostError, RayServeException):  # the last where Prefill's replica dies
                 continue
-            finally:  # also where the client has gone
+            except (GeneratorExit, asyncio.CancelledError):  # the client has gone
                 pieces.cancel()
+                raise
         raise ApiError(503, f"{ATTEMPTS} replicas died on this request; ask again later")
 
 

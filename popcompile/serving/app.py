@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from popcompile.serving.requests import ChatRequest, CompletionRequest, Request
 from popcompile.serving.responses import ChatForm, CompletionForm, Form, Tally, model_card
 from popcompile.serving.sampling import Sampling
 
+_LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 #: of a request, in bytes
 BODY_BYTES = 100 * 2**20
@@ -98,20 +100,22 @@ async def _answered(http: HTTPRequest, body: Request, jobs: list[Job], generator
     return Response(_json(form.whole(tally)), media_type="application/json")
 
 
-async def _pieces(jobs: Sequence[Job], generator: Generator, tally: Tally) -> AsyncIterator[tuple[int, Piece]]:
+async def _pieces(jobs: Sequence[Job], generator: Generator, tally: Tally) -> AsyncGenerator[tuple[int, Piece], None]:
     """The answers one after the other, piece by piece, each with its answer's index."""
     for index, job in enumerate(jobs):
-        async with aclosing(generator.generate(job.inputs, job.sampling)) as pieces:  # type: ignore[type-var]
+        async with aclosing(generator.generate(job.inputs, job.sampling)) as pieces:
             async for piece in pieces:
                 tally.note(index, piece, job.is_first)
                 yield index, piece
 
 
-async def _events(pieces: AsyncIterator[tuple[int, Piece]], form: Form, tally: Tally) -> AsyncIterator[bytes]:
+async def _events(
+    pieces: AsyncGenerator[tuple[int, Piece], None], form: Form, tally: Tally
+) -> AsyncGenerator[bytes, None]:
     """A request's answers as server-sent events. What fails once they have begun is an event too."""
     opened = -1
     try:
-        async with aclosing(pieces):  # type: ignore[type-var]
+        async with aclosing(pieces):
             async for index, piece in pieces:
                 if index != opened:
                     opened = index
@@ -124,13 +128,15 @@ async def _events(pieces: AsyncIterator[tuple[int, Piece]], form: Form, tally: T
         for chunk in form.closing(tally):
             yield _event(_json(chunk))
     except Exception as error:
+        if not isinstance(error, ApiError):
+            _LOG.exception("an answer failed while it was streamed")
         yield _event(json.dumps(error_json(error)))
     yield _event("[DONE]")
 
 
-async def _exhaust(pieces: AsyncIterator[tuple[int, Piece]]) -> bool:
+async def _exhaust(pieces: AsyncGenerator[tuple[int, Piece], None]) -> bool:
     """Run to the end; True."""
-    async with aclosing(pieces):  # type: ignore[type-var]
+    async with aclosing(pieces):
         async for _ in pieces:
             pass
     return True

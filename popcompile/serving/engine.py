@@ -8,7 +8,7 @@ streams go on side by side, and wait for a prefill as long as it takes. Others w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 class Generator(Protocol):
     """Whatever answers prompts."""
 
-    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncIterator[Piece]:
+    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """An answer, a piece for every token. inputs: as `Prompts` makes them."""
         ...
 
@@ -54,7 +54,7 @@ class Turns:
         #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
 
-    async def take(self, steps: Iterator[_T]) -> AsyncIterator[_T]:
+    async def take(self, steps: Iterator[_T]) -> AsyncGenerator[_T, None]:
         """What the steps of a request give, each when it is its turn. No more is computed where nobody asks for the
         next. Raises ApiError after `end`.
         """
@@ -93,7 +93,7 @@ class Engine:
         self._prefiller = Prefiller(model, prefixes)
         self.turns = Turns(max_concurrent)
 
-    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncIterator[Piece]:
+    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """See `Generator`."""
         return self.turns.take(self._pieces(inputs, sampling))
 

@@ -33,7 +33,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (),
+    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -42,6 +42,11 @@ _IGNORED_OF_A_MESSAGE = ("name",)
 #: new tokens of /v1/completions where a request does not say, as in OpenAI's
 _COMPLETION_TOKENS = 16
 _SEED = 2**62
+
+
+def _are_the_same(value: object, other: object) -> bool:
+    """As JSON: 0 is 0.0, and not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _require_unicode(text: str) -> str:
@@ -95,7 +100,9 @@ class Message(_Strict):
         kept = {k: v for k, v in data.items() if k in ("role", "content")}
         for name in data.keys() - kept.keys() - set(_IGNORED_OF_A_MESSAGE):
             if data[name] not in (None, [], ""):
-                raise ApiError(400, f"messages: {name} is not supported; leave it out", "messages", "unsupported")
+                raise ApiError(
+                    400, f"messages: {name} is not supported; leave it out", "messages", "unsupported_parameter"
+                )
         if kept.get("content") is None and kept.get("role") == "assistant":
             kept["content"] = ""
         return kept
@@ -126,7 +133,7 @@ class Request(_Strict):
             return data
         for name, neutral in UNSUPPORTED.items():
             value = data.get(name)
-            if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+            if value is not None and not any(_are_the_same(value, n) for n in neutral):
                 raise ApiError(400, f"{name} is not supported; leave it out", name, "unsupported_parameter")
         return {name: value for name, value in data.items() if name not in UNSUPPORTED and name not in IGNORED}
 

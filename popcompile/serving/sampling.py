@@ -36,7 +36,7 @@ class Sampling:
 
     def arguments(self, config: GenerationConfig) -> dict[str, Any]:
         """Of `generate`: sampling at a temperature above 0, and with a top_p below 1 where none is given."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.new_tokens, "min_new_tokens": None}
+        chosen: dict[str, Any] = {"max_new_tokens": self.new_tokens}
         if self.temperature is not None:
             chosen["do_sample"] = self.temperature >= _GREEDY
         elif self.top_p is not None and self.top_p < 1:

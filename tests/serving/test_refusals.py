@@ -97,7 +97,10 @@ def test_unsupported_field(field: str, served: Served) -> None:
 
 
 def test_harmless_fields(served: Served) -> None:
-    body = {"messages": [USER | {"name": "ada"}], "max_tokens": 1, "user": "u", "metadata": {"a": "b"}, "store": True}
+    body = {
+        "messages": [USER | {"name": "ada"}], "max_tokens": 1, "user": "u", "metadata": {"a": "b"}, "store": True,
+        "frequency_penalty": 0.0,
+    }  # fmt: skip
 
     async def ask() -> httpx.Response:
         async with served.http() as http:
