@@ -53,9 +53,7 @@ class Prefill:
         self._prefiller = Prefiller(model, PrefixCache(prefix_cache_mb << 20))
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Packed:
-        encoded = self._prefiller.encode(inputs)
-        self._prefiller.keep(inputs, encoded)
-        return encoded.packed()
+        return self._prefiller.encode(inputs).packed()
 
 
 @serve.deployment(max_ongoing_requests=PLACES, health_check_period_s=2)

@@ -98,12 +98,7 @@ class Engine:
         return self.turns.take(self._pieces(inputs, sampling))
 
     def _pieces(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> Iterator[Piece]:
-        encoded, is_kept = self._prefiller.encode(inputs), False
-        for piece in answer(self._model, self._tokenizer, encoded, sampling):
-            yield piece
-            if not is_kept:  # after the first token: nobody waits for it
-                self._prefiller.keep(inputs, encoded)
-                is_kept = True
+        yield from answer(self._model, self._tokenizer, self._prefiller.encode(inputs), sampling)
 
 
 def answer(

@@ -66,18 +66,14 @@ class Prefiller:
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
         """inputs: input_ids [1, tokens], and what the processor made of a prompt's images."""
-        held = self._prefixes.find(self._reusable(inputs)) if self._prefixes is not None else None
-        if held is None:
-            cache = PopCache(self._model.runtime.new_cache(1))
-        else:
-            cache = _seen(KVCache.unpacked(held, self._model.runtime.provider.device))
+        reusable, device = self._reusable(inputs), self._model.runtime.provider.device
+        held = self._prefixes.find(reusable) if self._prefixes is not None else None
+        cache = PopCache(self._model.runtime.new_cache(1)) if held is None else _seen(KVCache.unpacked(held, device))
         cached = cache.get_seq_length()
-        return Encoded(inputs["input_ids"], prefill(self._model, inputs, cache), cache, cached)
-
-    def keep(self, inputs: Mapping[str, Tensor], encoded: Encoded) -> None:
-        """Keep the beginning of a prompt that was encoded, also after tokens were added to its cache."""
-        if self._prefixes is not None:
-            self._prefixes.store(self._reusable(inputs), encoded.cache.kv)
+        logits = prefill(self._model, inputs, cache)
+        if self._prefixes is not None:  # at once: of prompts that came together the next begins alike
+            self._prefixes.store(reusable, cache.kv)
+        return Encoded(inputs["input_ids"], logits, cache, cached)
 
     def _reusable(self, inputs: Mapping[str, Tensor]) -> list[int]:
         """The tokens whose keys and values do not depend on what follows them: none where there are images, which ids

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bad_input import save_tokenizer
 from conftest import tiny_gemma3, tiny_llama, tiny_model
+from openai import AsyncOpenAI
 from served import WINDOW, Served
 from torch import Tensor
 
@@ -164,6 +165,19 @@ def test_hits_are_counted(served: Served) -> None:
         usage = ask(n).usage
         assert usage is not None and usage.prompt_tokens_details is not None
         assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (70, cached)
+
+
+def test_prompts_that_came_together_share(served: Served) -> None:
+    """The first to be encoded is held before the second is."""
+    engine = served.engine(prefixes=PrefixCache(1 << 24, BLOCK))
+    first, second = _prompts()[:2]
+
+    async def both(client: AsyncOpenAI) -> list[int]:
+        ask = lambda p: client.completions.create(model="tiny", prompt=p, max_tokens=4)  # noqa: E731
+        answers = await asyncio.gather(ask(first), ask(second))
+        return [a.usage.prompt_tokens_details.cached_tokens for a in answers]
+
+    assert served.ask(both, engine) == [0, 40]
 
 
 def test_an_encoded_prompt_travels(served: Served) -> None:
