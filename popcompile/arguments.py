@@ -78,6 +78,7 @@ class Number:
 _MOST = 999_999_999
 POSITIVE = Number("a number of at least 1", 1, _MOST)
 COUNT = Number("a number of at least 0", 0, _MOST)
+PORT = Number("a port, a number from 0 to 65535", 0, 65535)
 #: the seeds that every generator of random numbers takes, NumPy's old one included
 SEED = Number("a seed, a number from 0 to 4294967295", 0, 2**32 - 1)
 TEMPERATURE = Number("a number between 0 and 100", math.ulp(0.0), math.nextafter(100, 0), whole=False)

@@ -45,7 +45,7 @@ from popcompile.pruning import execution
 from popcompile.vision import tracing as vision_tracing
 
 #: what else has fixtures
-pytest_plugins = ("gguf_files", "pairs", "vision")
+pytest_plugins = ("gguf_files", "pairs", "served", "vision")
 #: for what tests run in processes of their own
 _TESTS = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_TESTS, _TESTS / "support")))

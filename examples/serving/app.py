@@ -1,118 +1,128 @@
-"""A package behind one HTTP endpoint, on as many machines as a Ray cluster has.
+"""A package behind OpenAI's API on as many machines as a Ray cluster has, where prompts and tokens scale apart.
 
-    serve run examples.serving.app:build package=/models/out replicas=2
-    curl -N localhost:8000/generate -H "Content-Type: application/json" -d '{"prompt": "What is a B-tree?"}'
+    serve run examples.serving.app:build package=/models/out prefill=2 decode=2
+    curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" \\
+        -d '{"messages": [{"role": "user", "content": "What is a B-tree?"}]}'
 
-Ray Serve starts replicas, restarts those that die, and routes requests to those that are free; a replica answers one
-request at a time, with all of its cores. A request whose replica dies goes to another one, unless text of it has been
-sent. Needs popcompile and "ray[serve]".
+Gateway is the app of `popcompile serve`. A replica of Prefill encodes a prompt, with what it holds of its beginning,
+and one of Decode answers it, with others in turns. Keys and values go from one to the other as one array in Ray's
+object store, not through the gateway: on the same machine Decode reads it where Prefill put it. Where a replica dies,
+its requests start again on others, which compute the same tokens, and go on where their clients are. Needs
+"popcompile[serve]" and "ray[serve]".
 """
 
-import itertools
-import os
-import threading
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from __future__ import annotations
 
-import torch
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoTokenizer, TextIteratorStreamer
+from torch import Tensor
 
 import popcompile
+from popcompile.package.configs import load_tokenizer
+from popcompile.package.manifest import read_manifest
+from popcompile.serving.app import create_app
+from popcompile.serving.engine import Piece, Turns, answer
+from popcompile.serving.errors import ApiError
+from popcompile.serving.prefilling import Packed, Prefiller
+from popcompile.serving.prefix_cache import PrefixCache
+from popcompile.serving.prompts import Prompts
+from popcompile.serving.sampling import Sampling
 
-#: replicas that a request is given to, one after the other, while they die on it
+#: how often a request starts again, while replicas die on it
 ATTEMPTS = 5
-app = FastAPI()
-
-
-class Request(BaseModel):
-    """A user's message. Decoding is greedy, so that a request that starts again gives the same text."""
-
-    prompt: str
-    max_new_tokens: int = Field(default=128, ge=1)
+#: requests that take turns in a replica of Decode
+PLACES = 16
 
 
 @serve.deployment(max_ongoing_requests=1, health_check_period_s=2)
-class Model:
-    """One replica: the package in a process of its own. Replicas on a machine share the mapped weights file."""
+class Prefill:
+    """Encodes prompts, one at a time, with all the cores of a replica."""
+
+    def __init__(self, package: str, provider: str, threads: int, prefix_cache_mb: int) -> None:
+        model = popcompile.load(package, provider=provider, threads=threads)
+        self._prefiller = Prefiller(model, PrefixCache(prefix_cache_mb << 20))
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Packed:
+        return self._prefiller.encode(inputs).packed()
+
+
+@serve.deployment(max_ongoing_requests=PLACES, health_check_period_s=2)
+class Decode:
+    """Answers prompts that were encoded. Replicas on a machine share the mapped weights file, with those of Prefill."""
 
     def __init__(self, package: str, provider: str, threads: int) -> None:
         self._model = popcompile.load(package, provider=provider, threads=threads)
-        self._tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False, local_files_only=True)
-        self._name = f"{serve.get_replica_context().replica_tag}, process {os.getpid()}"
+        self._tokenizer = load_tokenizer(Path(package), self._model.manifest)
+        self._turns = Turns(PLACES)
 
-    def generate(self, prompt: str, max_new_tokens: int) -> Iterator[str]:
-        """This replica's name, with the first token, and then the text as it comes."""
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        left, failed = threading.Event(), list[Exception]()
+    async def generate(self, packed: Packed, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        steps = answer(self._model, self._tokenizer, packed.unpacked(self._model), sampling)
+        async with aclosing(self._turns.take(steps)) as pieces:
+            async for piece in pieces:
+                yield piece
 
-        def run() -> None:
+
+class Replicas:
+    """Answers prompts with both, as popcompile's own engine does on one machine."""
+
+    def __init__(self, prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+        self._prefill, self._decode = prefill, decode.options(stream=True)
+
+    async def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed  # for an answer that starts again
+        given = 0
+        for _ in range(ATTEMPTS):
+            pieces = self._decode.generate.remote(self._prefill.encode.remote(inputs), replace(sampling, seed=seed))
+            known = given
             try:
-                self._model.generate(
-                    **self._encoded(prompt), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer,
-                    stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), left.is_set())],
-                )  # fmt: skip
-            except Exception as error:
-                failed.append(error)
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            first = next(streamer, "")
-            if failed:
-                raise failed[0]
-            yield self._name
-            yield from (text for text in itertools.chain([first], streamer) if text)
-        finally:  # also where the client has gone
-            left.set()
-            thread.join()
-
-    def _encoded(self, prompt: str) -> Any:
-        if not self._tokenizer.chat_template:
-            return self._tokenizer(prompt, return_tensors="pt")
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-
-
-async def _in_bytes(texts: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    async for text in texts:
-        yield text.encode()
+                async for piece in pieces:
+                    if known:
+                        known -= 1
+                        continue
+                    given += 1
+                    yield piece
+                return
+            except (RayActorError, ObjectLostError, RayServeException):  # the last where Prefill's replica dies
+                continue
+            except (GeneratorExit, asyncio.CancelledError):  # the client has gone
+                pieces.cancel()
+                raise
+        raise ApiError(503, f"{ATTEMPTS} replicas died on this request; ask again later")
 
 
 @serve.deployment(max_ongoing_requests=1000)
-@serve.ingress(app)
+@serve.ingress()
 class Gateway:
     """Takes requests over HTTP; those that no replica is free for wait here."""
 
-    def __init__(self, model: DeploymentHandle) -> None:
-        self._model = model.options(stream=True)
+    def __init__(self, package: str, prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+        self._folder, self._replicas = Path(package), Replicas(prefill, decode)
 
-    @app.post("/generate")
-    async def generate(self, request: Request) -> StreamingResponse:
-        """The answer as a stream of text. The header X-Replica names the replica that it comes from."""
-        for _ in range(ATTEMPTS):
-            texts = self._model.generate.remote(request.prompt, request.max_new_tokens)
-            try:
-                replica = await anext(texts)
-            except RayActorError:
-                continue
-            except popcompile.PopcompileError as error:
-                raise HTTPException(400, str(error.args[0] if error.args else error)) from error
-            return StreamingResponse(_in_bytes(texts), media_type="text/plain", headers={"X-Replica": replica})
-        raise HTTPException(503, f"{ATTEMPTS} replicas died on this request")
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        prompts = Prompts(self._folder, read_manifest(self._folder))
+        return create_app(self._folder.name, prompts, self._replicas)
 
 
 def build(options: dict[str, str]) -> serve.Application:
-    """`serve run`'s arguments: package, replicas (1), threads of each (1), provider (cpu)."""
-    threads, provider = int(options.get("threads", 1)), options.get("provider", "cpu")
+    """`serve run`'s arguments: package; prefill and decode, replicas of each (1); threads of each replica (1); provider
+    (cpu); prefix_cache_mb of each replica of Prefill (512).
+    """
+    package, provider = options["package"], options.get("provider", "cpu")
+    threads, megabytes = int(options.get("threads", 1)), int(options.get("prefix_cache_mb", 512))
     resources = {"num_cpus": threads} if provider == "cpu" else {"num_gpus": 1}
-    model = Model.options(num_replicas=int(options.get("replicas", 1)), ray_actor_options=resources)
-    return Gateway.options(ray_actor_options={"num_cpus": 0}).bind(model.bind(options["package"], provider, threads))
+    prefill = Prefill.options(num_replicas=int(options.get("prefill", 1)), ray_actor_options=resources)
+    decode = Decode.options(num_replicas=int(options.get("decode", 1)), ray_actor_options=resources)
+    gateway = Gateway.options(ray_actor_options={"num_cpus": 0})
+    return gateway.bind(
+        package, prefill.bind(package, provider, threads, megabytes), decode.bind(package, provider, threads)
+    )

@@ -1,120 +1,157 @@
-"""Two replicas behind one endpoint, one of them killed under load: python examples/serving/check.py PACKAGE
+"""Replicas killed under load: python examples/serving/check.py PACKAGE
 
-Starts Ray on this machine, sends requests at once, kills the process of a replica while text streams from it, and
-compares every answer with popcompile's own. Lost may only be what was streaming from that replica.
-Needs popcompile and "ray[serve]".
+Starts Ray on this machine with two replicas each of Prefill and Decode, sends requests at once with OpenAI's client,
+half of them streamed, and kills the process of a replica of Decode while text streams from it, then one of Prefill.
+Every answer has to come whole and be popcompile's own. Needs "popcompile[serve]" and "ray[serve]".
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
+import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import psutil
 import ray
 from app import build
+from openai import AsyncOpenAI, OpenAIError
 from ray import serve
 from tabulate import tabulate
-from transformers import AutoTokenizer
 
 import popcompile
+from popcompile.package.configs import load_tokenizer
 
-URL = "http://127.0.0.1:8000/generate"
 QUESTIONS = ["What is a B-tree?", "Name three rivers.", "Why is the sky blue?", "Write a haiku about tests."]
+#: what all prompts begin with
+SYSTEM = "You answer in one short paragraph, and say so where you do not know. " * 12
 SECONDS = 300
 
 
 @dataclass
 class Answer:
-    """replica: whose text came first. text: what came; complete: all of it."""
+    """text: what has come; error: why no more did, empty where all of it came."""
 
     question: str
-    replica: str = ""
+    is_streamed: bool
     text: str = ""
-    status: int = 0
-    complete: bool = False
+    cached: int = 0
+    error: str = "not asked"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
-    parser.add_argument("--requests", type=int, default=12, help="sent at once (default 12)")
+    parser.add_argument("--requests", type=int, default=16, help="sent at once (default 16)")
     parser.add_argument("--new-tokens", type=int, default=48, help="of an answer (default 48)")
     options = parser.parse_args()
     package = options.package.resolve()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    serve.run(build({"package": str(package), "replicas": "2"}))
-    answers = [Answer(QUESTIONS[i % len(QUESTIONS)]) for i in range(options.requests)]
-    with ThreadPoolExecutor(len(answers)) as pool:
-        running = [pool.submit(_ask, answer, options.new_tokens) for answer in answers]
-        victim = _kill_one(answers)
-        for request in running:
-            request.result()
-    again = _wait_for_replicas(2)
-    expected = {question: _expected(package, question, options.new_tokens) for question in QUESTIONS}
-    rows = [[a.question, a.replica, a.status, "all" if a.complete else "a part", _same(a, expected)] for a in answers]
-    print(tabulate(rows, ["question", "replica", "status", "text", "as popcompile's"], tablefmt="github"))
-    lost = [a for a in answers if not a.complete]
-    streamed = [a for a in lost if a.replica == victim and a.text]
-    print(
-        f"killed {victim}; {len(answers) - len(lost)} answers complete, {len(streamed)} cut off while streaming,"
-        f" {len(lost) - len(streamed)} lost; two replicas again after {again:.0f} s"
-    )
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    serve.run(build({"package": str(package), "prefill": "2", "decode": "2"}))
+    answers = [Answer(QUESTIONS[i % len(QUESTIONS)], i % 2 == 0) for i in range(options.requests)]
+    killed = asyncio.run(_ask_and_kill(package.name, answers, options.new_tokens))
+    _wait_for_replicas()
     serve.shutdown()
-    raise SystemExit(len(lost) > len(streamed) or len(lost) > 1 or any(_same(a, expected) != "yes" for a in answers))
+    expected = _expected(package, options.new_tokens)
+    rows = [
+        [a.question, "streamed" if a.is_streamed else "whole", a.cached, a.error or "all", _same(a, expected)]
+        for a in answers
+    ]
+    print(tabulate(rows, ["question", "asked for", "tokens cached", "came", "as popcompile's"], tablefmt="github"))
+    good = sum(not a.error and a.text == expected[a.question] for a in answers)
+    print(f"killed {', '.join(killed)}; {good} of {len(answers)} answers whole and the same")
+    raise SystemExit(good < len(answers))
 
 
-def _ask(answer: Answer, new_tokens: int) -> None:
-    request = {"prompt": answer.question, "max_new_tokens": new_tokens}
+async def _ask_and_kill(model: str, answers: list[Answer], new_tokens: int) -> list[str]:
+    """Ask all at once; returns what was killed meanwhile."""
+    client = AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none", max_retries=0, timeout=SECONDS)
+    running = [asyncio.create_task(_ask(client, model, answer, new_tokens)) for answer in answers]
+    killed = []
+    for name in ("Decode", "Prefill"):
+        while not any(a.is_streamed and a.text and a.error for a in answers):  # until text streams
+            await asyncio.sleep(0.01)
+        victim = _busiest(name)
+        victim.kill()
+        killed.append(f"{name}, process {victim.pid}")
+        await asyncio.sleep(0.5)
+        running += [asyncio.create_task(_ask(client, model, answer, new_tokens)) for answer in _more(answers)]
+    await asyncio.gather(*running)
+    return killed
+
+
+def _more(answers: list[Answer]) -> list[Answer]:
+    """Two more requests, so that there is work for what is killed next."""
+    more = [Answer(question, True) for question in QUESTIONS[:2]]
+    answers += more
+    return more
+
+
+async def _ask(client: AsyncOpenAI, model: str, answer: Answer, new_tokens: int) -> None:
+    request = {"model": model, "messages": _messages(answer.question), "max_tokens": new_tokens, "temperature": 0}
     try:
-        with httpx.stream("POST", URL, json=request, timeout=SECONDS) as response:
-            answer.status, answer.replica = response.status_code, response.headers.get("X-Replica", "")
-            for text in response.iter_text():
-                answer.text += text
-            answer.complete = response.status_code == 200
-    except httpx.HTTPError:
-        pass  # cut off: what has come is in `answer`
+        if answer.is_streamed:
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            async for chunk in await client.chat.completions.create(**request, **options):
+                answer.text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+                answer.cached = chunk.usage.prompt_tokens_details.cached_tokens if chunk.usage else 0
+        else:
+            whole = await client.chat.completions.create(**request)
+            answer.text, answer.cached = (
+                whole.choices[0].message.content,
+                whole.usage.prompt_tokens_details.cached_tokens,
+            )
+        answer.error = ""
+    except OpenAIError as error:
+        answer.error = str(error)
 
 
-def _kill_one(answers: list[Answer]) -> str:
-    """Wait for text from a replica, kill its process, and say which it was."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline and any(a.status in (0, 200) and not a.complete for a in answers):
-        victim = next((a.replica for a in answers if a.text and not a.complete), None)
-        if victim:
-            os.kill(int(victim.split()[-1]), signal.SIGKILL)
-            return victim
-        time.sleep(0.02)
-    raise SystemExit("no replica has answered anything")
+def _messages(question: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
 
 
-def _wait_for_replicas(count: int) -> float:
+def _busiest(deployment: str) -> psutil.Process:
+    """Of a deployment's replicas, which Ray starts below this process, the one that has worked most."""
+    found = [p for p in psutil.Process().children(recursive=True) if f"ServeReplica:default:{deployment}" in _title(p)]
+    return max(found, key=lambda process: process.cpu_times().user)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _wait_for_replicas() -> None:
+    """Until those that were killed are there again."""
     began = time.monotonic()
     while time.monotonic() < began + SECONDS:
-        replicas = serve.status().applications["default"].deployments["Model"].replica_states
-        if replicas.get("RUNNING") == count and set(replicas) == {"RUNNING"}:
-            break
+        deployments = serve.status().applications["default"].deployments
+        states = [deployments[name].replica_states for name in ("Prefill", "Decode")]
+        if all(set(state) == {"RUNNING"} and state["RUNNING"] == 2 for state in states):
+            return
         time.sleep(0.5)
-    return time.monotonic() - began
+    raise SystemExit("the replicas that were killed did not come back")
 
 
-def _expected(package: Path, question: str, new_tokens: int) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False, local_files_only=True)
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    tokens = popcompile.load(package).generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _expected(package: Path, new_tokens: int) -> dict[str, str]:
+    """The model's own answers to all questions."""
+    tokenizer, answers = load_tokenizer(package), {}
+    with popcompile.load(package) as model:
+        for question in QUESTIONS:
+            inputs = tokenizer.apply_chat_template(
+                _messages(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+            answers[question] = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 def _same(answer: Answer, expected: dict[str, str]) -> str:
     text = expected[answer.question]
-    return "yes" if (answer.text == text if answer.complete else text.startswith(answer.text)) else "no"
+    return "yes" if (answer.text == text if not answer.error else text.startswith(answer.text)) else "no"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from popcompile.cli.evaluate import add_evaluate
 from popcompile.cli.failures import output_failed, what_to_fix
 from popcompile.cli.inspect import add_inspect
 from popcompile.cli.run import add_run
+from popcompile.cli.serve import add_serve
 from popcompile.cli.signals import terminated
 from popcompile.cli.verify import add_verify
 from popcompile.errors import PopcompileError
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_analyze(commands)
     add_run(commands)
+    add_serve(commands)
     add_inspect(commands)
     add_verify(commands)
     add_evaluate(commands)

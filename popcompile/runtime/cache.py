@@ -73,6 +73,22 @@ class KVCache:
         padded = ([_widen(t, (*t.shape[:2], slots, t.shape[3])) for t in r.tensors()] for r in rows)
         self.replace([torch.cat(parts) for parts in zip(*padded, strict=True)])
 
+    def packed(self, begin: int, end: int) -> Tensor:
+        """Slots [begin, end) of a cache of one row, copied into one tensor on the CPU: [keys and values of every layer,
+        kv_heads, end - begin, head_size].
+        """
+        return torch.stack([t[0, :, begin:end] for t in self.tensors()])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, device: str, delta: int = 0) -> KVCache:
+        """The cache of one row whose first slots hold what `packed` returned, copied, with room behind them.
+
+        delta: as in `deltas`.
+        """
+        used = packed.shape[2]
+        shape = (*packed.shape[:2], used + _CACHE_STEP, packed.shape[3])
+        return cls([to_ort(t[None], device) for t in _widen(packed, shape)], [used], device, [delta])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         values = [to_ort(t.clone(memory_format=torch.contiguous_format), self.device) for t in self.tensors()]
         return KVCache(values, copy.copy(self.lengths), self.device, copy.copy(self.deltas))

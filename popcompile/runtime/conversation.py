@@ -80,7 +80,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], raw: boo
                 return_dict=True,
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
-            raise PopcompileError(f"the chat template refuses the prompt ({error}); try --raw") from error
+            raise PopcompileError(
+                f"the chat template refuses the prompt ({one_line(error)}); write the messages as it wants them, or"
+                " leave the template out"
+            ) from error
         return encoded["input_ids"]
     text = "\n".join(m["content"] for m in messages)
     return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(torch.int64)  # type: ignore[union-attr]

@@ -53,10 +53,18 @@ def read_picture(file: str) -> Image.Image:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise PopcompileError(f"{file}: cannot be read ({reason}); give a picture file of at most 64 MB") from error
-    with _decoding(file):
+    return decode_picture(content, file)
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """The picture in a file's bytes, as `read_picture` returns it. name: for the line that says what is wrong with it.
+
+    Raises PopcompileError, as `read_picture` does.
+    """
+    with _decoding(name):
         picture = Image.open(io.BytesIO(content), formats=_FORMATS)
-    _require_plain(file, picture)
-    with _decoding(file):
+    _require_plain(name, picture)
+    with _decoding(name):
         upright = ImageOps.exif_transpose(picture)
         return upright.convert("RGB")
 

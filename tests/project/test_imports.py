@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "frontend": {"passes"},
     "vision": {"passes", "frontend", "package"},
     "runtime": {"export", "package", "text"},
+    "serving": {"package", "runtime"},
     "evaluation": {"package", "runtime", "text", "variants"},
     "bench": {"export", "package", "runtime", "variants"},
     "pruning": {"passes", "frontend", "package", "text", "evaluation", "runtime", "vision"},
@@ -26,7 +27,18 @@ ARROWS: dict[str, set[str]] = {
     "target": {"passes", "export"},
     "packaging": {"passes", "export", "frontend", "package", "pruning", "target", "vision"},
     "conversion": {"passes", "export", "frontend", "package", "packaging", "pruning", "target", "vision"},
-    "cli": {"bench", "conversion", "evaluation", "frontend", "package", "pruning", "report", "runtime", "text"},
+    "cli": {
+        "bench",
+        "conversion",
+        "evaluation",
+        "frontend",
+        "package",
+        "pruning",
+        "report",
+        "runtime",
+        "serving",
+        "text",
+    },
 }
 #: files below every folder, which import one another only; the compiler, passes and export, stands on two of them
 GROUND = {

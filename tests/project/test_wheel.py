@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("popcompile", "passes", "export")
-COMMANDS = ("convert", "analyze", "run", "inspect", "verify", "evaluate", "bench", "demo")
+COMMANDS = ("convert", "analyze", "run", "serve", "inspect", "verify", "evaluate", "bench", "demo")
 
 
 @pytest.fixture(scope="module")

@@ -105,11 +105,16 @@ def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     }  # fmt: skip
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**sizes | changes)).save_pretrained(folder)
-    words = ["<unk>", "<s>", "</s>", "the", "cat", "sat", *(f"w{i}" for i in range(122))]
+    save_tokenizer(folder, 128)
+    return folder
+
+
+def save_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of a few words."""
+    words = ["<unk>", "<s>", "</s>", "the", "cat", "sat", *(f"w{i}" for i in range(size - 6))]
     vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="</s>").save_pretrained(folder)
-    return folder
 
 
 def change_tensor(model: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:

@@ -1,0 +1,120 @@
+"""How soon users get their first token from `popcompile serve`, with and without its prefix cache:
+
+    python examples/serving/load.py PACKAGE
+
+Prompts are random tokens. First one user at a time, whose prompts begin with the same tokens and end with 80 of their
+own; then many at once, whose prompts have from 64 to 4,096 tokens and begin alike. Needs "popcompile[serve]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from openai import AsyncOpenAI
+from tabulate import tabulate
+
+#: own tokens behind what prompts share: more than a window, which is never shared
+OWN = 80
+SHARED = (64, 256, 1024, 4096)
+SECONDS = 1200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--users", type=int, default=16, help="at once (default 16)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="of an answer (default 32)")
+    parser.add_argument("--repeats", type=int, default=5, help="prompts that begin alike (default 5)")
+    options = parser.parse_args()
+    alone, together = [], []
+    for megabytes in (0, 512):
+        with _serving(options.package, megabytes) as address:
+            alone.append(asyncio.run(_one_user(address, options.repeats)))
+        with _serving(options.package, megabytes) as address:
+            row = asyncio.run(_many_users(address, options.users, options.new_tokens))
+            together.append([f"{megabytes} MB" if megabytes else "none", *row])
+    head = ["tokens that prompts share", "ms to the first token, no prefix cache", "with it"]
+    print(tabulate(list(zip(SHARED, *alone, strict=True)), head, tablefmt="github"), end="\n\n")
+    head = ["prefix cache", "s to the first token: median", "90%", "last", "s in all", "tokens/s"]
+    print(tabulate(together, head, tablefmt="github", floatfmt=".1f"))
+
+
+@contextlib.contextmanager
+def _serving(package: Path, megabytes: int) -> Iterator[str]:
+    """The address of a server that has answered once: it has opened its files and started its threads."""
+    options = ["--port", "0", "--prefix-cache-mb", str(megabytes), "--served-model-name", "model"]
+    command = [sys.executable, "-m", "popcompile", "serve", str(package), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split(" at ")[1].split(";")[0]
+            asyncio.run(_warm_up(address))
+            yield address
+        finally:
+            process.terminate()
+
+
+def _client(address: str) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=SECONDS)
+
+
+async def _warm_up(address: str) -> None:
+    async with _client(address) as client:
+        await _ask(client, _tokens(256, 0), 4)
+
+
+def _tokens(count: int, seed: int) -> list[int]:
+    return [random.Random(seed * 1_000_003 + i).randrange(1000, 20_000) for i in range(count)]
+
+
+async def _ask(client: AsyncOpenAI, prompt: list[int], new_tokens: int) -> tuple[float, int]:
+    """Seconds to the first token, and new tokens, of a streamed answer."""
+    started, first, new = time.perf_counter(), 0.0, 0
+    stream = await client.completions.create(
+        model="model", prompt=prompt, max_tokens=new_tokens, stream=True, stream_options={"include_usage": True}
+    )
+    async for chunk in stream:
+        first = first or time.perf_counter() - started
+        new = chunk.usage.completion_tokens if chunk.usage else new
+    return first, new
+
+
+async def _one_user(address: str, repeats: int) -> list[str]:
+    """For each length of what prompts share, milliseconds to the first token of those after the first that begins so:
+    median and half the spread.
+    """
+    rows = []
+    async with _client(address) as client:
+        for shared in SHARED:
+            prompts = [_tokens(shared, shared) + _tokens(OWN, 1 + own) for own in range(repeats + 1)]
+            times = [1e3 * (await _ask(client, prompt, 1))[0] for prompt in prompts][1:]
+            rows.append(f"{statistics.median(times):.0f} ± {(max(times) - min(times)) / 2:.0f}")
+    return rows
+
+
+async def _many_users(address: str, users: int, new_tokens: int) -> list[float]:
+    """Of requests at once: seconds to their first tokens, the median, the 9th of 10 and the last; all of them, and
+    tokens a second.
+    """
+    lengths = [round(64 * 2 ** (6 * i / max(1, users - 1))) for i in range(users)]
+    system = _tokens(1024, 7)
+    prompts = [(system[: max(0, n - OWN)] + _tokens(n, 100 + i))[:n] for i, n in enumerate(lengths)]
+    async with _client(address) as client:
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(_ask(client, prompt, new_tokens) for prompt in prompts))
+    total, firsts = time.perf_counter() - started, sorted(first for first, _ in answers)
+    new = sum(count for _, count in answers)
+    return [statistics.median(firsts), firsts[int(0.9 * (users - 1))], firsts[-1], total, new / total]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The HTTP API: OpenAI's chat completions, completions and models, over anything that answers prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+from openai.types import Model
+from pydantic import BaseModel
+from torch import Tensor
+
+from popcompile.serving.body_limit import BodyLimit
+from popcompile.serving.engine import Generator, Piece
+from popcompile.serving.errors import ApiError, add_handlers, error_json
+from popcompile.serving.prompts import Prompts
+from popcompile.serving.requests import ChatRequest, CompletionRequest, Request
+from popcompile.serving.responses import ChatForm, CompletionForm, Form, Tally, model_card
+from popcompile.serving.sampling import Sampling
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+#: of a request, in bytes
+BODY_BYTES = 100 * 2**20
+#: the status of an answer that nobody reads any more, as web servers log it
+_GONE = 499
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer that is to be made. is_first: of those to the same prompt."""
+
+    inputs: dict[str, Tensor]
+    sampling: Sampling
+    is_first: bool
+
+
+def create_app(name: str, prompts: Prompts, generator: Generator) -> FastAPI:
+    """The app. name: of the one model that there is."""
+    app = FastAPI(title="popcompile", openapi_url=None)
+    app.add_middleware(BodyLimit, limit=BODY_BYTES)
+    add_handlers(app)
+    created = int(time.time())
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, http: HTTPRequest) -> Response:
+        _require_model(body.model, name)
+        jobs = _jobs(body, [await prompts.of_messages(body.messages)], prompts)
+        return await _answered(http, body, jobs, generator, ChatForm(name, body.includes_usage))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
+        _require_model(body.model, name)
+        jobs = _jobs(body, [await prompts.of_prompt(prompt) for prompt in body.prompts], prompts)
+        return await _answered(http, body, jobs, generator, CompletionForm(name, body.includes_usage))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card(name, created).to_dict()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> Model:
+        _require_model(model, name)
+        return model_card(name, created)
+
+    return app
+
+
+def _require_model(given: str | None, name: str) -> None:
+    if given is not None and given != name:
+        raise ApiError(404, f"the model {given!r} is not here; use {name!r}", "model", "model_not_found")
+
+
+def _jobs(body: Request, inputs: Sequence[dict[str, Tensor]], prompts: Prompts) -> list[Job]:
+    """All answers to a request, n for each prompt. Raises ApiError where one has no room."""
+    return [
+        Job(prompt, sampling, is_first=index == 0)
+        for prompt in inputs
+        for index, sampling in enumerate(body.samplings(prompts.room(prompt, body.limit)))
+    ]
+
+
+async def _answered(http: HTTPRequest, body: Request, jobs: list[Job], generator: Generator, form: Form) -> Response:
+    prompt = sum(job.inputs["input_ids"].shape[1] for job in jobs if job.is_first)
+    tally = Tally(prompt, len(jobs))
+    if body.stream:
+        events = _events(_pieces(jobs, generator, tally), form, tally)
+        return EventSourceResponse(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    if not await _unless_gone(http, _exhaust(_pieces(jobs, generator, tally))):
+        return Response(status_code=_GONE)
+    return Response(_json(form.whole(tally)), media_type="application/json")
+
+
+async def _pieces(jobs: Sequence[Job], generator: Generator, tally: Tally) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The answers one after the other, piece by piece, each with its answer's index."""
+    for index, job in enumerate(jobs):
+        async with aclosing(generator.generate(job.inputs, job.sampling)) as pieces:
+            async for piece in pieces:
+                tally.note(index, piece, job.is_first)
+                yield index, piece
+
+
+async def _events(
+    pieces: AsyncGenerator[tuple[int, Piece], None], form: Form, tally: Tally
+) -> AsyncGenerator[bytes, None]:
+    """A request's answers as server-sent events. What fails once they have begun is an event too."""
+    opened = -1
+    try:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                if index != opened:
+                    opened = index
+                    for chunk in form.opening(index):
+                        yield _event(_json(chunk))
+                if piece.text:
+                    yield _event(_json(form.chunk(index, piece.text)))
+                if piece.finish is not None:
+                    yield _event(_json(form.chunk(index, None, piece.finish)))
+        for chunk in form.closing(tally):
+            yield _event(_json(chunk))
+    except Exception as error:
+        if not isinstance(error, ApiError):
+            _LOG.exception("an answer failed while it was streamed")
+        yield _event(json.dumps(error_json(error)))
+    yield _event("[DONE]")
+
+
+async def _exhaust(pieces: AsyncGenerator[tuple[int, Piece], None]) -> bool:
+    """Run to the end; True."""
+    async with aclosing(pieces):
+        async for _ in pieces:
+            pass
+    return True
+
+
+async def _unless_gone(http: HTTPRequest, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """What `work` returns; None where the client leaves before, which ends the work."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(data: str) -> bytes:
+    return format_sse_event(data_str=data)
+
+
+def _json(answer: BaseModel) -> str:
+    return answer.model_dump_json(exclude_unset=True, warnings=False)

@@ -1,0 +1,40 @@
+"""Refuses a body that is too large before it is read whole."""
+
+from __future__ import annotations
+
+from fastapi.datastructures import Headers
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from popcompile.serving.errors import ApiError, error_json
+
+
+class BodyLimit:
+    """Middleware: by what a request says of its body's length at once, or else where it gets longer."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        """limit: bytes."""
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        said, read = Headers(scope=scope).get("content-length", ""), 0
+        if said.isdecimal() and int(said) > self._limit:
+            refused = self._refusal()
+            await JSONResponse(error_json(refused), refused.status_code)(scope, receive, send)
+            return
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._limit:
+                raise self._refusal()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self._limit >> 20} MB; send less", None, "request_too_large")

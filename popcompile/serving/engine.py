@@ -1,0 +1,114 @@
+"""One model, many requests: they take turns, a prefill or a token each, in one thread.
+
+A request has a cache of its own, and is computed as if it were alone, so answers do not depend on what else runs. Of as
+many requests as have a place each has one step waiting at most, and steps are done in the order in which they came:
+streams go on side by side, and wait for a prefill as long as it takes. Others wait for a place, the first come first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from popcompile.runtime.generation import PopForCausalLM
+from popcompile.serving.errors import ApiError
+from popcompile.serving.prefilling import Encoded, Prefiller
+from popcompile.serving.prefix_cache import PrefixCache
+from popcompile.serving.sampling import Sampling, tokens
+from popcompile.serving.text_stream import TextStream
+
+_T = TypeVar("_T")
+
+
+class Piece(NamedTuple):
+    """What a token adds to an answer: text, which may be empty. cached: tokens of the prompt that were not encoded, for
+    their keys and values were held. finish: "stop" or "length" with the last one.
+    """
+
+    text: str
+    cached: int
+    finish: str | None
+
+
+class Generator(Protocol):
+    """Whatever answers prompts."""
+
+    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        """An answer, a piece for every token. inputs: as `Prompts` makes them."""
+        ...
+
+
+class Turns:
+    """One thread whose steps many requests share."""
+
+    def __init__(self, max_concurrent: int) -> None:
+        """max_concurrent: requests that take turns; each has a cache in memory."""
+        self._is_ending = False
+        self._places = asyncio.Semaphore(max_concurrent)
+        #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
+        self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
+
+    async def take(self, steps: Iterator[_T]) -> AsyncGenerator[_T, None]:
+        """What the steps of a request give, each when it is its turn. No more is computed where nobody asks for the
+        next. Raises ApiError after `end`.
+        """
+        async with self._places:
+            loop = asyncio.get_running_loop()
+            while not self._is_ending:
+                given = await loop.run_in_executor(self._thread, next, steps, None)
+                if given is None:
+                    return
+                yield given
+            raise ApiError(503, "the server is ending; ask again later")
+
+    def end(self) -> None:
+        """Let every request end with the step that it is at."""
+        self._is_ending = True
+
+    def close(self) -> None:
+        """End the thread, once the step that runs is done."""
+        self.end()
+        self._thread.shutdown(cancel_futures=True)
+
+
+class Engine:
+    """Answers prompts with a model on this machine."""
+
+    def __init__(
+        self,
+        model: PopForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_concurrent: int,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        """max_concurrent: as of `Turns`. prefixes: None keeps none."""
+        self._model, self._tokenizer = model, tokenizer
+        self._prefiller = Prefiller(model, prefixes)
+        self.turns = Turns(max_concurrent)
+
+    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        """See `Generator`."""
+        return self.turns.take(self._pieces(inputs, sampling))
+
+    def _pieces(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> Iterator[Piece]:
+        yield from answer(self._model, self._tokenizer, self._prefiller.encode(inputs), sampling)
+
+
+def answer(
+    model: PopForCausalLM, tokenizer: PreTrainedTokenizerBase, encoded: Encoded, sampling: Sampling
+) -> Iterator[Piece]:
+    """The answer to a prompt that was encoded, piece by piece; the cache grows."""
+    text = TextStream(tokenizer, sampling.stop)
+    for token in tokens(model, encoded.prompt, sampling, encoded.logits, encoded.cache):
+        new = text.put(token.id)
+        finish = "stop" if text.is_stopped else token.finish
+        yield Piece(new if finish is None else new + text.end(), encoded.cached, finish)
+        if finish is not None:
+            return

@@ -1,0 +1,109 @@
+"""The first half of an answer: a prompt is encoded, with what is held of its beginning, and may travel from here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from popcompile.runtime.cache import KVCache
+from popcompile.runtime.generation import PopForCausalLM
+from popcompile.runtime.generation_cache import PopCache
+from popcompile.serving.prefix_cache import PrefixCache
+from popcompile.serving.sampling import prefill
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt [1, tokens], the logits [1, vocabulary] of what follows, and the cache behind it.
+
+    cached: tokens whose keys and values were held and not computed.
+    """
+
+    prompt: Tensor
+    logits: Tensor
+    cache: PopCache
+    cached: int
+
+    def packed(self) -> Packed:
+        """The same as three arrays, to be sent elsewhere."""
+        kv = self.cache.kv
+        values = kv.packed(0, kv.lengths[0]).view(torch.uint8)
+        return Packed(self.prompt.numpy(), self.logits.numpy(), values.numpy(), kv.deltas[0], self.cached)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An encoded prompt in three arrays. values: the bytes of `KVCache.packed`, for NumPy has no bf16. delta: the next
+    position less the next slot.
+    """
+
+    prompt: np.ndarray
+    logits: np.ndarray
+    values: np.ndarray
+    delta: int
+    cached: int
+
+    def unpacked(self, model: PopForCausalLM) -> Encoded:
+        """For a model of the same package."""
+        with warnings.catch_warnings(action="ignore"):  # arrays from a store are read-only, and are only read
+            prompt, logits, values = map(torch.from_numpy, (self.prompt, self.logits, self.values))
+        kv = KVCache.unpacked(values.view(model.runtime.cache_dtype), model.runtime.provider.device, self.delta)
+        return Encoded(prompt, logits, _seen(kv), self.cached)
+
+
+class Prefiller:
+    """Encodes prompts, and keeps the keys and values of their beginnings."""
+
+    def __init__(self, model: PopForCausalLM, prefixes: PrefixCache | None = None) -> None:
+        """prefixes: None keeps none."""
+        self._model = model
+        self._prefixes = prefixes if prefixes is not None and reuses_prefixes(model) else None
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
+        """inputs: input_ids [1, tokens], and what the processor made of a prompt's images."""
+        reusable, device = self._reusable(inputs), self._model.runtime.provider.device
+        held = self._prefixes.find(reusable) if self._prefixes is not None else None
+        cache = PopCache(self._model.runtime.new_cache(1)) if held is None else _seen(KVCache.unpacked(held, device))
+        cached = cache.get_seq_length()
+        logits = prefill(self._model, inputs, cache)
+        if self._prefixes is not None:  # at once: of prompts that came together the next begins alike
+            self._prefixes.store(reusable, cache.kv)
+        return Encoded(inputs["input_ids"], logits, cache, cached)
+
+    def _reusable(self, inputs: Mapping[str, Tensor]) -> list[int]:
+        """The tokens whose keys and values do not depend on what follows them: none where there are images, which ids
+        do not tell apart.
+        """
+        if set(inputs) != {"input_ids"}:
+            return []
+        ids = inputs["input_ids"][0]
+        return ids[: context_tokens(self._model, len(ids))].tolist()
+
+
+def context_tokens(model: PopForCausalLM, prompt: int) -> int:
+    """How many of a prompt's tokens have keys and values that do not depend on where the prompt ends."""
+    manifest = model.manifest
+    window = manifest.window if manifest.pruned and model.choose_prefill() == "pop" else 1
+    return max(0, prompt - window)
+
+
+def reuses_prefixes(model: PopForCausalLM) -> bool:
+    """Whether a prompt's beginning has the same keys and values in a longer prompt. With longrope it does not: the
+    frequencies are those for the length of the whole prompt.
+    """
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return all(kind.get("rope_type", kind.get("type")) != "longrope" for kind in kinds)
+
+
+def _seen(kv: KVCache) -> PopCache:
+    """A cache of one row whose tokens were all seen."""
+    cache = PopCache(kv)
+    cache.seen = torch.ones((1, kv.lengths[0]), dtype=torch.bool)
+    return cache

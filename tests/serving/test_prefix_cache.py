@@ -1,0 +1,207 @@
+"""Prompts that begin alike share keys and values, within a bound, and their answers are what they were without."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from bad_input import save_tokenizer
+from conftest import tiny_gemma3, tiny_llama, tiny_model
+from openai import AsyncOpenAI
+from served import WINDOW, Served
+from torch import Tensor
+
+from popcompile.conversion import convert
+from popcompile.runtime.cache import KVCache, to_ort
+from popcompile.serving.engine import Piece, answer
+from popcompile.serving.prefilling import Prefiller, reuses_prefixes
+from popcompile.serving.prefix_cache import PrefixCache
+from popcompile.serving.sampling import Sampling
+
+#: tokens of a block, and bytes of one of `kv`: keys and values of one layer, one head of one number in fp32
+BLOCK, BYTES = 4, 2 * 4 * 4
+
+
+def kv(ids: list[int]) -> KVCache:
+    """A cache whose keys are the tokens."""
+    values = torch.tensor(ids, dtype=torch.float32)[None, None, :, None]
+    return KVCache([to_ort(values.clone()), to_ort(-values)], [len(ids)])
+
+
+def held(cache: PrefixCache, ids: list[int]) -> list[int]:
+    found = cache.find(ids)
+    if found is None:
+        return []
+    assert torch.equal(found[0], -found[1])
+    return found[0, 0, :, 0].int().tolist()
+
+
+def test_whole_blocks_of_the_longest_beginning() -> None:
+    cache = PrefixCache(100 * BYTES, BLOCK)
+    first = list(range(11))
+    cache.store(first, kv(first))
+    assert held(cache, first) == first[:8]
+    assert held(cache, [*first[:6], 99, 98, 97]) == first[:4]
+    assert held(cache, first[:3]) == held(cache, [9, *first]) == held(cache, []) == []
+    cache.store([*first[:4], 50, 51, 52, 53], kv([*first[:4], 50, 51, 52, 53]))
+    assert cache.bytes == 3 * BYTES, "the block that both begin with is there once"
+
+
+def test_bound() -> None:
+    """The least recently used blocks go first, and of a prompt its last ones."""
+    cache = PrefixCache(3 * BYTES, BLOCK)
+    a, b, c = ([100 * n + i for i in range(8)] for n in range(3))
+    cache.store(a, kv(a))
+    cache.store(b, kv(b))
+    assert (held(cache, a), held(cache, b), cache.bytes) == (a[:4], b, 3 * BYTES)
+    held(cache, a)
+    cache.store(c[:4], kv(c[:4]))
+    assert (held(cache, b), held(cache, a), held(cache, c)) == (b[:4], a[:4], c[:4])
+    long = list(range(1000, 1032))
+    cache.store(long, kv(long))
+    assert held(cache, long) == long[:12] and cache.bytes == 3 * BYTES
+    assert held(cache, a) == held(cache, b) == held(cache, c) == []
+    nothing = PrefixCache(BYTES - 1, BLOCK)
+    nothing.store(a, kv(a))
+    assert held(nothing, a) == [] and nothing.bytes == 0
+
+
+# --- with models -----------------------------------------------------------------------------------------------
+
+
+def _sliding(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Windows of 8 tokens, shorter than what prompts share, and a pruned sliding layer below a full one."""
+    folder = tmp_path_factory.mktemp("sliding")
+    tiny_model(tiny_gemma3(max_position_embeddings=512)).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model", 64)
+    convert(folder / "model", folder / "out", layers="0", kv_projection="layer", window=WINDOW)
+    return Served(folder / "out")
+
+
+@pytest.fixture(scope="module", params=["full attention", "sliding windows"])
+def any_served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    if request.param == "sliding windows":
+        return _sliding(tmp_path_factory)
+    return request.getfixturevalue("served")
+
+
+def _answer(served: Served, ids: list[int], prefixes: PrefixCache | None, **settings: Any) -> list[Piece]:
+    async def run() -> list[Piece]:
+        inputs = {"input_ids": torch.tensor([ids])}
+        engine = served.engine(prefixes=prefixes)
+        return [piece async for piece in engine.generate(inputs, Sampling(new_tokens=8, **settings))]
+
+    return asyncio.run(run())
+
+
+def _prompts() -> list[list[int]]:
+    """Of 70 to 90 tokens, of which the first 40 are the same, and one that is the beginning of another."""
+    random = torch.Generator().manual_seed(3)
+    system = torch.randint(5, 60, (40,), generator=random).tolist()
+    turns = [torch.randint(5, 60, (30 + 10 * i,), generator=random).tolist() for i in range(3)]
+    prompts = [system + turn for turn in turns]
+    return [*prompts, prompts[0][:50], prompts[0]]
+
+
+def test_answers_are_the_same(any_served: Served) -> None:
+    """What is reused of the last prompt, which comes again, ends before its window, and of one that is the beginning of
+    another before its own.
+    """
+    prefixes, cached = PrefixCache(1 << 24, BLOCK), []
+    for ids in _prompts():
+        plain, reused = _answer(any_served, ids, None), _answer(any_served, ids, prefixes)
+        assert [p.text for p in plain] == [p.text for p in reused]
+        sampled = [_answer(any_served, ids, p, temperature=1.0, seed=2) for p in (None, prefixes)]
+        assert [p.text for p in sampled[0]] == [p.text for p in sampled[1]]
+        cached.append(reused[0].cached)
+        assert plain[0].cached == 0 and sampled[1][0].cached == (len(ids) - WINDOW) // BLOCK * BLOCK
+    assert cached == [0, 40, 40, (50 - WINDOW) // BLOCK * BLOCK, (70 - WINDOW) // BLOCK * BLOCK]
+
+
+def test_keys_and_values_are_the_same(any_served: Served) -> None:
+    """Of a prompt that goes on where another one had its window: of every token, and the logits behind it."""
+    first, second = _prompts()[3], _prompts()[0]
+    model = any_served.model
+    logits: list[Tensor] = []
+    caches: list[KVCache] = []
+    for prompts in ([second], [first, second]):
+        kept = PrefixCache(1 << 24, BLOCK)
+        for ids in prompts:
+            begun = kept.find(ids[: len(ids) - WINDOW])
+            cache = model.runtime.new_cache(1) if begun is None else KVCache.unpacked(begun, "cpu")
+            logits.append(model.runtime.feed([torch.tensor(ids[cache.lengths[0] :])], cache, "prefill"))
+            kept.store(ids[: len(ids) - WINDOW], cache)
+            caches.append(cache)
+    torch.testing.assert_close(logits[0], logits[-1], atol=1e-4, rtol=1e-4)  # other sizes of products, other rounding
+    for plain, reused in zip(caches[0].tensors(), caches[-1].tensors(), strict=True):
+        torch.testing.assert_close(plain, reused, atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_is_not_reused(served: Served) -> None:
+    """The reason for the rule: what the first prompt's window has in the pruned layer's place, above it, differs."""
+    first, second = _prompts()[3], _prompts()[0]
+    model = served.model
+    cache = model.runtime.new_cache(1)
+    model.runtime.feed([torch.tensor(first)], cache, "prefill")
+    wrong = KVCache.unpacked(cache.packed(0, len(first)), "cpu")
+    right = model.runtime.new_cache(1)
+    model.runtime.feed([torch.tensor(second)], right, "prefill")
+    model.runtime.feed([torch.tensor(second[len(first) :])], wrong, "prefill")
+    worst = max(float((a - b).abs().max()) for a, b in zip(wrong.tensors(), right.tensors(), strict=True))
+    assert worst > 1e-2
+
+
+def test_hits_are_counted(served: Served) -> None:
+    """In what a client is told, and once for each prompt, however many answers it gets."""
+    engine = served.engine(prefixes=PrefixCache(1 << 24, BLOCK))
+    prompt = _prompts()[0]
+    ask = lambda n: served.ask(  # noqa: E731
+        lambda c: c.completions.create(model="tiny", prompt=prompt, max_tokens=2, n=n, temperature=1), engine
+    )
+    for n, cached in ((1, 0), (1, 64), (3, 64)):
+        usage = ask(n).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (70, cached)
+
+
+def test_prompts_that_came_together_share(served: Served) -> None:
+    """The first to be encoded is held before the second is."""
+    engine = served.engine(prefixes=PrefixCache(1 << 24, BLOCK))
+    first, second = _prompts()[:2]
+
+    async def both(client: AsyncOpenAI) -> list[int]:
+        ask = lambda p: client.completions.create(model="tiny", prompt=p, max_tokens=4)  # noqa: E731
+        answers = await asyncio.gather(ask(first), ask(second))
+        return [a.usage.prompt_tokens_details.cached_tokens for a in answers]
+
+    assert served.ask(both, engine) == [0, 40]
+
+
+def test_an_encoded_prompt_travels(served: Served) -> None:
+    """As arrays that nobody may write to, as they come out of a store that processes share."""
+    ids = torch.tensor([_prompts()[0]])
+    encoded = Prefiller(served.model).encode({"input_ids": ids})
+    packed = pickle.loads(pickle.dumps(encoded.packed()))
+    for array in (packed.prompt, packed.logits, packed.values):
+        array.flags.writeable = False
+    kept = packed.values.copy()
+    pieces = list(answer(served.model, served.tokenizer, packed.unpacked(served.model), Sampling(new_tokens=8)))
+    assert [p.text for p in pieces] == [p.text for p in _answer(served, ids[0].tolist(), None)]
+    assert (packed.values == kept).all()
+
+
+def test_longrope_does_not_share() -> None:
+    """Its frequencies are those of the whole prompt's length."""
+    scaling = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "rope_theta": 10000.0,
+               "original_max_position_embeddings": 16}  # fmt: skip
+    config = tiny_llama(rope_parameters=scaling, max_position_embeddings=64)
+
+    class Model:
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+    assert not reuses_prefixes(Model(config))  # type: ignore[arg-type]
+    assert reuses_prefixes(Model(tiny_llama())) and reuses_prefixes(Model(tiny_gemma3()))  # type: ignore[arg-type]

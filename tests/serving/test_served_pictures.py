@@ -1,0 +1,66 @@
+"""Pictures in a chat, as data: URLs, of a model that takes images."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError
+from served import NAME, Served
+from vision_checkpoint import draw_picture
+
+from popcompile.runtime.conversation import Encoder, user_message
+from popcompile.runtime.pictures import read_picture
+from popcompile.serving.prefix_cache import PrefixCache
+
+
+@pytest.fixture(scope="module")
+def seeing(vision_package: Path) -> Served:
+    return Served(vision_package)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    return draw_picture(tmp_path / "a.png", 64, 32)
+
+
+def _messages(url: str) -> Any:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "the cat"}]
+    return [{"role": "user", "content": parts}]
+
+
+def test_picture(seeing: Served, picture: Path) -> None:
+    """The answer is the model's own, and another one than to another picture; nothing of the prompt is kept."""
+    prefixes = PrefixCache(1 << 24, 4)
+    other = draw_picture(picture.with_name("b.png"), 32, 64)
+    answers = []
+    for file in (picture, other, picture):
+        url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        answer = seeing.ask(
+            lambda c, u=url: c.chat.completions.create(model=NAME, messages=_messages(u), max_tokens=6),
+            seeing.engine(prefixes=prefixes),
+        )
+        encoder = Encoder(seeing.folder, seeing.model.manifest, raw=False)
+        inputs = encoder.encode([user_message("the cat", [read_picture(str(file))])])
+        tokens = seeing.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
+        length = inputs["input_ids"].shape[1]
+        assert answer.choices[0].message.content == seeing.text(tokens[length:].tolist())
+        assert answer.usage is not None and answer.usage.prompt_tokens == length
+        answers.append(answer.choices[0].message.content)
+    assert answers[0] == answers[2] != answers[1] and prefixes.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [
+        ("https://example.com/a.png", "are not fetched"),
+        ("file:///etc/passwd", "are not fetched"),
+        ("data:image/png", "no data: URL"),
+        ("data:image/png;base64,AAAA", "no picture that can be read"),
+    ],
+)
+def test_no_picture(url: str, part: str, seeing: Served) -> None:
+    with pytest.raises(BadRequestError, match=part):
+        seeing.ask(lambda c: c.chat.completions.create(model=NAME, messages=_messages(url), max_tokens=2))
