@@ -173,8 +173,8 @@ def test_prompts_that_came_together_share(served: Served) -> None:
     first, second = _prompts()[:2]
 
     async def both(client: AsyncOpenAI) -> list[int]:
-        ask = lambda p: client.completions.create(model="tiny", prompt=p, max_tokens=4)  # noqa: E731
-        answers = await asyncio.gather(ask(first), ask(second))
+        asked = [client.completions.create(model="tiny", prompt=p, max_tokens=4) for p in (first, second)]
+        answers = await asyncio.gather(*asked)
         return [a.usage.prompt_tokens_details.cached_tokens for a in answers]
 
     assert served.ask(both, engine) == [0, 40]
