@@ -175,17 +175,9 @@ def convert(
         with _structures_explained(source):
             compilation.run(canonicalization(), "canonicalize")
             plan = make_plan(
-                program,
-                checkpoint.read,
-                source.name,
-                tokenizer,
-                request,
-                options,
-                folder,
-                report_progress,
-                images,
-                kept,
-            )
+                program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress,
+                images=images, steps=kept,
+            )  # fmt: skip
             report = compilation.prune_and_lower(plan, target)
         writer = PackageWriter(folder, layout, source, merged, checkpoint, target, report_progress)
         writer.write_model(program)

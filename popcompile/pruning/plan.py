@@ -26,7 +26,14 @@ from popcompile.passes.layers import hands_on_directly, layer_output, projected_
 from popcompile.progress import Progress
 from popcompile.pruning.calibration_set import CalibrationSet, calibration_set
 from popcompile.pruning.costs import full_prefill_one_logit
-from popcompile.pruning.execution import Reader, checked, computing_in_fp32, held_in_memory, materialise
+from popcompile.pruning.execution import (
+    Reader,
+    checked,
+    computing_in_fp32,
+    held_in_memory,
+    materialise,
+    parameter_reader,
+)
 from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.image_prompts import ImageSource
@@ -38,7 +45,7 @@ from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.search import Budget, Candidate, Search, Speedup, first_candidate, largest_count
 from popcompile.pruning.steps import COMPUTED, Steps
 from popcompile.pruning.text import SELF, TEXTS
-from popcompile.pruning.weights import room_for_weights, streamed
+from popcompile.pruning.weights import StreamedWeights, room_for_weights
 
 #: the loss that `convert` allows where the user says nothing: KL in nats
 MAX_KL = 0.05
@@ -161,7 +168,7 @@ def _layerwise(program: Program, read: Reader, room: int | None) -> LayerwiseMod
     graph, inputs = program.graphs["model"], decoder_inputs(program, read)
     if room is None:
         return LayerwiseModel(materialise(graph, program, read), inputs)
-    return LayerwiseModel(computing_in_fp32(graph), inputs, streamed(program, read, room))
+    return LayerwiseModel(computing_in_fp32(graph), inputs, StreamedWeights(parameter_reader(program, read), room))
 
 
 def _quality(

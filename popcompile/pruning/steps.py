@@ -28,7 +28,7 @@ from popcompile.package.measurements import read_loss
 from popcompile.package.report import Loss
 
 _KEY = "steps.json"
-_ENDINGS = ".safetensors", ".json"
+_ENDINGS = ".safetensors", ".json", ".partial"
 
 
 class Steps:
@@ -56,7 +56,7 @@ class KeptSteps(Steps):
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         """key: JSON that says whose results they are. Raises PopcompileError where the folder has another one."""
         self._folder, self._key = folder, json.loads(json.dumps(key))
-        if not os.path.lexists(folder):
+        if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
             return
         try:
             found = json.loads((folder / _KEY).read_bytes())
@@ -88,17 +88,18 @@ class KeptSteps(Steps):
         return made
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
-        if not self._folder.is_dir():
-            self._folder.mkdir()
-            self._write(self._folder / _KEY, lambda partial: partial.write_text(json.dumps(self._key, indent=1)))
-        partial = path.with_suffix(".partial")
+        self._folder.mkdir(exist_ok=True)
+        key = self._folder / _KEY
+        if path != key and not key.exists():
+            self._write(key, lambda partial: partial.write_text(json.dumps(self._key, indent=1), encoding="utf-8"))
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         write(partial)
         os.replace(partial, path)
 
     def remove(self) -> None:
         """The folder goes too, unless something else is in it."""
-        for file in self._folder.glob("*"):
-            if file.suffix in (*_ENDINGS, ".partial"):
-                file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
+            for file in self._folder.iterdir():
+                if file.suffix in _ENDINGS:
+                    file.unlink()
             self._folder.rmdir()

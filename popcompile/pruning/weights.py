@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program
-from popcompile.pruning.execution import Reader, bytes_in_fp32, parameter_reader, widened
+from popcompile.pruning.execution import Reader, bytes_in_fp32, widened
 
 #: where a container's limit of memory is, in bytes: of cgroups v2 and v1
 _LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -45,7 +45,7 @@ class HeldWeights(Weights):
     """The parameters of a graph that has real ones (execution.materialise)."""
 
     def __init__(self, model: fx.GraphModule) -> None:
-        self._held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._held = dict(model.named_buffers(remove_duplicate=False))  # tied ones have two names
 
     def __getitem__(self, name: str) -> Tensor:
         return self._held[name]
@@ -114,9 +114,4 @@ def free_memory() -> int:
     for path in _LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             free = min(free, int(path.read_text()) - psutil.Process().memory_info().rss)
-    return free
-
-
-def streamed(program: Program, read: Reader, room: int) -> StreamedWeights:
-    """Of a canonical program. read: a parameter by its traced name. room: bytes of weights that are kept."""
-    return StreamedWeights(parameter_reader(program, read), room)
+    return max(0, free)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from popcompile.runtime.cache import KVCache
 from popcompile.runtime.generation import PopForCausalLM
@@ -62,7 +63,7 @@ class Prefiller:
     def __init__(self, model: PopForCausalLM, prefixes: PrefixCache | None = None) -> None:
         """prefixes: None keeps none."""
         self._model = model
-        self._prefixes = prefixes if prefixes is not None and reuses_prefixes(model) else None
+        self._prefixes = prefixes if prefixes is not None and reuses_prefixes(model.config) else None
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
         """inputs: input_ids [1, tokens], and what the processor made of a prompt's images."""
@@ -92,11 +93,11 @@ def context_tokens(model: PopForCausalLM, prompt: int) -> int:
     return max(0, prompt - window)
 
 
-def reuses_prefixes(model: PopForCausalLM) -> bool:
+def reuses_prefixes(config: PretrainedConfig) -> bool:
     """Whether a prompt's beginning has the same keys and values in a longer prompt. With longrope it does not: the
     frequencies are those for the length of the whole prompt.
     """
-    text = model.config.get_text_config()
+    text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return all(kind.get("rope_type", kind.get("type")) != "longrope" for kind in kinds)

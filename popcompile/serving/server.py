@@ -66,7 +66,7 @@ def _listen(host: str, port: int) -> socket.socket:
     """A socket that is open at once, so that a taken port is found before the package is loaded."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+        return socket.create_server((str(address[0]), port), family=family)
     except socket.gaierror as error:
         raise PopcompileError(f"--host {host}: unknown ({error.strerror}); give an address of this machine") from error
     except OSError as error:

@@ -18,14 +18,14 @@ from words import save_words
 from popcompile.errors import PopcompileError
 from popcompile.package.manifest import REPORT
 from popcompile.pruning import weights
-from popcompile.pruning.execution import bytes_in_fp32, computing_in_fp32
+from popcompile.pruning.execution import bytes_in_fp32, computing_in_fp32, parameter_reader
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.refinement import refine
 from popcompile.pruning.regression import Calibration, calibrate
 from popcompile.pruning.rows import Rows
-from popcompile.pruning.weights import StreamedWeights, room_for_weights, streamed
+from popcompile.pruning.weights import StreamedWeights, room_for_weights
 
 LAYERS, FIRST, PRUNED = 6, 2, [2, 3, 5]
 CONFIGS = {
@@ -55,7 +55,7 @@ def streaming(source: Traced, room: int, reads: Counter[str] | None = None) -> L
         return tensors[name]
 
     graph = computing_in_fp32(source.program.graphs["model"])
-    return LayerwiseModel(graph, weights=streamed(source.program, read, room))
+    return LayerwiseModel(graph, weights=StreamedWeights(parameter_reader(source.program, read), room))
 
 
 def maps(calibration: Calibration) -> list[Tensor]:

@@ -160,14 +160,14 @@ def test_as_long_as_the_context(served: Served) -> None:
 @pytest.mark.parametrize("places", [16, 3])
 def test_sixteen_at_once(places: int, served: Served) -> None:
     """Their answers are the serial ones, and those that came first do not wait for all the others."""
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"prompt": f"the cat w{i} w{2 * i}", "max_tokens": 8 + i, "temperature": i % 2, "seed": i} for i in range(16)
     ]
     order: list[int] = []
 
     async def all_of_them(client: AsyncOpenAI) -> list[str]:
         async def one(i: int) -> str:
-            answer = await client.completions.create(model=NAME, **asked[i])  # type: ignore[call-overload]
+            answer = await client.completions.create(model=NAME, **asked[i])
             order.append(i)
             return answer.choices[0].text
 

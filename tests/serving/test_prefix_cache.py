@@ -11,6 +11,7 @@ import torch
 from bad_input import save_tokenizer
 from conftest import tiny_gemma3, tiny_llama, tiny_model
 from openai import AsyncOpenAI
+from openai.types import Completion
 from served import WINDOW, Served
 from torch import Tensor
 
@@ -158,9 +159,12 @@ def test_hits_are_counted(served: Served) -> None:
     """In what a client is told, and once for each prompt, however many answers it gets."""
     engine = served.engine(prefixes=PrefixCache(1 << 24, BLOCK))
     prompt = _prompts()[0]
-    ask = lambda n: served.ask(  # noqa: E731
-        lambda c: c.completions.create(model="tiny", prompt=prompt, max_tokens=2, n=n, temperature=1), engine
-    )
+
+    def ask(n: int) -> Completion:
+        return served.ask(
+            lambda c: c.completions.create(model="tiny", prompt=prompt, max_tokens=2, n=n, temperature=1), engine
+        )
+
     for n, cached in ((1, 0), (1, 64), (3, 64)):
         usage = ask(n).usage
         assert usage is not None and usage.prompt_tokens_details is not None
@@ -197,11 +201,5 @@ def test_longrope_does_not_share() -> None:
     """Its frequencies are those of the whole prompt's length."""
     scaling = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "rope_theta": 10000.0,
                "original_max_position_embeddings": 16}  # fmt: skip
-    config = tiny_llama(rope_parameters=scaling, max_position_embeddings=64)
-
-    class Model:
-        def __init__(self, config: Any) -> None:
-            self.config = config
-
-    assert not reuses_prefixes(Model(config))  # type: ignore[arg-type]
-    assert reuses_prefixes(Model(tiny_llama())) and reuses_prefixes(Model(tiny_gemma3()))  # type: ignore[arg-type]
+    assert not reuses_prefixes(tiny_llama(rope_parameters=scaling, max_position_embeddings=64))
+    assert reuses_prefixes(tiny_llama()) and reuses_prefixes(tiny_gemma3())

@@ -49,7 +49,7 @@ class Served:
     def ids(self, prompt: str | list[int]) -> Tensor:
         if isinstance(prompt, list):
             return torch.tensor([prompt])
-        return self.tokenizer(prompt, return_tensors="pt")["input_ids"]  # type: ignore[return-value]
+        return torch.tensor([self.tokenizer(prompt)["input_ids"]])
 
     def text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
