@@ -21,7 +21,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from popcompile.report.bench import bench_text
 
 #: of CLASSES, where it is not a precision's own name
 _CLASS_OF = {"w8a8": "int8", "fp16": "fp32", "bf16": "fp32"}
-GENAI_SUFFIX = " (genai)"
 
 
 def main() -> None:
@@ -69,9 +68,9 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     for warning in result["warnings"]:
         print(warning, file=sys.stderr)
-    first = weights[str(packages[0])]
-    weights |= {"pop": first, "full": first} | {model.name: model.weights for model in built}
-    print(f"{bench_text(result)}\n\n{classes_text(result, weights)}")
+    weights["pop"] = weights["full"] = weights[str(packages[0])]
+    peers = {model.name: model.weights for model in built}
+    print(f"{bench_text(result)}\n\n{classes_text(result, weights, peers)}")
 
 
 def _options() -> argparse.Namespace:
@@ -116,29 +115,33 @@ def subject(model: Built, vocabulary: int, context: int) -> Path | Subject:
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def classes_text(result: dict[str, Any], weights: dict[str, str]) -> str:
-    """A row for each subject, those of one class together; weights: the class of each, by name.
+def classes_text(result: dict[str, Any], packages: Mapping[str, str], peers: Mapping[str, str]) -> str:
+    """A row for each subject, those of one class together; packages, peers: the class of each, by name.
 
     Times to the first token stand beside how many times that of the class's package they are. `*` marks the peer that
     is the fastest of its class, in time and in tokens/s. At the end, how many tokens after each prompt are full's.
     """
-    pop, full, *others = result["subjects"]
+    weights = {**packages, **peers}
     lengths = result["settings"]["lengths"]
+    full = result["subjects"][1]
     rows = []
     for name in CLASSES:
-        subjects = [s for s in (pop, full, *others) if weights[s["name"].removesuffix(GENAI_SUFFIX)] == name]
-        if not subjects:
-            continue
-        ours = next(s for s in subjects if s["kind"] == "package" or s is pop)
-        peers = [s for s in others if s in subjects and not Path(s["name"]).is_absolute()]
+        subjects = [subject for subject in result["subjects"] if weights[_model(subject)] == name]
+        theirs = [subject for subject in subjects if _model(subject) in peers]
         for each in subjects:
-            cells = [cell for index in range(len(lengths)) for cell in _cells(each, ours, peers, index)]
+            ours = next(subject for subject in subjects if subject is not full and subject not in theirs)
+            cells = [cell for index in range(len(lengths)) for cell in _cells(each, ours, theirs, index)]
             rows.append([name, each["name"], *cells, "" if each is full else agreement_words(full, each)])
     headers = ["weights", "subject"]
     for length in lengths:
         headers += [f"{length:,}: first token, ms", "/ package", "tokens/s"]
     align = ("left", "left", *["right"] * (3 * len(lengths)), "left")
     return tabulate(rows, [*headers, "tokens as full's"], disable_numparse=True, colalign=align)
+
+
+def _model(subject: dict[str, Any]) -> str:
+    """Its name, without the runtime where bench adds one."""
+    return subject["name"].removesuffix(" (genai)")
 
 
 def _cells(each: dict[str, Any], ours: dict[str, Any], peers: Sequence[dict[str, Any]], index: int) -> list[str]:

@@ -55,7 +55,8 @@ class _Worker:
         properties = self._properties | {"INFERENCE_NUM_THREADS": threads, "scheduler_config": scheduler}
         self._pipeline = genai.LLMPipeline(folder, "CPU", **properties)
         precision = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
-        runtime = f"openvino-genai {genai.__version__} (computes in {precision} unless told otherwise)"
+        version = genai.__version__.partition("-")[0]
+        runtime = f"openvino-genai {version} (computes in {precision} unless told otherwise)"
         return {"seconds": time.perf_counter() - began, "anonymous": None, "runtime": runtime}
 
     def _generate(self, ids: list[list[int]], steps: int) -> tuple[list[int], dict[str, float]]:

@@ -11,8 +11,8 @@ Requests and replies are JSON, a line each, on stdin and stdout. What libraries 
 request took of the GPU's memory while no other process asked for any.
 
 Another runtime takes part with a program of its own that answers so (subjects.Subject.command; examples/peer_models has
-two). It may leave out "vision" and "gpu", give null for memory that it does not know, and say in "runtime", beside
-"seconds", which runtime it is.
+two). It may leave out "vision", and on the CPU "gpu", give null for memory that it does not know, and say in
+"runtime", beside "seconds", which runtime it is.
 """
 
 from __future__ import annotations

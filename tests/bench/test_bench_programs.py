@@ -81,8 +81,8 @@ def test_a_program_that_is_not_there(tiny_package: Path) -> None:
 
 def test_classes(result: dict[str, Any]) -> None:
     """One class, where the one peer is the fastest and the package is what its time is compared with."""
-    weights = {"pop": "fp32", "full": "fp32", "counting": "fp32"}
-    rows = [line.split() for line in classes_text(result, weights).splitlines()]
+    text = classes_text(result, {"pop": "fp32", "full": "fp32"}, {"counting": "fp32"})
+    rows = [line.split() for line in text.splitlines()]
     assert [row[:2] for row in rows[2:]] == [["fp32", "pop"], ["fp32", "full"], ["fp32", "counting"]]
     (_, _, first, ratio, speed, second, *_, of, count) = rows[4]
     ours = result["subjects"][0]["lengths"][0]["time_to_first_token"]["median"]
@@ -93,8 +93,8 @@ def test_classes(result: dict[str, Any]) -> None:
 def test_a_class_of_its_own(result: dict[str, Any]) -> None:
     package = {**result["subjects"][0], "name": "/packages/quantized"}
     two = {**result, "subjects": [*result["subjects"], package]}
-    weights = {"pop": "fp32", "full": "fp32", "counting": "int4", "/packages/quantized": "int4"}
-    lines = classes_text(two, weights).splitlines()[2:]
+    packages = {"pop": "fp32", "full": "fp32", "/packages/quantized": "int4"}
+    lines = classes_text(two, packages, {"counting": "int4"}).splitlines()[2:]
     assert [line.split()[:2] for line in lines] == [
         ["fp32", "pop"],
         ["fp32", "full"],
