@@ -47,7 +47,7 @@ _REST = 0.05  # seconds between turns, in which the last subject's threads stop 
 
 def bench(
     folder: str | Path,
-    against: Sequence[str | Path] = (),
+    against: Sequence[str | Path | Subject] = (),
     lengths: Sequence[int] = LENGTHS,
     batch: int = 1,
     decode_tokens: int = 32,
@@ -61,7 +61,8 @@ def bench(
     images: Sequence[str] = (),
     image_tokens: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Measure the package in `folder`, its full model, and the packages, decoders and checkpoints of `against`.
+    """Measure the package in `folder`, its full model, and the packages, decoders and checkpoints of `against`, where a
+    Subject with a command brings a runtime of its own.
 
     lengths: of the prompts, in tokens; they are random ones, the same for all subjects, `batch` rows of each.
     decode_tokens: greedy steps after every prompt. repeats: turns that count, after one that warms up. threads: of
@@ -71,9 +72,10 @@ def bench(
 
     Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "gpu", "subjects", "ratios", "warnings",
     "seconds"}.
-    A subject: {"name", "kind", "path", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths": [{"tokens",
-    "first_token" of every row, and of each of MEASURES {"seconds" by turn, "median", "half_spread",
-    "tokens_per_second"}}]}. "tokens" are those of text. "prefill" is the call of the graph, "time_to_first_token" also
+    A subject: {"name", "kind", "path", "runtime", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths":
+    [{"tokens", "first_token" of every row, "continuation" [batch, 1 + decode_tokens], and of each of MEASURES
+    {"seconds" by turn, "median", "half_spread", "tokens_per_second"}}]}. "tokens" are those of text. "runtime" is what
+    a subject with a command says of itself, else None. "prefill" is the call of the graph, "time_to_first_token" also
     the making of a cache and the picking of the token; "anonymous" and "peak" are the most anonymous and the most
     resident memory of its process. With images there is "vision" too, from their pixels to their features, which is
     part of the time to the first token; "images" of the settings are rows and columns in tokens.
@@ -92,7 +94,7 @@ def bench(
     manifest = read_manifest(folder)
     settings = replace(settings, images=image_sizes(folder, manifest, images, image_tokens))
     pop = package_subject("pop", folder, runtime)
-    peers = find_peers(pop, [Path(path) for path in against], runtime)
+    peers = find_peers(pop, [path if isinstance(path, Subject) else Path(path) for path in against], runtime)
     check_package(folder, manifest)
     if settings.images:
         require_images([pop, *peers])
@@ -155,6 +157,8 @@ class _Measured(WorkerProcess):
         super().__init__(subject)
         self.failure = ""
         self.first_tokens: dict[int, list[int]] = {}  # by prompt length
+        self._continuations: dict[int, list[list[int]]] = {}
+        self._runtime: str | None = None
         self._turns: dict[int, list[dict[str, float]]] = {}
         self._memory: dict[str, int | None] = {}
         self._load_seconds = 0.0
@@ -172,7 +176,7 @@ class _Measured(WorkerProcess):
     def load(self, settings: BenchSettings) -> None:
         asked = {"provider": settings.provider, "threads": settings.threads, "images": settings.images}
         reply = self.ask({"load": self.subject.to_json(), **asked})
-        self._load_seconds = reply["seconds"]
+        self._load_seconds, self._runtime = reply["seconds"], reply.get("runtime")
         self._memory = {"anonymous": reply["anonymous"], "peak": None}
         if PROVIDERS[settings.provider].gpu:
             self._memory["gpu"] = reply["gpu"]
@@ -183,7 +187,7 @@ class _Measured(WorkerProcess):
             self._turns.setdefault(length, []).append(self.ask({"turn": ids, "steps": steps}))
             return
         reply = self.ask({"warm_up": ids, "steps": steps})
-        self.first_tokens[length] = reply["first_token"]
+        self.first_tokens[length], self._continuations[length] = reply["first_token"], reply["tokens"]
         for name in ("anonymous", "peak"):
             if reply[name] is not None:
                 self._memory[name] = max(reply[name], self._memory[name] or 0)
@@ -199,11 +203,13 @@ class _Measured(WorkerProcess):
                 name: _summary([turn[name] for turn in turns], tokens[name] * settings.batch)
                 for name in measured(settings)
             }
-            rows.append({"tokens": length, "first_token": self.first_tokens[length], **measures})
+            found = {"first_token": self.first_tokens[length], "continuation": self._continuations[length]}
+            rows.append({"tokens": length, **found, **measures})
         return {
             "name": self.subject.name,
             "kind": self.subject.kind,
             "path": str(self.subject.path),
+            "runtime": self._runtime,
             "load_seconds": self._load_seconds,
             "memory": self._memory,
             "lengths": rows,

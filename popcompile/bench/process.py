@@ -25,9 +25,13 @@ class WorkerProcess:
         self._open = contextlib.ExitStack()
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._errors = self._open.enter_context(errors)
-        process = subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, encoding="utf-8"
-        )
+        command, pipe = subject.command or _COMMAND, subprocess.PIPE
+        try:
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, encoding="utf-8")
+        except OSError as error:
+            raise PopcompileError(
+                f"{subject.name}: {command[0]} does not start ({error.strerror}); give a command that does"
+            ) from error
         self._process = self._open.enter_context(process)
 
     def __enter__(self) -> Self:

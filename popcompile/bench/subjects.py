@@ -27,8 +27,9 @@ class Subject:
     """One thing that is measured, in a process of its own.
 
     kind: "package" (through popcompile's runtime), "onnx" (its graph, `decoder`, through ONNX Runtime), "genai" (the
-    folder through onnxruntime-genai), or "transformers" (a checkpoint). required: without it there is no benchmark.
-    images: what it takes of them. dtype: of activations, where it is known; a checkpoint's of weights too.
+    folder through onnxruntime-genai), "transformers" (a checkpoint), or "program" (what `command` starts, which answers
+    as worker.py does). required: without it there is no benchmark. images: what it takes of them. dtype: of
+    activations, where it is known; a checkpoint's of weights too.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Subject:
     images: ImageInputs | None = None
     model_type: str = ""
     dtype: str = ""
+    command: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the worker."""
@@ -71,13 +73,16 @@ def package_subject(name: str, folder: Path, runtime: str) -> Subject:
     )  # fmt: skip
 
 
-def find_peers(package: Subject, against: Iterable[Path], runtime: str) -> list[Subject]:
+def find_peers(package: Subject, against: Iterable[Path | Subject], runtime: str) -> list[Subject]:
     """The subjects that the folders and files of `against` are; one that onnxruntime-genai can run, if it is installed,
     is two. runtime: of packages. Raises PopcompileError for one that is none, or that is there already.
     """
     places = {package.path.resolve()}
     subjects: list[Subject] = []
     for path in against:
+        if isinstance(path, Subject):
+            subjects.append(path)
+            continue
         found = _find(path, runtime, package)
         place = Path(found.decoder.graph if found.decoder else path).resolve()
         if place in places:

@@ -4,10 +4,15 @@ Requests and replies are JSON, a line each, on stdin and stdout. What libraries 
 
     {"load": subject, "provider", "threads", "images": sizes}   -> {"seconds", "anonymous", "gpu"}           (bytes)
     {"turn": ids, "steps"}      -> {"vision", "prefill", "time_to_first_token", "decode"}                    (seconds)
-    {"warm_up": ids, "steps"}   -> {"first_token", "anonymous", "peak", "gpu"}
+    {"warm_up": ids, "steps"}   -> {"first_token", "tokens", "anonymous", "peak", "gpu"}
     whatever fails              -> {"error": one line, "fixable": whether it says how}
 
-"gpu" is what the request took of the GPU's memory while no other process asked for any.
+"first_token" is the likeliest of every row, "tokens" [batch, 1 + steps] are those that were taken. "gpu" is what the
+request took of the GPU's memory while no other process asked for any.
+
+Another runtime takes part with a program of its own that answers so (subjects.Subject.command; examples/peer_models has
+two). It may leave out "vision", and on the CPU "gpu", give null for memory that it does not know, and say in
+"runtime", beside "seconds", which runtime it is.
 """
 
 from __future__ import annotations
@@ -66,12 +71,10 @@ class _Worker:
             runner.see(prompt)
             runner.prefill(prompt)
             first = runner.likeliest()
-            runner.pick()
-            for _ in range(steps):
-                runner.step()
+            tokens = [runner.pick(), *(runner.step() for _ in range(steps))]
             runner.end()
         memory = {"anonymous": anonymous.bytes, "peak": peak_bytes(), "gpu": self._gpu_bytes() - taken}
-        return {"first_token": first, **memory}
+        return {"first_token": first, "tokens": list(zip(*tokens, strict=True)), **memory}
 
     def _turn(self, ids: list[list[int]], steps: int) -> dict[str, float]:
         runner, prompt = self._runner, self._runner.encode(ids)

@@ -31,11 +31,12 @@ def measured_on(result: dict[str, Any]) -> tuple[str, str]:
     transformers = (
         f", transformers {versions['transformers']}, torch {versions['torch']}" if "transformers" in kinds else ""
     )
+    programs = dict.fromkeys(subject["runtime"] for subject in result["subjects"] if subject.get("runtime"))
     gpu = f"{result['gpu']}, " if result["gpu"] else ""
     rows = f", {settings['batch']} rows" if settings["batch"] > 1 else ""
     return (
         f"{settings['runtime']}, {settings['provider']}, {gpu}threads: {settings['threads']}, {result['cpu']};"
-        f" onnxruntime {versions['onnxruntime']}{genai}{transformers}",
+        f" onnxruntime {versions['onnxruntime']}{genai}{transformers}{''.join(f', {name}' for name in programs)}",
         f"median ± half the spread of {settings['repeats']} turns, subjects alternating{rows};"
         f" {settings['decode_tokens']} tokens decoded after each prompt",
     )
