@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 from popcompile.arguments import COUNT, PORT, POSITIVE, command, path
@@ -44,7 +46,7 @@ def add_serve(commands: Any) -> None:
         " (default 512)",
     )
     parser.add_argument(
-        "--served-model-name", metavar="NAME", help="what requests call the model (default: the folder's name)"
+        "--served-model-name", metavar="TEXT", help="what requests call the model (default: the folder's name)"
     )
 
 
@@ -58,7 +60,7 @@ def _serve(options: argparse.Namespace) -> None:
         if error.name in _LIBRARIES:
             raise PopcompileError(f'serve needs {error.name}; pip install "popcompile[serve]"') from error
         raise
-    name = options.served_model_name or options.package.resolve().name
+    name = options.served_model_name or Path(os.path.abspath(options.package)).name
     serve(
         options.package,
         host=options.host,

@@ -200,6 +200,8 @@ def _with_one(inputs: Tensor) -> Tensor:
 
 def _through_layers(states: HiddenStates, x: Tensor, begin: int, end: int) -> Tensor:
     """Hidden states before layer `end` of a prefill that has x before layer `begin`, both [N, T, hidden]."""
+    if begin == end:  # two runs, parted by what is added between them
+        return x
     out = states.scratch()
     for layer in range(begin, end):
         for batch in states.batches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,11 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, turns: Turns) -> None:
         super().__init__(config)
         self._turns = turns
+        self.is_interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._turns.end()
+        self.is_interrupted |= sig == signal.SIGINT
         super().handle_exit(sig, frame)
 
 
@@ -56,10 +59,13 @@ def serve(
         app = create_app(name, Prompts(folder, model.manifest), engine)
         config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=_GRACE)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{opened.getsockname()[1]}/v1")
+        server = _Server(config, engine.turns)
         try:
-            _Server(config, engine.turns).run(sockets=[opened])
+            server.run(sockets=[opened])
         finally:
             engine.turns.close()
+        if server.is_interrupted:  # uvicorn has raised it already, unless a shell ignores it for processes behind `&`
+            raise KeyboardInterrupt
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from bad_input import Cli, assert_one_line
 
-from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED, TEMPERATURE, Number
+from popcompile.arguments import COUNT, NATS, PORT, POSITIVE, RATIO, SEED, TEMPERATURE, Number
 from popcompile.cli import _parser
 from popcompile.errors import PopcompileError
 
@@ -83,6 +83,7 @@ def test_kinds() -> None:
     taken = {
         COUNT: {"0", "1", "8"},
         POSITIVE: {"1", "8"},
+        PORT: {"0", "1", "8"},
         SEED: {"0", "1", "8", str(2**32 - 1)},
         TEMPERATURE: {"1", "8", "1.5", "99.9", "+1"},
         NATS: {"0", "1", "8", "1.5", "99.9", "+1", str(2**32 - 1), str(2**32)},
