@@ -23,7 +23,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peer_models.builds import CLASSES, PEERS, Built, build, builds_folder
 from tabulate import tabulate
@@ -31,6 +30,7 @@ from tabulate import tabulate
 from popcompile.bench.measure import bench
 from popcompile.bench.subjects import Subject
 from popcompile.errors import PopcompileError
+from popcompile.package.benchmark import Benchmark, Measure, SubjectResult
 from popcompile.package.manifest import read_manifest
 from popcompile.progress import BENCH_STEPS, progress_bar
 from popcompile.report.bench import bench_text
@@ -115,7 +115,7 @@ def subject(model: Built, vocabulary: int, context: int) -> Path | Subject:
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def classes_text(result: dict[str, Any], packages: Mapping[str, str], peers: Mapping[str, str]) -> str:
+def classes_text(result: Benchmark, packages: Mapping[str, str], peers: Mapping[str, str]) -> str:
     """A row for each subject, those of one class together; packages, peers: the class of each, by name.
 
     Times to the first token stand beside how many times that of the class's package they are. `*` marks the peer that
@@ -139,18 +139,18 @@ def classes_text(result: dict[str, Any], packages: Mapping[str, str], peers: Map
     return tabulate(rows, [*headers, "tokens as full's"], disable_numparse=True, colalign=align)
 
 
-def _model(subject: dict[str, Any]) -> str:
+def _model(subject: SubjectResult) -> str:
     """Its name, without the runtime where bench adds one."""
     return subject["name"].removesuffix(" (genai)")
 
 
-def _cells(each: dict[str, Any], ours: dict[str, Any], peers: Sequence[dict[str, Any]], index: int) -> list[str]:
+def _cells(each: SubjectResult, ours: SubjectResult, peers: Sequence[SubjectResult], index: int) -> list[str]:
     """Of one length: milliseconds, the ratio and tokens/s."""
 
-    def median(one: dict[str, Any], measure: str) -> float:
+    def median(one: SubjectResult, measure: Measure) -> float:
         return one["lengths"][index][measure]["median"]
 
-    def mark(measure: str) -> str:
+    def mark(measure: Measure) -> str:
         return "*" if each in peers and each is min(peers, key=lambda peer: median(peer, measure)) else ""
 
     first = median(each, "time_to_first_token")
@@ -161,7 +161,7 @@ def _cells(each: dict[str, Any], ours: dict[str, Any], peers: Sequence[dict[str,
     ]
 
 
-def agreement_words(full: dict[str, Any], other: dict[str, Any]) -> str:
+def agreement_words(full: SubjectResult, other: SubjectResult) -> str:
     """Of the tokens after each prompt how many, from the first on, are the full model's: "33 33 4 of 33"."""
     same = []
     for theirs, expected in zip(other["lengths"], full["lengths"], strict=True):

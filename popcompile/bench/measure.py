@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from popcompile.bench.settings import BenchSettings
 from popcompile.bench.subjects import Subject, find_peers, package_subject, require_runtime
 from popcompile.errors import PopcompileError
 from popcompile.export.providers import PROVIDERS
+from popcompile.package.benchmark import Benchmark, Measure, Memory, PromptTimes, Ratio, SubjectResult, Timing
 from popcompile.package.graph_check import check_package
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.progress import Progress
@@ -39,9 +40,6 @@ from popcompile.runtime.providers import find_provider
 from popcompile.variants import Variants
 
 LENGTHS = (256, 1024, 2048)
-MEASURES = ("prefill", "time_to_first_token", "decode")
-#: of prompts with images, beside these
-VISION = "vision"
 _REST = 0.05  # seconds between turns, in which the last subject's threads stop spinning
 
 
@@ -60,7 +58,7 @@ def bench(
     *,
     images: Sequence[str] = (),
     image_tokens: Sequence[int] = (),
-) -> dict[str, Any]:
+) -> Benchmark:
     """Measure the package in `folder`, its full model, and the packages, decoders and checkpoints of `against`, where a
     Subject with a command brings a runtime of its own.
 
@@ -70,17 +68,7 @@ def bench(
     onnxruntime-genai, in which its model builder's folders run as well. images: picture files, and image_tokens: of
     images, how many tokens they have; such images, of noise, stand in every row of every prompt, beside its text.
 
-    Returns {"package", "pruned", "dtype", "settings", "versions", "cpu", "gpu", "subjects", "ratios", "warnings",
-    "seconds"}.
-    A subject: {"name", "kind", "path", "runtime", "load_seconds", "memory": {"anonymous", "peak"} in bytes, "lengths":
-    [{"tokens", "first_token" of every row, "continuation" [batch, 1 + decode_tokens], and of each of MEASURES
-    {"seconds" by turn, "median", "half_spread", "tokens_per_second"}}]}. "tokens" are those of text. "runtime" is what
-    a subject with a command says of itself, else None. "prefill" is the call of the graph, "time_to_first_token" also
-    the making of a cache and the picking of the token; "anonymous" and "peak" are the most anonymous and the most
-    resident memory of its process. With images there is "vision" too, from their pixels to their features, which is
-    part of the time to the first token; "images" of the settings are rows and columns in tokens.
-    With the provider cuda "gpu" is the GPU's name, and in "memory" what the process took of its memory.
-    A ratio: the median of "over" by that of "pop", of each measure.
+    Returns what package/benchmark.py says.
     Raises PopcompileError for what cannot be measured, and where a process ends.
     """
     started, folder = time.perf_counter(), Path(folder)
@@ -112,7 +100,7 @@ def bench(
         _take_turns(workers, settings, report)
     warnings = [worker.failure for worker in workers if worker.failure]
     workers = [worker for worker in workers if not worker.failure]
-    subjects = [worker.to_json(settings) for worker in workers]
+    subjects = [worker.result(settings) for worker in workers]
     subjects[1]["path"] = None  # it was compiled for the purpose
     return {
         "package": str(folder),
@@ -125,7 +113,7 @@ def bench(
         "cpu": _cpu(),
         "gpu": gpu_name() if PROVIDERS[provider].gpu else None,
         "subjects": subjects,
-        "ratios": _ratios(subjects, measured(settings)),
+        "ratios": _ratios(subjects),
         "warnings": warnings + _other_first_tokens(workers, manifest),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -160,7 +148,7 @@ class _Measured(WorkerProcess):
         self._continuations: dict[int, list[list[int]]] = {}
         self._runtime: str | None = None
         self._turns: dict[int, list[dict[str, float]]] = {}
-        self._memory: dict[str, int | None] = {}
+        self._memory = Memory(anonymous=None, peak=None)
         self._load_seconds = 0.0
 
     @contextmanager
@@ -177,7 +165,7 @@ class _Measured(WorkerProcess):
         asked = {"provider": settings.provider, "threads": settings.threads, "images": settings.images}
         reply = self.ask({"load": self.subject.to_json(), **asked})
         self._load_seconds, self._runtime = reply["seconds"], reply.get("runtime")
-        self._memory = {"anonymous": reply["anonymous"], "peak": None}
+        self._memory = Memory(anonymous=reply["anonymous"], peak=None)
         if PROVIDERS[settings.provider].gpu:
             self._memory["gpu"] = reply["gpu"]
 
@@ -188,23 +176,14 @@ class _Measured(WorkerProcess):
             return
         reply = self.ask({"warm_up": ids, "steps": steps})
         self.first_tokens[length], self._continuations[length] = reply["first_token"], reply["tokens"]
-        for name in ("anonymous", "peak"):
+        held: tuple[Literal["anonymous", "peak"], ...] = ("anonymous", "peak")
+        for name in held:
             if reply[name] is not None:
                 self._memory[name] = max(reply[name], self._memory[name] or 0)
         if "gpu" in self._memory:  # which ONNX Runtime keeps
             self._memory["gpu"] = (self._memory["gpu"] or 0) + reply["gpu"]
 
-    def to_json(self, settings: BenchSettings) -> dict[str, Any]:
-        rows = []
-        for length, turns in self._turns.items():
-            prompt, seen = length + settings.image_tokens, settings.image_tokens
-            tokens = {VISION: seen, "prefill": prompt, "time_to_first_token": prompt, "decode": settings.decode_tokens}
-            measures = {
-                name: _summary([turn[name] for turn in turns], tokens[name] * settings.batch)
-                for name in measured(settings)
-            }
-            found = {"first_token": self.first_tokens[length], "continuation": self._continuations[length]}
-            rows.append({"tokens": length, **found, **measures})
+    def result(self, settings: BenchSettings) -> SubjectResult:
         return {
             "name": self.subject.name,
             "kind": self.subject.kind,
@@ -212,33 +191,54 @@ class _Measured(WorkerProcess):
             "runtime": self._runtime,
             "load_seconds": self._load_seconds,
             "memory": self._memory,
-            "lengths": rows,
+            "lengths": [self._times(length, settings) for length in self._turns],
         }
 
+    def _times(self, length: int, settings: BenchSettings) -> PromptTimes:
+        prompt = length + settings.image_tokens
 
-def measured(settings: BenchSettings) -> tuple[str, ...]:
-    """What is timed."""
-    return (VISION, *MEASURES) if settings.images else MEASURES
+        def timing(measure: Measure, tokens: int) -> Timing:
+            return _timing([turn[measure] for turn in self._turns[length]], tokens * settings.batch)
+
+        times: PromptTimes = {
+            "tokens": length,
+            "first_token": self.first_tokens[length],
+            "continuation": self._continuations[length],
+            "prefill": timing("prefill", prompt),
+            "time_to_first_token": timing("time_to_first_token", prompt),
+            "decode": timing("decode", settings.decode_tokens),
+        }
+        if settings.images:
+            times["vision"] = timing("vision", settings.image_tokens)
+        return times
 
 
-def _summary(seconds: list[float], tokens: int) -> dict[str, Any]:
+def _timing(seconds: list[float], tokens: int) -> Timing:
     median = statistics.median(seconds)
-    return {
-        "seconds": seconds,
-        "median": median,
-        "half_spread": (max(seconds) - min(seconds)) / 2,
-        "tokens_per_second": tokens / median,
-    }
+    half_spread = (max(seconds) - min(seconds)) / 2
+    return {"seconds": seconds, "median": median, "half_spread": half_spread, "tokens_per_second": tokens / median}
 
 
-def _ratios(subjects: list[dict[str, Any]], measures: Sequence[str]) -> list[dict[str, Any]]:
+def _ratios(subjects: list[SubjectResult]) -> list[Ratio]:
     pop, *others = subjects
     return [
-        {"tokens": ours["tokens"], "over": other["name"]}
-        | {name: theirs[name]["median"] / ours[name]["median"] for name in measures}
+        _ratio(ours, theirs, other["name"])
         for other in others
         for ours, theirs in zip(pop["lengths"], other["lengths"], strict=True)
     ]
+
+
+def _ratio(ours: PromptTimes, theirs: PromptTimes, over: str) -> Ratio:
+    ratio: Ratio = {
+        "tokens": ours["tokens"],
+        "over": over,
+        "prefill": theirs["prefill"]["median"] / ours["prefill"]["median"],
+        "time_to_first_token": theirs["time_to_first_token"]["median"] / ours["time_to_first_token"]["median"],
+        "decode": theirs["decode"]["median"] / ours["decode"]["median"],
+    }
+    if "vision" in ours:
+        ratio["vision"] = theirs["vision"]["median"] / ours["vision"]["median"]
+    return ratio
 
 
 def _other_first_tokens(workers: list[_Measured], manifest: Manifest) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from popcompile.arguments import COUNT, POSITIVE, SEED, command, path
@@ -121,7 +122,7 @@ def _require_together(options: argparse.Namespace) -> None:
 
 
 #: under which name a result is kept in the report, the result, and its text for a terminal
-_Outcome = tuple[str, dict[str, Any], str]
+_Outcome = tuple[str, Mapping[str, Any], str]
 
 
 def _on_text(options: argparse.Namespace) -> _Outcome:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from popcompile.evaluation.summaries import (
     retrieval_summary,
 )
 from popcompile.package.configs import load_tokenizer
+from popcompile.package.evaluation import CodeShares, Evaluation
 from popcompile.package.manifest import read_manifest
 from popcompile.progress import Progress
 from popcompile.runtime.cache import KVCache
@@ -60,7 +60,7 @@ def evaluate(
     reference: str | Path | None = None,
     run_code: bool = False,
     code_problems: int | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compare the package's pruned prefill with its full model on windows of text, and on facts to find in a prompt.
 
     text: files to take `prompts` windows from each (texts.read_texts); default: texts.default_texts. Lengths are in
@@ -72,27 +72,7 @@ def evaluate(
     run_code: complete HumanEval's problems and run what the model wrote (code_problems.py), code_problems of them, all
     by default.
 
-    Returns {"package", "reference", "pruned", "kv_projection", "settings", "texts": {name: metrics}, "baselines":
-    {variant: {name: metrics}}, "retrieval", "code", "seconds"}; of several texts, "all" is their union. Each metric is
-    {"value", "low", "high"} with a 95% confidence interval over prompts:
-
-        first_token_kl_mean, first_token_kl_p95   KL(full || pop) of the first new token, nats
-        continuation_kl_mean                      the same over the continuation's tokens after the first, if any
-        top1_agreement                            share of predictions with the same most likely token
-        full_perplexity, pop_perplexity           of the continuation
-        perplexity_ratio                          pop / full, paired by prompt
-        greedy_agreement_tokens                   tokens until the greedy continuations differ (EOS is one of them)
-
-    "retrieval" has, by kind of question, "prompts" and metrics: "answered", by encoder the share that it answers
-    ("reference", the full model that is compared with, "pop" and the baselines), and "kept", the share of those
-    answered by the reference that pop answers too. It is empty where the model's tokenizer or the length does not
-    allow such prompts.
-
-    "code", with run_code, has "problems" and metrics: "pass_at_1" by encoder, but for "dropped", which writes no code,
-    and "difference", pop's less the reference's, paired by problem.
-
-    baselines are "none" (nothing pruned: the full model), "dropped" (the pruned layers dropped in prefill and decode)
-    and, unless the package has it, "layer" (pruned with the layers' own K/V projection); "full" with a reference.
+    Returns what package/evaluation.py says.
     Raises PopcompileError.
     """
     started = time.perf_counter()
@@ -148,7 +128,8 @@ def evaluate(
     result["retrieval"] = retrieval_summary(asked, answered, seed)
     if code is not None:
         result["code"] = code
-    return result | {"seconds": round(time.perf_counter() - started, 1)}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
 
 
 # --- what is measured ------------------------------------------------------------------------------------------
@@ -207,7 +188,7 @@ def _code(
     problems: list[Problem],
     seed: int,
     progress: Progress,
-) -> dict[str, Any]:
+) -> CodeShares:
     """pass@1 by encoder, and what pop's differs by from the reference's."""
     solved: dict[str, list[float]] = {}
     names = [name for name in encoders if name != "dropped"]

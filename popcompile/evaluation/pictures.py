@@ -25,6 +25,7 @@ from popcompile.evaluation.encoders import Encoders, open_encoders, require_comp
 from popcompile.evaluation.picture_questions import PictureQuestion, picture_questions
 from popcompile.evaluation.summaries import PromptScores, answer_summary, comparison
 from popcompile.package.configs import read_config, read_generation_config
+from popcompile.package.evaluation import Evaluation
 from popcompile.package.manifest import Manifest, read_manifest
 from popcompile.progress import Progress
 from popcompile.runtime import conversation
@@ -70,7 +71,7 @@ def evaluate_pictures(
     progress: Progress | None = None,
     *,
     reference: str | Path | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compare the package's pruned prefill with its full model on questions about pictures.
 
     images: a folder with pictures. questions: a .jsonl file, {"image": name of a file there, "question", "answer"} a
@@ -78,10 +79,7 @@ def evaluate_pictures(
     questions are asked at most. continuation_tokens: of answers that are sampled, at most. baselines, reference: as
     `compare.evaluate` takes them.
 
-    Returns what `compare.evaluate` does, with all prompts as one text that is called by the folder's name, without
-    "retrieval" and "code", and with "pictures", how many there are, "tokens", of every prompt, and "image_tokens", of
-    its picture. Where answers are given, "answers" has "prompts" and metrics: "answered", by encoder the share of
-    questions that are answered exactly, and "kept", the share of those answered by the reference that pop answers too.
+    Returns what package/evaluation.py says; all prompts are one text that is called by the folder's name.
     Raises PopcompileError.
     """
     started, folder = time.perf_counter(), Path(folder)
@@ -122,7 +120,8 @@ def evaluate_pictures(
     result["tokens"], result["image_tokens"] = map(list, zip(*sizes, strict=True))
     if answered:
         result["answers"] = answer_summary(answered, seed)
-    return result | {"seconds": round(time.perf_counter() - started, 1)}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
 
 
 class _Prompts:

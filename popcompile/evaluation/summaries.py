@@ -14,6 +14,7 @@ from torch import Tensor
 from popcompile.evaluation.bootstrap import estimate
 from popcompile.evaluation.metrics import compare
 from popcompile.evaluation.questions import KINDS, Question
+from popcompile.package.evaluation import AnswerShares, CodeShares, Estimate, Evaluation, TextMetrics
 from popcompile.package.manifest import Manifest
 
 
@@ -58,10 +59,10 @@ def comparison(
     settings: dict[str, Any],
     scores: Mapping[str, Mapping[str, list[PromptScores]]],
     seed: int,
-) -> dict[str, Any]:
+) -> Evaluation:
     """What evaluations report of the package and of its variants. scores: by variant and text, "pop" the package's."""
     metrics = {variant: summaries(by_text, seed) for variant, by_text in scores.items()}
-    result: dict[str, Any] = {
+    result: Evaluation = {
         "package": str(folder),
         "reference": None if reference is None else str(reference),
         "pruned": manifest.pruned,
@@ -75,7 +76,7 @@ def comparison(
     return result
 
 
-def summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, dict[str, Any]]:
+def summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str, TextMetrics]:
     """Metrics of every text and, of several, of all together."""
     found = {name: summarise(scores, seed) for name, scores in by_text.items()}
     if len(by_text) > 1:
@@ -83,13 +84,13 @@ def summaries(by_text: Mapping[str, list[PromptScores]], seed: int) -> dict[str,
     return found
 
 
-def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
+def summarise(scores: Sequence[PromptScores], seed: int) -> TextMetrics:
     """The metrics of `evaluate` over prompts, and how many prompts they are of."""
 
-    def over_prompts(statistic: Callable[[Any], Any], value: Callable[[PromptScores], float]) -> dict[str, Any]:
+    def over_prompts(statistic: Callable[[Any], Any], value: Callable[[PromptScores], float]) -> Estimate:
         return estimate(statistic, [value(s) for s in scores], seed)
 
-    metrics: dict[str, Any] = {
+    metrics: TextMetrics = {
         "prompts": len(scores),
         "first_token_kl_mean": over_prompts(_mean, lambda s: s.first_kl),
         "first_token_kl_p95": over_prompts(lambda x: np.quantile(x, 0.95, axis=-1), lambda s: s.first_kl),
@@ -103,14 +104,16 @@ def summarise(scores: Sequence[PromptScores], seed: int) -> dict[str, Any]:
         metrics["continuation_kl_mean"] = estimate(_mean, later, seed)
     greedy = [float(s.greedy) for s in scores if s.greedy is not None]
     if greedy:
-        metrics["greedy_agreement_tokens"] = estimate(_mean, greedy, seed) | {"prompts": len(greedy)}
+        metrics["greedy_agreement_tokens"] = _of(len(greedy), estimate(_mean, greedy, seed))
     assert all(math.isfinite(m["value"]) for m in metrics.values() if isinstance(m, dict))
     return metrics
 
 
-def retrieval_summary(asked: Sequence[Question], answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
+def retrieval_summary(
+    asked: Sequence[Question], answered: Sequence[Mapping[str, bool]], seed: int
+) -> dict[str, AnswerShares]:
     """By kind of question: how many prompts, the shares that were answered, and what of the full model's is kept."""
-    found: dict[str, Any] = {}
+    found: dict[str, AnswerShares] = {}
     for kind in KINDS:
         rows = [row for question, row in zip(asked, answered, strict=True) if question.kind == kind]
         if rows:
@@ -118,19 +121,19 @@ def retrieval_summary(asked: Sequence[Question], answered: Sequence[Mapping[str,
     return found
 
 
-def answer_summary(answered: Sequence[Mapping[str, bool]], seed: int) -> dict[str, Any]:
+def answer_summary(answered: Sequence[Mapping[str, bool]], seed: int) -> AnswerShares:
     """Of questions, by encoder: how many there are, the shares that were answered, and what of the reference's is
     kept.
     """
     shares = {name: estimate(_mean, [float(row[name]) for row in answered], seed) for name in answered[0]}
     kept = [float(row["pop"]) for row in answered if row["reference"]]
-    summary: dict[str, Any] = {"prompts": len(answered), "answered": shares}
+    summary: AnswerShares = {"prompts": len(answered), "answered": shares}
     if kept:
-        summary["kept"] = estimate(_mean, kept, seed) | {"prompts": len(kept)}
+        summary["kept"] = _of(len(kept), estimate(_mean, kept, seed))
     return summary
 
 
-def code_summary(solved: Mapping[str, list[float]], seed: int) -> dict[str, Any]:
+def code_summary(solved: Mapping[str, list[float]], seed: int) -> CodeShares:
     """Shares of the problems that each encoder solved (1 or 0 each), and what pop's differs by from the reference's."""
     difference = [pop - full for pop, full in zip(solved["pop"], solved["reference"], strict=True)]
     return {
@@ -138,6 +141,11 @@ def code_summary(solved: Mapping[str, list[float]], seed: int) -> dict[str, Any]
         "pass_at_1": {name: estimate(_mean, found, seed) for name, found in solved.items()},
         "difference": estimate(_mean, difference, seed),
     }
+
+
+def _of(prompts: int, estimated: Estimate) -> Estimate:
+    estimated["prompts"] = prompts
+    return estimated
 
 
 def _mean(samples: Any) -> Any:

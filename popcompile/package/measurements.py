@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from popcompile.package.benchmark import Benchmark
+from popcompile.package.evaluation import Evaluation
 from popcompile.package.report import REFERENCE_TOKENS, Importance, Loss
 
 if TYPE_CHECKING:
@@ -126,11 +128,11 @@ class Measurements:
     importance: MeasuredImportance | None
     choice: LayerChoice | None
     quality: Quality | None
-    evaluation: dict[str, Any] | None
-    evaluation_images: dict[str, Any] | None
+    evaluation: Evaluation | None
+    evaluation_images: Evaluation | None
     evaluation_tasks: dict[str, Any] | None
-    benchmark: dict[str, Any] | None
-    benchmark_images: dict[str, Any] | None
+    benchmark: Benchmark | None
+    benchmark_images: Benchmark | None
 
 
 def read_measurements(report: Mapping[str, Any], manifest: Manifest) -> Measurements:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tabulate import tabulate
 
+from popcompile.package.benchmark import Benchmark, Memory, PromptTimes, Timing
 from popcompile.report.words import counted, share
 
 
-def bench_text(result: dict[str, Any]) -> str:
+def bench_text(result: Benchmark) -> str:
     """The result of `bench.bench` for a terminal."""
     head = (
         f"{result['package']}: {result['source']}, {result['dtype']}, prefill skips {len(result['pruned'])} of"
@@ -23,7 +21,7 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n\n".join(["\n".join([head, *seen, *measured_on(result)]), times, _memory(result)])
 
 
-def measured_on(result: dict[str, Any]) -> tuple[str, str]:
+def measured_on(result: Benchmark) -> tuple[str, str]:
     """The machine, and how times were taken."""
     settings, versions = result["settings"], result["versions"]
     kinds = {subject["kind"] for subject in result["subjects"]}
@@ -42,24 +40,24 @@ def measured_on(result: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def images_words(result: dict[str, Any]) -> str:
+def images_words(result: Benchmark) -> str:
     """The images of a prompt: how many there are, and of how many tokens each is."""
     counts = [f"{rows * columns:,}" for rows, columns in _images(result)]
     return f"{counted(len(counts), 'image')} of {'+'.join(counts)} tokens"
 
 
-def _images(result: Mapping[str, Any]) -> list[list[int]]:
+def _images(result: Benchmark) -> list[list[int]]:
     """Rows and columns of each; reports of text alone may not say that there are none."""
     found: list[list[int]] = result["settings"].get("images", [])
     return found
 
 
-def prompt_tokens(result: Mapping[str, Any], length: int) -> int:
+def prompt_tokens(result: Benchmark, length: int) -> int:
     """Of a prompt with so many tokens of text."""
     return length + sum(rows * columns for rows, columns in _images(result))
 
 
-def first_token_words(result: dict[str, Any]) -> list[tuple[int, str]]:
+def first_token_words(result: Benchmark) -> list[tuple[int, str]]:
     """For each length of prompt, in tokens of text, the time to the first token, of the package and its full model."""
     pop, full = result["subjects"][:2]
     images = f"{images_words(result)}: " if _images(result) else ""
@@ -72,11 +70,11 @@ def first_token_words(result: dict[str, Any]) -> list[tuple[int, str]]:
     return words
 
 
-def _vision_share(row: dict[str, Any]) -> str:
+def _vision_share(row: PromptTimes) -> str:
     return share(row["vision"]["median"] / row["time_to_first_token"]["median"])
 
 
-def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def time_rows(result: Benchmark) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row for each length and subject; ratios are how many times pop's median. With images, what vision
     takes of the time to the first token stands before the decoder's prefill.
     """
@@ -86,8 +84,8 @@ def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for index, length in enumerate(result["settings"]["lengths"]):
         for subject in result["subjects"]:
             measured = subject["lengths"][index]
-            prefill, first, decode = (measured[name] for name in ("prefill", "time_to_first_token", "decode"))
-            ratio = ratios.get((subject["name"], length), {})
+            prefill, first, decode = measured["prefill"], measured["time_to_first_token"], measured["decode"]
+            ratio = ratios.get((subject["name"], length))
             vision = [_milliseconds(measured["vision"]), _vision_share(measured)] if has_images else []
             rows.append(
                 [
@@ -95,10 +93,10 @@ def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     subject["name"],
                     *vision,
                     _milliseconds(prefill),
-                    _ratio(ratio.get("prefill")),
+                    _ratio(ratio and ratio["prefill"]),
                     f"{prefill['tokens_per_second']:,.0f}",
                     _milliseconds(first),
-                    _ratio(ratio.get("time_to_first_token")),
+                    _ratio(ratio and ratio["time_to_first_token"]),
                     f"{decode['tokens_per_second']:.1f}",
                 ]
             )
@@ -107,8 +105,8 @@ def time_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*headers, "decode, tokens/s"], rows
 
 
-def _milliseconds(measure: dict[str, Any]) -> str:
-    median, spread = measure["median"] * 1e3, measure["half_spread"] * 1e3
+def _milliseconds(timing: Timing) -> str:
+    median, spread = timing["median"] * 1e3, timing["half_spread"] * 1e3
     digits = 0 if median >= 100 else 1
     return f"{median:.{digits}f} ± {spread:.{digits}f}"
 
@@ -117,15 +115,19 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def _memory(result: dict[str, Any]) -> str:
+def _memory(result: Benchmark) -> str:
     """A row for each subject, in MB (10^6 bytes)."""
     rows = [
-        [subject["name"], *map(_megabytes, subject["memory"].values()), f"{subject['load_seconds']:.1f}"]
-        for subject in result["subjects"]
+        [subject["name"], *_held(subject["memory"]), f"{subject['load_seconds']:.1f}"] for subject in result["subjects"]
     ]
     kinds = ["anonymous memory, at most, MB", "resident, at most, MB", *(["on the GPU, MB"] if result["gpu"] else [])]
     headers = ["subject", *kinds, "loaded in, s"]
     return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(kinds) + 1)))
+
+
+def _held(memory: Memory) -> list[str]:
+    on_gpu = [memory["gpu"]] if "gpu" in memory else []
+    return [_megabytes(size) for size in (memory["anonymous"], memory["peak"], *on_gpu)]
 
 
 def _megabytes(size: int | None) -> str:

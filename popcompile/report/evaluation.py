@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tabulate import tabulate
 
+from popcompile.package.evaluation import AnswerShares, Estimate, Evaluation, Metric
 from popcompile.package.report import format_layers
 from popcompile.report.words import counted
 
-_METRICS = {
+_METRICS: dict[Metric, str] = {
     "first_token_kl_mean": "first token, KL mean (nats)",
     "first_token_kl_p95": "first token, KL 95th percentile",
     "continuation_kl_mean": "tokens after it, KL mean",
@@ -19,7 +18,7 @@ _METRICS = {
     "perplexity_ratio": "perplexity, pop / full",
     "greedy_agreement_tokens": "greedy tokens until they differ",
 }
-_COLUMNS = {
+_COLUMNS: dict[Metric, str] = {
     "first_token_kl_mean": "KL mean",
     "first_token_kl_p95": "KL p95",
     "top1_agreement": "top-1",
@@ -34,7 +33,7 @@ _VARIANTS = {
 }
 
 
-def evaluation_text(result: dict[str, Any]) -> str:
+def evaluation_text(result: Evaluation) -> str:
     """The result of `evaluation.evaluate` for a terminal."""
     settings = result["settings"]
     prompts = ", ".join(f"{metrics['prompts']} of {name}" for name, metrics in result["texts"].items() if name != "all")
@@ -42,12 +41,12 @@ def evaluation_text(result: dict[str, Any]) -> str:
     return _document(result, f"{prompts}: {lengths}")
 
 
-def pictures_text(result: dict[str, Any]) -> str:
+def pictures_text(result: Evaluation) -> str:
     """The result of `evaluation.pictures.evaluate_pictures` for a terminal."""
     return _document(result, pictures_words(result))
 
 
-def pictures_words(result: dict[str, Any]) -> str:
+def pictures_words(result: Evaluation) -> str:
     """Which questions about pictures an evaluation has asked."""
     (metrics,) = result["texts"].values()
     lengths = f"prompts of {_range(result['tokens'])} tokens, {_range(result['image_tokens'])} of them a picture's"
@@ -58,7 +57,7 @@ def _range(counts: list[int]) -> str:
     return f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
 
 
-def _document(result: dict[str, Any], prompts: str) -> str:
+def _document(result: Evaluation, prompts: str) -> str:
     """prompts: what was measured on, in words."""
     head = (
         f"{result['package']}: prefill skips {format_layers(result['pruned'])}, {result['kv_projection']} projection,"
@@ -71,11 +70,11 @@ def _document(result: dict[str, Any], prompts: str) -> str:
     return "\n\n".join([head, *(tabulate(rows, headers, disable_numparse=True) for headers, rows in tables)])
 
 
-def _reference(result: dict[str, Any]) -> str:
+def _reference(result: Evaluation) -> str:
     return "its" if result.get("reference") is None else f"{result['reference']}'s"
 
 
-def evaluation_words(result: dict[str, Any]) -> str:
+def evaluation_words(result: Evaluation) -> str:
     """The result in one line, of all its texts."""
     name = list(result["texts"])[-1]
     metrics = result["texts"][name]
@@ -95,7 +94,7 @@ def evaluation_words(result: dict[str, Any]) -> str:
     )
 
 
-def metric_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def metric_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row per metric with a cell per text."""
     texts, rows = result["texts"], []
     for key, label in _METRICS.items():
@@ -106,7 +105,7 @@ def metric_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *texts], rows
 
 
-def baseline_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def baseline_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row per text and variant of the package, itself the last; `result` has baselines."""
     package = {f"this package, {result['kv_projection']} projection": result["texts"]}
     variants = {_VARIANTS[name]: texts for name, texts in result["baselines"].items()} | package
@@ -118,19 +117,19 @@ def baseline_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["text", "variant", *_COLUMNS.values()], rows
 
 
-def retrieval_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def retrieval_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row per kind of prompt and encoder, with the share that it answers; the package is the last."""
     rows = [row for kind, found in result["retrieval"].items() for row in _answered(result, kind, found)]
     return ["facts in the prompt", "prefill", "answered", "kept of the full model's"], rows
 
 
-def answer_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def answer_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row per encoder, with the share of questions about pictures that it answers exactly."""
     rows = _answered(result, "questions", result["answers"])
     return ["about pictures", "prefill", "answered exactly", "kept of the full model's"], rows
 
 
-def _answered(result: dict[str, Any], kind: str, found: dict[str, Any]) -> list[list[str]]:
+def _answered(result: Evaluation, kind: str, found: AnswerShares) -> list[list[str]]:
     names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
     rows = []
     for name in (n for n in names if n in found["answered"]):
@@ -139,7 +138,7 @@ def _answered(result: dict[str, Any], kind: str, found: dict[str, Any]) -> list[
     return rows
 
 
-def code_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def code_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row per encoder with the share of HumanEval's problems that it solves; the package is the last."""
     names = {"reference": f"{_reference(result)} full model", **_VARIANTS, "pop": "this package"}
     code, rows = result["code"], []
@@ -149,8 +148,9 @@ def code_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["code that is run", "prefill", "pass@1", "less the full model's"], rows
 
 
-def _cell(metric: dict[str, Any]) -> str:
-    interval = "" if metric["low"] is None else f" [{_number(metric['low'])}, {_number(metric['high'])}]"
+def _cell(metric: Estimate) -> str:
+    low, high = metric["low"], metric["high"]
+    interval = "" if low is None or high is None else f" [{_number(low)}, {_number(high)}]"
     return _number(metric["value"]) + interval
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from popcompile.errors import PopcompileError
+from popcompile.package.benchmark import Benchmark
 from popcompile.package.compatibility import runtimes
 from popcompile.package.graph_check import check_package
 from popcompile.package.integrity import read_file
@@ -201,7 +202,7 @@ def _time(missing: dict[str, str], found: Measurements) -> list[tuple[str, str]]
     return rows + _benchmark("with images", found.benchmark_images)
 
 
-def _benchmark(name: str, result: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _benchmark(name: str, result: Benchmark | None) -> list[tuple[str, str]]:
     if result is None:
         return []
     rows = [(f"{name}, {tokens:,} tokens", words) for tokens, words in first_token_words(result)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from popcompile.errors import PopcompileError
+from popcompile.package.evaluation import Evaluation, TextMetrics
 from popcompile.package.manifest import MANIFEST, Manifest, read_manifest
 from popcompile.package.measurements import Measurements, Quality, read_measurements
 from popcompile.package.report import format_layers
@@ -272,7 +273,7 @@ def _cost(found: Measurements) -> str:
     return "What it costs in quality was not measured."
 
 
-def _all_texts(evaluation: dict[str, Any]) -> dict[str, Any]:
+def _all_texts(evaluation: Evaluation) -> TextMetrics:
     """Metrics over all texts: the last entry."""
     return list(evaluation["texts"].values())[-1]
 
@@ -300,7 +301,7 @@ def _table(headers: list[str], rows: list[list[str]], left: int) -> Table:
     return Table(headers, rows, "l" * left + "r" * (len(headers) - left))
 
 
-def _baselines(evaluation: dict[str, Any]) -> Table:
+def _baselines(evaluation: Evaluation) -> Table:
     """The package's rows are marked."""
     table = _table(*baseline_rows(evaluation), left=2)
     own = {i for i, row in enumerate(table.rows) if row[1].startswith("this package")}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popcompile.errors import PopcompileError
+from popcompile.package.benchmark import Benchmark
 from popcompile.report.bench import prompt_tokens
 from popcompile.report.output_file import replace_file, require_replaceable_file
 from popcompile.terminal import printable
@@ -268,7 +269,7 @@ _LINES: tuple[dict[str, Any], ...] = (
 )
 
 
-def write_prefill_plot(path: Path, result: Mapping[str, Any]) -> None:
+def write_prefill_plot(path: Path, result: Benchmark) -> None:
     """Plot the medians of `bench.bench` over the prompts' lengths into a .svg or .png file, a line for each subject,
     with bars from the fastest turn to the slowest. Raises PopcompileError where it cannot be written.
     """
@@ -276,12 +277,12 @@ def write_prefill_plot(path: Path, result: Mapping[str, Any]) -> None:
     replace_file("--plot", path, _picture(4.5, lambda figure: _fill_prefill(figure, result), kind))
 
 
-def prefill_svg(result: Mapping[str, Any]) -> str:
+def prefill_svg(result: Benchmark) -> str:
     """The same plot as an <svg> element for an HTML page."""
     return _element(_picture(4.5, lambda figure: _fill_prefill(figure, result)))
 
 
-def _fill_prefill(figure: Figure, result: Mapping[str, Any]) -> None:
+def _fill_prefill(figure: Figure, result: Benchmark) -> None:
     axes = figure.subplots()
     for index, subject in enumerate(result["subjects"]):
         rows = sorted(subject["lengths"], key=lambda row: row["tokens"])

@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from popcompile.bench.measure import MEASURES
 from popcompile.evaluation.summaries import PromptScores, summarise
 from popcompile.package.manifest import MANIFEST, read_manifest
 from popcompile.package.saving import save_in_report
+
+#: what a benchmark times of prompts without images
+MEASURES = ("prefill", "time_to_first_token", "decode")
 
 
 def loss(kl: float) -> dict[str, float]:
