@@ -38,6 +38,13 @@ def add_serve(commands: Any) -> None:
         help="requests that take turns; others wait (default 16)",
     )
     parser.add_argument(
+        "--max-waiting",
+        metavar="N",
+        type=COUNT,
+        default=256,
+        help="requests that wait; more get status 503 (default 256)",
+    )
+    parser.add_argument(
         "--prefix-cache-mb",
         metavar="N",
         type=COUNT,
@@ -69,6 +76,7 @@ def _serve(options: argparse.Namespace) -> None:
         provider=options.provider,
         threads=options.threads,
         max_concurrent=options.max_concurrent,
+        max_waiting=options.max_waiting,
         prefix_cache_bytes=options.prefix_cache_mb << 20,
         listening=lambda address: show(
             f"{name} at {address}; try: curl {address}/chat/completions -H 'Content-Type: application/json'"

@@ -19,9 +19,9 @@ from openai.types import Model
 from pydantic import BaseModel
 from torch import Tensor
 
-from popcompile.serving.body_limit import BodyLimit
 from popcompile.serving.engine import Generator, Piece
 from popcompile.serving.errors import ApiError, add_handlers, error_json
+from popcompile.serving.limits import BodyLimit, RequestLimit
 from popcompile.serving.prompts import Prompts
 from popcompile.serving.requests import ChatRequest, CompletionRequest, Request
 from popcompile.serving.responses import ChatForm, CompletionForm, Form, Tally, model_card
@@ -44,10 +44,12 @@ class Job:
     is_first: bool
 
 
-def create_app(name: str, prompts: Prompts, generator: Generator) -> FastAPI:
-    """The app. name: of the one model that there is."""
+def create_app(name: str, prompts: Prompts, generator: Generator, max_requests: int | None = None) -> FastAPI:
+    """The app. name: of the one model that there is. max_requests: that are answered or wait; more are refused."""
     app = FastAPI(title="popcompile", openapi_url=None)
     app.add_middleware(BodyLimit, limit=BODY_BYTES)
+    if max_requests is not None:
+        app.add_middleware(RequestLimit, limit=max_requests)
     add_handlers(app)
     created = int(time.time())
 
@@ -71,6 +73,10 @@ def create_app(name: str, prompts: Prompts, generator: Generator) -> FastAPI:
     async def model(model: str) -> Model:
         _require_model(model, name)
         return model_card(name, created)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
 
     return app
 

@@ -11,8 +11,11 @@ import httpx
 import pytest
 from openai.types.shared import ErrorObject
 from served import NAME, Served
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from popcompile.serving import app
+from popcompile.serving.limits import RequestLimit
 from popcompile.serving.requests import UNSUPPORTED
 
 USER = {"role": "user", "content": "the cat"}
@@ -137,6 +140,44 @@ def test_large_body(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
                 answer = await http.post("/completions", content=parts(), headers=headers)
                 assert answer.status_code == 413 and "1 MB" in _refusal(answer).message
                 assert read <= ((1 << 20) + (1 << 16) if not headers else 0)
+
+    asyncio.run(ask())
+
+
+def test_too_many_requests(served: Served) -> None:
+    """Refused at once, while the server says that it is well."""
+
+    async def ask() -> tuple[httpx.Response, httpx.Response]:
+        transport = httpx.ASGITransport(app.create_app(NAME, served.prompts, served.engine(), max_requests=0))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server/v1") as http:
+            return await http.post("/completions", json={"prompt": "x"}), await http.get("http://server/health")
+
+    refused, health = asyncio.run(ask())
+    assert refused.status_code == 503
+    assert (_refusal(refused).code, _refusal(refused).type) == ("overloaded", "server_error")
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
+
+
+def test_requests_count_to_their_ends() -> None:
+    """Also those that fail."""
+    may_end = asyncio.Event()
+    status = {"/ends": 200, "/fails": 500}
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await may_end.wait()
+        if scope["path"] == "/fails":
+            raise ValueError
+        await Response()(scope, receive, send)
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(RequestLimit(slow, 2), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            under_way = [asyncio.ensure_future(http.post(path)) for path in status]
+            await asyncio.sleep(0.05)
+            assert (await http.post("/ends")).status_code == 503
+            may_end.set()
+            assert [answer.status_code for answer in await asyncio.gather(*under_way)] == list(status.values())
+            assert [(await http.post("/ends")).status_code for _ in range(3)] == [200] * 3
 
     asyncio.run(ask())
 

@@ -77,6 +77,7 @@ def test_port_in_use(cli: Cli, served: Served) -> None:
         (["--port", "70000"], "70000 is not a port"),
         (["--max-concurrent", "0"], "at least 1"),
         (["--prefix-cache-mb", "-1"], "at least 0"),
+        (["--max-waiting", "-1"], "at least 0"),
         (["--provider", "tpu"], "tpu"),
     ],
 )
