@@ -1,9 +1,10 @@
-"""How soon users get their first token from `popcompile serve`, with and without its prefix cache:
+"""How soon users get tokens from `popcompile serve`, with and without its prefix cache, and prompts in chunks:
 
     python examples/serving/load.py PACKAGE
 
 Prompts are random tokens. First one user at a time, whose prompts begin with the same tokens and end with 80 of their
-own; then many at once, whose prompts have from 64 to 4,096 tokens and begin alike. Needs "popcompile[serve]".
+own; then many at once, whose prompts have from 64 to 4,096 tokens and begin alike, encoded whole and in chunks. Needs
+"popcompile[serve]".
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from openai import AsyncOpenAI
 from tabulate import tabulate
@@ -26,6 +29,8 @@ from tabulate import tabulate
 OWN = 80
 SHARED = (64, 256, 1024, 4096)
 SECONDS = 1200
+#: tokens that are encoded at a time
+CHUNK = 1024
 
 
 def main() -> None:
@@ -37,22 +42,32 @@ def main() -> None:
     options = parser.parse_args()
     alone, together = [], []
     for megabytes in (0, 512):
-        with _serving(options.package, megabytes) as address:
+        with _serving(options.package, megabytes, CHUNK) as address:
             alone.append(asyncio.run(_one_user(address, options.repeats)))
-        with _serving(options.package, megabytes) as address:
-            row = asyncio.run(_many_users(address, options.users, options.new_tokens))
-            together.append([f"{megabytes} MB" if megabytes else "none", *row])
+        for chunk in (0, CHUNK):
+            with _serving(options.package, megabytes, chunk) as address:
+                row = asyncio.run(_many_users(address, options.users, options.new_tokens))
+            together.append([f"{megabytes} MB" if megabytes else "none", str(chunk) if chunk else "whole", *row])
     head = ["tokens that prompts share", "ms to the first token, no prefix cache", "with it"]
     print(tabulate(list(zip(SHARED, *alone, strict=True)), head, tablefmt="github"), end="\n\n")
-    head = ["prefix cache", "s to the first token: median", "90%", "last", "s in all", "tokens/s"]
+    head = [
+        "prefix cache",
+        "chunks",
+        "s to the first token: median",
+        "90%",
+        "last",
+        "between two",
+        "in all",
+        "tokens/s",
+    ]
     print(tabulate(together, head, tablefmt="github", floatfmt=".1f"))
 
 
 @contextlib.contextmanager
-def _serving(package: Path, megabytes: int) -> Iterator[str]:
+def _serving(package: Path, megabytes: int, chunk: int) -> Iterator[str]:
     """The address of a server that has answered once: it has opened its files and started its threads."""
-    options = ["--port", "0", "--prefix-cache-mb", str(megabytes), "--served-model-name", "model"]
-    command = [sys.executable, "-m", "popcompile", "serve", str(package), *options]
+    options = ["--port", "0", "--prefix-cache-mb", str(megabytes), "--prefill-chunk", str(chunk)]
+    command = [sys.executable, "-m", "popcompile", "serve", str(package), *options, "--served-model-name", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -76,16 +91,23 @@ def _tokens(count: int, seed: int) -> list[int]:
     return [random.Random(seed * 1_000_003 + i).randrange(1000, 20_000) for i in range(count)]
 
 
-async def _ask(client: AsyncOpenAI, prompt: list[int], new_tokens: int) -> tuple[float, int]:
-    """Seconds to the first token, and new tokens, of a streamed answer."""
-    started, first, new = time.perf_counter(), 0.0, 0
+class Times(NamedTuple):
+    """Of a streamed answer: seconds to the first token, the most between two, and how many there are."""
+
+    first: float
+    gap: float
+    tokens: int
+
+
+async def _ask(client: AsyncOpenAI, prompt: list[int], new_tokens: int) -> Times:
+    started, times, new = time.perf_counter(), list[float](), 0
     stream = await client.completions.create(
         model="model", prompt=prompt, max_tokens=new_tokens, stream=True, stream_options={"include_usage": True}
     )
     async for chunk in stream:
-        first = first or time.perf_counter() - started
+        times.append(time.perf_counter() - started)
         new = chunk.usage.completion_tokens if chunk.usage else new
-    return first, new
+    return Times(times[0], max((after - before for before, after in pairwise(times)), default=0.0), new)
 
 
 async def _one_user(address: str, repeats: int) -> list[str]:
@@ -96,14 +118,14 @@ async def _one_user(address: str, repeats: int) -> list[str]:
     async with _client(address) as client:
         for shared in SHARED:
             prompts = [_tokens(shared, shared) + _tokens(OWN, 1 + own) for own in range(repeats + 1)]
-            times = [1e3 * (await _ask(client, prompt, 1))[0] for prompt in prompts][1:]
+            times = [1e3 * (await _ask(client, prompt, 1)).first for prompt in prompts][1:]
             rows.append(f"{statistics.median(times):.0f} ± {(max(times) - min(times)) / 2:.0f}")
     return rows
 
 
 async def _many_users(address: str, users: int, new_tokens: int) -> list[float]:
-    """Of requests at once: seconds to their first tokens, the median, the 9th of 10 and the last; all of them, and
-    tokens a second.
+    """Of requests at once: seconds to their first tokens, the median, the 9th of 10 and the last, the most between two
+    tokens of an answer, and of all of them; and tokens a second.
     """
     lengths = [round(64 * 2 ** (6 * i / max(1, users - 1))) for i in range(users)]
     system = _tokens(1024, 7)
@@ -111,9 +133,9 @@ async def _many_users(address: str, users: int, new_tokens: int) -> list[float]:
     async with _client(address) as client:
         started = time.perf_counter()
         answers = await asyncio.gather(*(_ask(client, prompt, new_tokens) for prompt in prompts))
-    total, firsts = time.perf_counter() - started, sorted(first for first, _ in answers)
-    new = sum(count for _, count in answers)
-    return [statistics.median(firsts), firsts[int(0.9 * (users - 1))], firsts[-1], total, new / total]
+    total, firsts = time.perf_counter() - started, sorted(answer.first for answer in answers)
+    gap, new = max(answer.gap for answer in answers), sum(answer.tokens for answer in answers)
+    return [statistics.median(firsts), firsts[int(0.9 * (users - 1))], firsts[-1], gap, total, new / total]
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ def add_serve(commands: Any) -> None:
         " (default 512)",
     )
     parser.add_argument(
+        "--prefill-chunk",
+        metavar="N",
+        type=COUNT,
+        default=1024,
+        help="tokens of a prompt that are encoded at a time, between which others take turns; 0 for all (default 1024)",
+    )
+    parser.add_argument(
         "--served-model-name", metavar="TEXT", help="what requests call the model (default: the folder's name)"
     )
 
@@ -78,6 +85,7 @@ def _serve(options: argparse.Namespace) -> None:
         max_concurrent=options.max_concurrent,
         max_waiting=options.max_waiting,
         prefix_cache_bytes=options.prefix_cache_mb << 20,
+        chunk=options.prefill_chunk,
         listening=lambda address: show(
             f"{name} at {address}; try: curl {address}/chat/completions -H 'Content-Type: application/json'"
             """ -d '{"messages": [{"role": "user", "content": "What is a B-tree?"}]}'"""

@@ -85,6 +85,10 @@ class PopCache(Cache):
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
+    def forget(self, kept: int) -> None:
+        """Forget all tokens of a single row of text but the first `kept`."""
+        self.kv.lengths, self.seen = [kept], self.seen[:, :kept]
+
     def hide(self, seen: Tensor) -> None:
         """Forget the columns that a later mask hides: pads that generation put behind a finished row."""
         if bool((seen & ~self.seen).any()):

@@ -1,8 +1,8 @@
-"""One model, many requests: they take turns, a prefill or a token each, in one thread.
+"""One model, many requests: they take turns, a chunk of a prompt or a token each, in one thread.
 
 A request has a cache of its own, and is computed as if it were alone, so answers do not depend on what else runs. Of as
 many requests as have a place each has one step waiting at most, and steps are done in the order in which they came:
-streams go on side by side, and wait for a prefill as long as it takes. Others wait for a place, the first come first.
+streams go on side by side, and wait for a chunk as long as it takes. Others wait for a place, the first come first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from popcompile.serving.sampling import Sampling, tokens
 from popcompile.serving.text_stream import TextStream
 
 _T = TypeVar("_T")
+#: behind the last step
+_NO_MORE = object()
 
 
 class Piece(NamedTuple):
@@ -54,17 +56,18 @@ class Turns:
         #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
 
-    async def take(self, steps: Iterator[_T]) -> AsyncGenerator[_T, None]:
-        """What the steps of a request give, each when it is its turn. No more is computed where nobody asks for the
-        next. Raises ApiError after `end`.
+    async def take(self, steps: Iterator[_T | None]) -> AsyncGenerator[_T, None]:
+        """What the steps of a request give, each when it is its turn; None is nothing yet. No more is computed where
+        nobody asks for the next. Raises ApiError after `end`.
         """
         async with self._places:
             loop = asyncio.get_running_loop()
             while not self._is_ending:
-                given = await loop.run_in_executor(self._thread, next, steps, None)
-                if given is None:
+                given = await loop.run_in_executor(self._thread, next, steps, _NO_MORE)
+                if given is _NO_MORE:
                     return
-                yield given
+                if given is not None:
+                    yield cast(_T, given)
             raise ApiError(503, "the server is ending; ask again later")
 
     def end(self) -> None:
@@ -87,18 +90,23 @@ class Engine:
         *,
         max_concurrent: int,
         prefixes: PrefixCache | None = None,
+        chunk: int = 0,
     ) -> None:
-        """max_concurrent: as of `Turns`. prefixes: None keeps none."""
+        """max_concurrent: as of `Turns`. prefixes, chunk: as of `Prefiller`."""
         self._model, self._tokenizer = model, tokenizer
-        self._prefiller = Prefiller(model, prefixes)
+        self._prefiller = Prefiller(model, prefixes, chunk)
         self.turns = Turns(max_concurrent)
 
     def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """See `Generator`."""
         return self.turns.take(self._pieces(inputs, sampling))
 
-    def _pieces(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> Iterator[Piece]:
-        yield from answer(self._model, self._tokenizer, self._prefiller.encode(inputs), sampling)
+    def _pieces(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> Iterator[Piece | None]:
+        for encoded in self._prefiller.steps(inputs):
+            if encoded is None:
+                yield None
+            else:
+                yield from answer(self._model, self._tokenizer, encoded, sampling)
 
 
 def answer(

@@ -1,9 +1,13 @@
-"""The first half of an answer: a prompt is encoded, with what is held of its beginning, and may travel from here."""
+"""The first half of an answer: a prompt is encoded, with what is held of its beginning, and may travel from here.
+
+A long prompt is encoded in chunks, so that other requests take turns between them. A chunk is encoded as if the prompt
+ended there, and its window, which took every layer, is forgotten and encoded again with the next one.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,27 +64,51 @@ class Packed:
 class Prefiller:
     """Encodes prompts, and keeps the keys and values of their beginnings."""
 
-    def __init__(self, model: PopForCausalLM, prefixes: PrefixCache | None = None) -> None:
-        """prefixes: None keeps none."""
-        self._model = model
-        self._prefixes = prefixes if prefixes is not None and reuses_prefixes(model.config) else None
+    def __init__(self, model: PopForCausalLM, prefixes: PrefixCache | None = None, chunk: int = 0) -> None:
+        """prefixes: None keeps none. chunk: tokens of a prompt that are encoded at a time, 0 for all."""
+        self._model, self._reuses, self._chunk = model, reuses_prefixes(model.config), chunk
+        self._prefixes = prefixes if self._reuses else None
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
         """inputs: input_ids [1, tokens], and what the processor made of a prompt's images."""
-        reusable, device = self._reusable(inputs), self._model.runtime.provider.device
-        held = self._prefixes.find(reusable) if self._prefixes is not None else None
-        cache = PopCache(self._model.runtime.new_cache(1)) if held is None else _seen(KVCache.unpacked(held, device))
-        cached = cache.get_seq_length()
-        logits = prefill(self._model, inputs, cache)
-        if self._prefixes is not None:  # at once: of prompts that came together the next begins alike
-            self._prefixes.store(reusable, cache.kv)
-        return Encoded(inputs["input_ids"], logits, cache, cached)
+        return next(encoded for encoded in self.steps(inputs) if encoded is not None)
+
+    def steps(self, inputs: Mapping[str, Tensor]) -> Iterator[Encoded | None]:
+        """`encode`, a chunk at a time: None after every one but the last."""
+        ids, reusable = inputs["input_ids"], self._reusable(inputs)
+        cache, cached = PopCache(self._model.runtime.new_cache(1)), 0
+        while True:
+            known = cache.get_seq_length()
+            if (held := self._held(reusable, known)) is not None:
+                cache, cached = held, cached + held.get_seq_length() - known
+            end = self._chunk_end(ids.shape[1], cache.get_seq_length()) if reusable else ids.shape[1]
+            logits = prefill(self._model, {**inputs, "input_ids": ids[:, :end]}, cache)
+            context = context_tokens(self._model, end)
+            if self._prefixes is not None:  # at once: of prompts that came together the next begins alike
+                self._prefixes.store(reusable[:context], cache.kv)
+            if end == ids.shape[1]:
+                yield Encoded(ids, logits, cache, cached)
+                return
+            cache.forget(context)
+            yield None
+
+    def _held(self, reusable: list[int], known: int) -> PopCache | None:
+        """More of a prompt's beginning than its first `known` tokens; other requests may have encoded it by now."""
+        if self._prefixes is None or self._prefixes.held(reusable) <= known:
+            return None
+        found = self._prefixes.find(reusable)
+        return None if found is None else _seen(KVCache.unpacked(found, self._model.runtime.provider.device))
+
+    def _chunk_end(self, tokens: int, known: int) -> int:
+        """Up to where a prompt of so many tokens is encoded next, of which the first `known` are."""
+        end = known + self._chunk + tokens - context_tokens(self._model, tokens)
+        return end if self._chunk > 0 and end < tokens else tokens
 
     def _reusable(self, inputs: Mapping[str, Tensor]) -> list[int]:
         """The tokens whose keys and values do not depend on what follows them: none where there are images, which ids
         do not tell apart.
         """
-        if set(inputs) != {"input_ids"}:
+        if not self._reuses or set(inputs) != {"input_ids"}:
             return []
         ids = inputs["input_ids"][0]
         return ids[: context_tokens(self._model, len(ids))].tolist()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -32,13 +33,13 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
         self.bytes = 0
 
+    def held(self, ids: Sequence[int]) -> int:
+        """How many tokens `find` returns."""
+        return len(self._found(ids)) * self._block
+
     def find(self, ids: Sequence[int]) -> Tensor | None:
         """Keys and values [.., tokens, ..] of the longest beginning of `ids` that is held, in whole blocks."""
-        found = []
-        for key in self._keys(ids):
-            if key not in self._blocks:
-                break
-            found.append(key)
+        found = self._found(ids)
         self._touch(found)
         return torch.cat([self._blocks[key] for key in found], dim=2) if found else None
 
@@ -55,6 +56,9 @@ class PrefixCache:
             self._blocks[key] = block
             self.bytes += block.nbytes
         self._touch(keys)
+
+    def _found(self, ids: Sequence[int]) -> list[bytes]:
+        return list(takewhile(self._blocks.__contains__, self._keys(ids)))
 
     def _keys(self, ids: Sequence[int]) -> Iterator[bytes]:
         """Of the whole blocks of `ids`."""

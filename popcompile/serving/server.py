@@ -48,16 +48,19 @@ def serve(
     max_concurrent: int,
     max_waiting: int,
     prefix_cache_bytes: int,
+    chunk: int,
     listening: Callable[[str], None],
 ) -> None:
     """Answer requests until a signal ends it. max_waiting: requests beside those that take turns; more are refused.
+    chunk: tokens of a prompt that are encoded at a time, 0 for all.
     listening: called with the API's address once it is open.
 
     Raises PopcompileError where the address is taken or the package does not load.
     """
     with _listen(host, port) as opened, load(folder, provider=provider, threads=threads) as model:
         prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
-        engine = Engine(model, load_tokenizer(folder, model.manifest), max_concurrent=max_concurrent, prefixes=prefixes)
+        tokenizer = load_tokenizer(folder, model.manifest)
+        engine = Engine(model, tokenizer, max_concurrent=max_concurrent, prefixes=prefixes, chunk=chunk)
         app = create_app(name, Prompts(folder, model.manifest), engine, max_concurrent + max_waiting)
         config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=_GRACE)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{opened.getsockname()[1]}/v1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -195,6 +196,55 @@ def test_an_encoded_prompt_travels(served: Served) -> None:
     pieces = list(answer(served.model, served.tokenizer, packed.unpacked(served.model), Sampling(new_tokens=8)))
     assert [p.text for p in pieces] == [p.text for p in _answer(served, ids[0].tolist(), None)]
     assert (packed.values == kept).all()
+
+
+# --- in chunks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(1, 66), (7, 10), (40, 2), (66, 1), (0, 1)])
+def test_chunks_make_the_same(any_served: Served, chunk: int, steps: int) -> None:
+    """Logits, and keys and values of every token, those of the window among them."""
+    ids = {"input_ids": torch.tensor([_prompts()[0]])}
+    *nothing, encoded = Prefiller(any_served.model, chunk=chunk).steps(ids)
+    assert nothing == [None] * (steps - 1) and encoded is not None
+    expected = Prefiller(any_served.model).encode(ids)
+    torch.testing.assert_close(encoded.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert encoded.cache.get_seq_length() == len(ids["input_ids"][0])
+    for ours, theirs in zip(encoded.cache.kv.tensors(), expected.cache.kv.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_of_prompts_that_came_together(served: Served) -> None:
+    """Each goes on from what the other has encoded of what they have in common, 40 tokens."""
+    prefiller = Prefiller(served.model, PrefixCache(1 << 24, BLOCK), chunk=8)
+    one, other = (prefiller.steps({"input_ids": torch.tensor([ids])}) for ids in _prompts()[:2])
+    encoded = [step for pair in zip_longest(one, other) for step in pair if step is not None]
+    assert sum(each.cached for each in encoded) == 40
+    assert min(each.cached for each in encoded) > 0
+    for each, ids in zip(encoded, _prompts(), strict=False):
+        expected = Prefiller(served.model).encode({"input_ids": torch.tensor([ids])})
+        torch.testing.assert_close(each.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("chunk", "between"), [(0, 1), (8, 8)])
+def test_a_stream_goes_on_between_chunks(served: Served, chunk: int, between: int) -> None:
+    engine, seen = served.engine(chunk=chunk), list[str]()
+
+    async def stream(name: str, ids: list[int], started: asyncio.Event) -> None:
+        inputs = {"input_ids": torch.tensor([ids])}
+        async for _ in engine.generate(inputs, Sampling(new_tokens=40)):
+            started.set()
+            seen.append(name)
+
+    async def both() -> None:
+        started = asyncio.Event()
+        short = asyncio.ensure_future(stream("short", _prompts()[0][:5], started))
+        await started.wait()
+        before = len(seen)
+        await asyncio.gather(short, stream("long", _prompts()[0], asyncio.Event()))
+        assert seen[before:].index("long") in range(between, between + 3)
+
+    asyncio.run(both())
 
 
 def test_longrope_does_not_share() -> None:

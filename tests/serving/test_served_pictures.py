@@ -40,7 +40,7 @@ def test_picture(seeing: Served, picture: Path) -> None:
         url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
         answer = seeing.ask(
             lambda c, u=url: c.chat.completions.create(model=NAME, messages=_messages(u), max_tokens=6),
-            seeing.engine(prefixes=prefixes),
+            seeing.engine(prefixes=prefixes, chunk=4),
         )
         encoder = Encoder(seeing.folder, seeing.model.manifest, raw=False)
         inputs = encoder.encode([user_message("the cat", [read_picture(str(file))])])

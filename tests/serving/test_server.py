@@ -78,6 +78,7 @@ def test_port_in_use(cli: Cli, served: Served) -> None:
         (["--max-concurrent", "0"], "at least 1"),
         (["--prefix-cache-mb", "-1"], "at least 0"),
         (["--max-waiting", "-1"], "at least 0"),
+        (["--prefill-chunk", "-1"], "at least 0"),
         (["--provider", "tpu"], "tpu"),
     ],
 )

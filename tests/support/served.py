@@ -54,8 +54,8 @@ class Served:
     def text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def engine(self, *, max_concurrent: int = 16, prefixes: PrefixCache | None = None) -> Engine:
-        return Engine(self.model, self.tokenizer, max_concurrent=max_concurrent, prefixes=prefixes)
+    def engine(self, *, max_concurrent: int = 16, prefixes: PrefixCache | None = None, chunk: int = 0) -> Engine:
+        return Engine(self.model, self.tokenizer, max_concurrent=max_concurrent, prefixes=prefixes, chunk=chunk)
 
     @asynccontextmanager
     async def http(self, engine: Engine | None = None) -> AsyncIterator[httpx.AsyncClient]:
