@@ -61,7 +61,7 @@ def test_merged_as_peft_does(name: str, base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = merged(PROMPT).logits
         plain = AutoModelForCausalLM.from_pretrained(base)(PROMPT).logits
-    convert(base, tmp_path / "out", layers="1", kv_projection="layer", adapter=tmp_path / "adapter")
+    convert(base, tmp_path / "out", layers="1", adapter=tmp_path / "adapter")
     logits = popcompile.load(tmp_path / "out")(PROMPT, prefill="full").logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert (expected - plain).abs().max() > 1e-2  # the adapter matters
