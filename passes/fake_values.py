@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popcompile.upstream import FakeTensor, symbolic_dispatch
+from popcompile.upstream import FakeTensor, disable_fake_tensor_cache, symbolic_dispatch
 
 #: the attribute of a fake mode that holds what was computed in it; it goes when the mode goes
 _KNOWN = "popcompile_values"
@@ -32,7 +32,7 @@ def fake_value(mode: Any, target: Callable[..., Any], args: Any, kwargs: Mapping
 
 
 def _computed(mode: Any, target: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-    with mode, symbolic_dispatch(), torch.no_grad():
+    with disable_fake_tensor_cache(mode), mode, symbolic_dispatch(), torch.no_grad():
         return target(*args, **kwargs)
 
 

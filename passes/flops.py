@@ -14,12 +14,14 @@ tokens, where images have any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.utils.flop_counter import addmm_flop, bmm_flop, conv_flop_count, flop_registry, mm_flop, sdpa_flop_count
+from torch.utils import flop_counter
+from torch.utils.flop_counter import addmm_flop, bmm_flop, conv_flop_count, flop_registry, sdpa_flop_count
 
 from . import ops
 from .contract import ContractError
@@ -36,6 +38,9 @@ REFERENCE_SIZES: dict[str, dict[str, int]] = {
 
 
 REFERENCE_IMAGE_TOKENS = 256
+
+#: FLOPs of a product of two shapes. Layers repeat theirs, and PyTorch looks for tensors in them each time
+mm_flop = lru_cache(maxsize=4096)(flop_counter.mm_flop)
 
 
 def total_flops(gm: fx.GraphModule, stage: str) -> int:
@@ -169,6 +174,7 @@ def experts_flops(rows: int, hidden: int, inner: int) -> int:
     return mm_flop((rows, hidden), (hidden, 2 * inner)) + mm_flop((rows, inner), (inner, hidden))
 
 
+@lru_cache(maxsize=4096)  # as many additions as there are queries, and the same in every layer
 def attention_flops(query: tuple[int, ...], value_size: int, total: int, window: int) -> int:
     """FLOPs of causal attention: query [B, H, S, D], the last S of `total` positions, window 0 = unlimited."""
     batch, heads, new, size = query

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from popcompile.upstream import OpOverload, operator_name
+from popcompile.upstream import LazyGraphModule, OpOverload, operator_name
 
 from .fake_values import fake_value
 
@@ -198,12 +198,12 @@ def replace(node: fx.Node, by: fx.Node) -> None:
 
 
 def clone_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same parameters."""
+    """A copy of the graph over the same parameters, whose code is made when it is first run."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     returned = graph.graph_copy(gm.graph, mapping)
     graph.output(returned)
-    clone = fx.GraphModule(gm, graph)
+    clone = LazyGraphModule(gm, graph)
     clone.meta = dict(gm.meta)
     return clone
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from popcompile.upstream import rename
+from popcompile.upstream import LazyGraphModule, rename
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,13 @@ class Derived:
             return self.graph(*tensors).contiguous()
 
     def same_as(self, other: Derived) -> bool:
-        return self.sources == other.sources and self.graph.code == other.graph.code
+        """Whether the other is computed in the same way: nodes of equal expressions have equal names (`extract`)."""
+        return self.sources == other.sources and _written(self.graph) == _written(other.graph)
+
+
+def _written(gm: fx.GraphModule) -> list[tuple[object, ...]]:
+    """The graph's calls in order, arguments as they are printed."""
+    return [(n.op, n.target, repr(n.args), repr(n.kwargs)) for n in gm.graph.nodes]
 
 
 def extract(
@@ -53,4 +59,4 @@ def extract(
         rename(mapping[node], f"step_{i}")  # equal expressions read the same, wherever they come from
     values = [mapping[r] for r in roots]
     graph.output(values[0] if len(values) == 1 else tuple(values))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return LazyGraphModule(torch.nn.Module(), graph)

@@ -26,7 +26,9 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    disable_fake_tensor_cache,
 )
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE", "OTHER_CACHE", "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor",
-    "FakeTensorMode", "OpOverload", "WeightConverter", "WeightRenaming", "disable_current_modes", "dot_natural_key",
-    "get_checkpoint_conversion_mapping", "get_model_conversion_mapping", "rename_source_key", "tree_leaves",
+    "FakeTensorMode", "LazyGraphModule", "OpOverload", "WeightConverter", "WeightRenaming", "disable_current_modes",
+    "disable_fake_tensor_cache", "dot_natural_key", "get_checkpoint_conversion_mapping", "get_model_conversion_mapping",
+    "rename_source_key", "tree_leaves",
 ]  # fmt: skip
 
 
@@ -60,8 +63,10 @@ NAMES = (
     Private("torch._ops:OpOverload._schema", "whether an operator changes or shares its input", "2.11"),
     Private("torch._subclasses.fake_tensor:FakeTensorMode", "tracing without weights", "2.11"),
     Private("torch._subclasses.fake_tensor:FakeTensor", "which tensors have no values", "2.11"),
+    Private("torch._subclasses.fake_tensor:disable_fake_tensor_cache", "fake values are kept once, not twice", "2.11"),
     Private("torch._subclasses.fake_tensor:DataDependentOutputException", "a module that reads values", "2.11"),
     Private("torch._subclasses.fake_tensor:DynamicOutputShapeException", "a shape that depends on values", "2.11"),
+    Private("torch.fx._lazy_graph_module:_LazyGraphModule", "code of a graph when it is first run", "2.11"),
     Private("torch.utils._python_dispatch:_disable_current_modes", "real values while a model is traced", "2.11"),
     Private("torch._dispatch.python:enable_python_dispatcher", "fake values of free sizes, before torch 2.13", "2.11"),
     Private("torch.cpu:_is_avx512_bf16_supported", "whether products of bf16 are faster", "2.11"),

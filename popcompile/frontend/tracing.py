@@ -40,6 +40,7 @@ from popcompile.upstream import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    LazyGraphModule,
     computed_buffers,
     has_default_gate,
     has_gpt_oss_gate,
@@ -306,7 +307,7 @@ def _flat(gm: fx.GraphModule, inputs: Sequence[str], layers: int) -> fx.GraphMod
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in spelled:
             node.target = first_name[id(spelled[node.target])]
-    flat = fx.GraphModule(root, graph)
+    flat = LazyGraphModule(root, graph)
     flat.graph.eliminate_dead_code()
     flat.recompile()
     return flat

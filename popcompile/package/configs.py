@@ -11,18 +11,9 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torchvision_available
 
 from popcompile import config_schema
@@ -31,6 +22,9 @@ from popcompile.loading import quiet, reading
 from popcompile.package.integrity import read_file, require_only_listed
 from popcompile.package.manifest import PASSES, REPORT, Manifest, read_manifest
 from popcompile.upstream import processor_without_videos, takes_videos
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 #: what says how images become pixels
@@ -135,6 +129,8 @@ def processor_in(folder: str, model_type: str) -> ProcessorMixin:
     """The processor that a model type's files in a folder of one's own describe: one of text and images alone where
     there is no torchvision, which transformers' processors of videos need.
     """
+    from transformers import AutoImageProcessor, AutoProcessor  # which import all that models are made of: seconds
+
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     if is_torchvision_available() or not takes_videos(model_type):
         processor: ProcessorMixin = AutoProcessor.from_pretrained(folder, **options)

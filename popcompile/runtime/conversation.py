@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
 from popcompile.loading import one_line, quiet
 from popcompile.package.configs import load_processor, load_tokenizer
 from popcompile.package.manifest import Manifest
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 #: role and content: a text, or a list of parts, of type "image" or "text"
 Message = dict[str, Any]

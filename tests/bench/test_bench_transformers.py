@@ -18,7 +18,8 @@ from popcompile.report.bench import bench_text
 
 SMALL = ["--lengths", "8", "--decode-tokens", "2", "--repeats", "1"]
 #: rows and columns of images, in tokens
-SIZES = [(3, 4), (1, 5)]
+Sizes = list[tuple[int, int]]
+SIZES: Sizes = [(3, 4), (1, 5)]
 
 
 def generated(runner: Runner, ids: list[list[int]]) -> list[list[int]]:
@@ -35,6 +36,15 @@ def generated(runner: Runner, ids: list[list[int]]) -> list[list[int]]:
     return np.array(found).T.tolist()
 
 
+@pytest.fixture(scope="module", params=["vision_checkpoint", "gemma_vision_checkpoint"])
+def with_images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Sizes]:
+    """A checkpoint, its package with nothing pruned, and sizes of images that it takes."""
+    folder: Path = request.getfixturevalue(request.param)
+    package = tmp_path_factory.mktemp("packages") / "out"
+    popcompile.convert(folder, package, prune=0)
+    return folder, package, [(1, 16)] if request.param == "gemma_vision_checkpoint" else SIZES
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_same_tokens(batch: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
     popcompile.convert(tiny_checkpoint, tmp_path / "out", prune=0)
@@ -44,17 +54,11 @@ def test_the_same_tokens(batch: int, tiny_checkpoint: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(
-    ("checkpoint", "sizes"), [("vision_checkpoint", SIZES), ("gemma_vision_checkpoint", [(1, 16)])]
-)
-def test_the_same_tokens_after_images(
-    batch: int, checkpoint: str, sizes: list[tuple[int, int]], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder: Path = request.getfixturevalue(checkpoint)
-    popcompile.convert(folder, tmp_path / "out", prune=0)
+def test_the_same_tokens_after_images(batch: int, with_images: tuple[Path, Path, Sizes]) -> None:
+    folder, package, sizes = with_images
     ids = np.random.default_rng(batch).integers(60, size=(batch, 20)).tolist()
-    expected = generated(ImagePackageRunner(tmp_path / "out", "cpu", 1, sizes), ids)
-    (subject,) = find_peers(package_subject("pop", tmp_path / "out", "popcompile"), [folder], "popcompile")
+    expected = generated(ImagePackageRunner(package, "cpu", 1, sizes), ids)
+    (subject,) = find_peers(package_subject("pop", package, "popcompile"), [folder], "popcompile")
     found = TransformersRunner(folder, "float32", "cpu", 1, sizes, subject.images)
     assert generated(found, ids) == expected
     other = np.random.default_rng(batch + 9).integers(60, size=(batch, 20)).tolist()

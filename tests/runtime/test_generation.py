@@ -45,11 +45,11 @@ def test_full_prefill_generates_what_transformers_does(pair: Pair) -> None:
 
 @pytest.mark.parametrize("prefill", ["pop", "full"])
 def test_batch_generates_what_each_prompt_does_alone(smollm2: Pair, prefill: str) -> None:
-    arguments: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "prefill": prefill}
+    arguments: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "prefill": prefill}
     together = smollm2.model.generate(**smollm2.encode(TEXTS[:8]), **arguments)
     for row, text in enumerate(TEXTS[:8]):
         alone = smollm2.model.generate(**smollm2.encode([text]), **arguments)
-        assert torch.equal(together[row, -32:], alone[0, -32:]), text
+        assert torch.equal(together[row, -16:], alone[0, -16:]), text
 
 
 @pytest.mark.real

@@ -14,7 +14,6 @@ import onnxruntime as ort
 import torch
 from onnx.external_data_helper import uses_external_data
 
-from popcompile import load
 from popcompile.package.manifest import read_manifest
 from popcompile.runtime.session import Runtime
 from popcompile.runtime.weights import SharedWeights
@@ -64,6 +63,8 @@ def count(package: Path) -> None:
 
 def answer(package: Path) -> None:
     """Generate after one prompt, after a second turn, of a batch and with full prefill; print the answers' shapes."""
+    from popcompile import load  # which imports transformers: most of the time that another command takes
+
     model = load(package, provider="cuda", prefill="pop")
     few = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     prompt = torch.arange(1, 13)[None]
