@@ -5,6 +5,7 @@ ONNX Runtime. Whoever adds a pass adds it here.
 from collections.abc import Iterable
 
 from .annotate_layers import AnnotateLayers
+from .balance_activations import BalanceActivations
 from .base import Pass
 from .cleanup import Cleanup
 from .fold_parameters import FoldParameters
@@ -95,7 +96,9 @@ def lowering(
 
     quantization: of the weights of linear layers and experts. experts, attention: the provider's kernels.
     """
+    dynamic = quantization is not None and quantization.dynamic
     return [
+        *([BalanceActivations()] if dynamic else []),
         PadHeads(attention),
         GatherRotaryRows(),
         LowerAttention(),
@@ -103,7 +106,7 @@ def lowering(
         LowerRotaryEmbedding(),
         LowerRMSNorm(),
         FuseSkipRMSNorm(),
-        *([QuantizeDynamic()] if quantization and quantization.dynamic else []),
+        *([QuantizeDynamic()] if dynamic else []),
         *([QuantizeEmbedding(quantization), QuantizeLinear(quantization)] if quantization else []),
         LowerLinear(),
         LowerExperts(experts or ExpertKernels(), quantization),

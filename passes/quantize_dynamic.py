@@ -50,6 +50,12 @@ def feature_scales(weight: Tensor) -> Tensor:
 _LEFT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "calibrated", "router", "lm_head"}
 
 
+def dynamic_linears(gm: fx.GraphModule) -> list[fx.Node]:
+    """Linear layers that multiply in int8."""
+    roles = {node: role_of(node) or "" for node in find(gm, op=aten.linear.default)}
+    return [node for node, role in roles.items() if role.rpartition("/")[2] not in _LEFT]
+
+
 class Tokens(NamedTuple):
     """Activations as integers: values [.., features] uint8 around zero_point, and their scales [.., 1]."""
 
@@ -65,7 +71,7 @@ class QuantizeDynamic(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         tokens: dict[fx.Node, Tokens] = {}  # what several linear layers read is quantized once
-        for node in self._quantizable(graph_module):
+        for node in dynamic_linears(graph_module):
             x = node.args[0]
             with graph.inserting_before(node):
                 if x not in tokens:
@@ -75,12 +81,7 @@ class QuantizeDynamic(Pass):
         return PassResult(graph_module, self.matches > 0)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        self.check(not self._quantizable(graph_module), "a linear of a layer is left")
-
-    @staticmethod
-    def _quantizable(gm: fx.GraphModule) -> list[fx.Node]:
-        roles = {node: role_of(node) or "" for node in find(gm, op=aten.linear.default)}
-        return [node for node, role in roles.items() if role.rpartition("/")[2] not in _LEFT]
+        self.check(not dynamic_linears(graph_module), "a linear of a layer is left")
 
     @staticmethod
     def _quantize(graph: fx.Graph, x: fx.Node, like: fx.Node) -> Tokens:

@@ -156,7 +156,9 @@ def convert(
     )
     source.processor_files()  # a model of images without one is refused before any work
     merged = Adapter(str(adapter)) if adapter is not None else None
-    request, options = asked.for_model(source.decoder_config, takes_images=source.has_images)
+    request, options = asked.for_model(
+        source.decoder_config, takes_images=source.has_images, int8_activations=target.int8_activations
+    )
     measures = needs_weights(source.decoder_config.num_hidden_layers, request, options)
     tokenizer = source_tokenizer(source, trust_remote_code) if measures else None
     report_progress("trace", 0, 1)
@@ -272,7 +274,7 @@ class _Compilation:
     def prune_and_lower(self, plan: Plan, target: Target) -> dict[str, Any]:
         """Compile the canonical program as planned; returns the report."""
         maps, window = plan.calibration, plan.window
-        self._program.constants.update(maps.constants())
+        self._program.constants.update(plan.constants())
         self.run(pruning(plan.pruned, maps.projections, maps.bypasses, window))
         prefill, decode = self._program.graphs["prefill"], self._program.graphs["decode"]
         table = layer_table(self._program, plan.pruned, window)

@@ -60,6 +60,11 @@ class Target:
         )
         return cls(precision, provider, dtype, quantization, experts, attention)
 
+    @property
+    def int8_activations(self) -> bool:
+        """Whether linear layers round what they multiply with."""
+        return self.quantization is not None and self.quantization.dynamic
+
     def lowering(self) -> list[Pass]:
         """The passes that bring a program's graphs to the provider's operators."""
         return lowering(self.quantization, self.experts, self.attention)

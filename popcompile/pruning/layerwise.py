@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
 from popcompile.passes import ops
+from popcompile.passes.balance_activations import balanceable
 from popcompile.passes.graph import (
     cache_of,
     call_nodes,
@@ -94,6 +95,7 @@ class LayerwiseModel:
         self._between = [[n for n in call_nodes(model) if n in nodes] for nodes in between]
         self._caches = [find(model, op=ops.append_kv, layer=i) for i in range(self.num_layers)]
         self._projected = [projected_kv(model, i) for i in range(self.num_layers)]
+        self._balanceable = balanceable(model)
 
     @property
     def hidden_size(self) -> int:
@@ -142,6 +144,18 @@ class LayerwiseModel:
         return self._again_for_gradients(self._layer, index, x, tokens, visible, keys)
 
     def _layer(self, index: int, x: Tensor, tokens: Tokens, visible: Tensor, keys: Keys | None) -> Tensor:
+        values = self._layer_values(index, x, tokens, visible, keys)
+        return self.hand_on(index, values[self._outputs[index]], tokens)
+
+    def layer_and_inputs(
+        self, index: int, x: Tensor, tokens: Tokens, visible: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`layer`'s result, and inside it the features [B, S, F] that BalanceActivations scales, by their constant."""
+        values = self._layer_values(index, x, tokens, visible, None)
+        features = {each.constant: values[each.features] for each in self._balanceable if each.features in values}
+        return self.hand_on(index, values[self._outputs[index]], tokens), features
+
+    def _layer_values(self, index: int, x: Tensor, tokens: Tokens, visible: Tensor, keys: Keys | None) -> _Values:
         def append(past: Any, new: Tensor, positions: Tensor) -> Tensor:
             if keys is None:
                 return new
@@ -160,7 +174,7 @@ class LayerwiseModel:
         pending: list[Tensor] = []
         values = {**tokens.values, self._inputs[index]: x}
         self._run(self._layers[index], values, {ops.append_kv: append, ops.attention: attention})
-        return self.hand_on(index, values[self._outputs[index]], tokens)
+        return values
 
     def hand_on(self, index: int, x: Tensor, tokens: Tokens) -> Tensor:
         """What the next layer reads of the layer's output x, both [B, S, hidden]: DeepStack's features are added."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from popcompile.package.measurements import LayerChoice, Point, Quality
@@ -37,6 +38,7 @@ from popcompile.pruning.execution import (
 from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.image_prompts import ImageSource
+from popcompile.pruning.input_factors import input_factors
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.refinement import STEPS, Answers
 from popcompile.pruning.regression import Calibration
@@ -59,7 +61,8 @@ class Options:
     pictures: a folder of the user's, for a model that takes images.
 
     texts: pieces of it. steps: of refinement. windows: tokens at a prompt's end that take the whole model, the most
-    first; smaller ones only `auto` takes. prompt_tokens: of the prompts that the choice is made for.
+    first; smaller ones only `auto` takes. prompt_tokens: of the prompts that the choice is made for. int8_activations:
+    whether factors for BalanceActivations are measured, where the model is run at all.
     """
 
     windows: Sequence[int]
@@ -70,19 +73,25 @@ class Options:
     texts: int = TEXTS
     steps: int = STEPS
     budget: Budget = field(default_factory=lambda: Budget(max_kl=MAX_KL))
+    int8_activations: bool = False
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The pruned layers, the window of tokens that take them all the same, what takes their place, and the report's
-    sections about it.
+    """The pruned layers, the window of tokens that take them all the same, what takes their place, factors of input
+    features by constant (input_factors.py), and the report's sections about it.
     """
 
     pruned: list[int]
     window: int
     calibration: Calibration = field(default_factory=Calibration)
+    factors: dict[str, Tensor] = field(default_factory=dict)
     sections: dict[str, Any] = field(default_factory=dict)
+
+    def constants(self) -> dict[str, Tensor]:
+        """What passes read of it, by the names that they give."""
+        return self.calibration.constants() | self.factors
 
 
 def needs_weights(num_layers: int, request: Request, options: Options) -> bool:
@@ -122,6 +131,10 @@ def make_plan(
         steps=steps, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     model, first = _layerwise(program, read, room), _first_candidate(program.num_layers, request)
+    factors = {}
+    if options.int8_activations:
+        measured = partial(input_factors, model, prompts.fit, lambda *n: progress("balance", *n))
+        factors = steps.tensors("input_factors", measured)
     states = None
     if options.calibrated:
         states = HiddenStates(model, prompts.fit, first, folder, lambda *n: progress("calibrate", *n))
@@ -137,7 +150,7 @@ def make_plan(
     quality = _quality(held_out, prompts, chosen, calibration, options.seed, folder)
     choice = _choice(search, speedup, chosen, request, options)
     sections = {"choice": choice.to_json(), "quality": quality.to_json()}
-    return Plan(chosen.pruned, chosen.window, calibration, sections)
+    return Plan(chosen.pruned, chosen.window, calibration, factors, sections)
 
 
 def _first_candidate(layers: int, request: Request) -> int:

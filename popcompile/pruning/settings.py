@@ -69,9 +69,13 @@ class PruningSettings:
     def _pictures(self) -> Path | None:
         return None if self.calibration_images is None else Path(self.calibration_images)
 
-    def for_model(self, config: PreTrainedConfig, *, takes_images: bool) -> tuple[Request, Options]:
-        """config: of the decoder. Raises PopcompileError for layers that the model does not have, for lengths that its
-        context has no room for, and for pictures where it takes none.
+    def for_model(
+        self, config: PreTrainedConfig, *, takes_images: bool, int8_activations: bool
+    ) -> tuple[Request, Options]:
+        """config: of the decoder. int8_activations: whether the package rounds what its linear layers multiply with.
+
+        Raises PopcompileError for layers that the model does not have, for lengths that its context has no room for,
+        and for pictures where it takes none.
         """
         if self._pictures is not None and not takes_images:
             raise PopcompileError(
@@ -90,6 +94,7 @@ class PruningSettings:
             texts=self.calibration_texts,
             steps=self.refinement_steps,
             budget=Budget(max_kl=MAX_KL) if no_budget else Budget(self.max_kl, self.max_ppl_ratio),
+            int8_activations=int8_activations,
             seed=self.seed,
         )
         return request, options

@@ -1,6 +1,7 @@
 """What the long steps of a plan made, kept in a folder, so that a conversion that was stopped goes on from there.
 
     text            tokens that were sampled
+    input_factors   of linear layers whose activations are rounded
     maps            of a set of layers, of all the text, in closed form or refined
     losses          of a set of layers, on what was held out
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from popcompile.passes import ContractError, Pass, Program, lowering, ops, transformations
 from popcompile.passes.annotate_layers import AnnotateLayers
+from popcompile.passes.balance_activations import BalanceActivations
 from popcompile.passes.cleanup import Cleanup
 from popcompile.passes.fold_parameters import FoldParameters
 from popcompile.passes.fuse_rms_norm import FuseRMSNorm
@@ -267,6 +268,7 @@ BREACHES = {
     "LowerExperts, after": Breach(lower_experts, add_experts, "experts are left", ensures=True),
     "WidenLogits": Breach(WidenLogits, use_before_definition, "was used before it has been defined"),
     "WidenLogits, after": Breach(WidenLogits, round_logits, "the logits are in bf16", ensures=True),
+    "BalanceActivations": Breach(BalanceActivations, nothing, "norms are lowered afterwards", at="FuseSkipRMSNorm"),
     "QuantizeDynamic": Breach(
         QuantizeDynamic, use_before_definition, "was used before it has been defined", at="LowerLinear"
     ),
