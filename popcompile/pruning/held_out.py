@@ -225,6 +225,8 @@ class _Tails:
         at = positions.gather(1, measured)
         self._next = states.rows.ids.gather(1, at + 1)
         self._final = at_positions(states.before(states.model.num_layers), at)
+        #: the whole model's logits [M, vocabulary] by row, in files
+        self._whole: dict[int, Tensor] = {}
 
     def compare(self, pruned: list[int], calibration: Calibration) -> Comparison:
         """The whole model's predictions with those after a prefill that prunes these layers, [N, M] each."""
@@ -239,14 +241,22 @@ class _Tails:
             entering = x[:, : self._context], at_positions(x, self._positions[batch])
             y = last_hidden_state(self._states.model, prompts, entering, begin, pruned, calibration)
             yield self._compare(batch, prompts.tail, at_positions(y, self._measured[batch]))
+            self._states.release()
 
     def _compare(self, batch: Tensor, tokens: Tokens, y: Tensor) -> Comparison:
         """Of last hidden states y [B, M, hidden]. A row at a time bounds the logits."""
         rows = []
-        for final, ours, following in zip(self._final[batch], y, self._next[batch], strict=True):
-            whole, pruned = (self._states.model.logits(h[None], tokens)[0] for h in (final, ours))
-            rows.append(compare(whole, pruned, following))
+        for row, ours in zip(batch.tolist(), y, strict=True):
+            pruned = self._states.model.logits(ours[None], tokens)[0]
+            rows.append(compare(self._whole_logits(row, tokens), pruned, self._next[row]))
         return Comparison(*map(torch.stack, zip(*rows, strict=True)))
+
+    def _whole_logits(self, row: int, tokens: Tokens) -> Tensor:
+        """The whole model's [M, vocabulary]: computed once, for they take as long as those of a pruned prefill."""
+        if row not in self._whole:
+            logits = self._states.model.logits(self._final[row][None], tokens)[0]
+            self._whole[row] = self._states.room(logits.shape).copy_(logits)
+        return self._whole[row]
 
     def _prompts(self, batch: Tensor) -> Prompts:
         rows, positions = self._states.rows[batch], self._positions[batch]

@@ -93,7 +93,11 @@ class HiddenStates:
 
     def scratch(self) -> Tensor:
         """Room for hidden states of all rows."""
-        return self._files.tensor((len(self.rows), self.rows.length, self.model.hidden_size))
+        return self.room((len(self.rows), self.rows.length, self.model.hidden_size))
+
+    def room(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros in a file, fp32, that are gone when the tensor is."""
+        return self._files.tensor(shape)
 
 
 class Files:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from popcompile.errors import PopcompileError
@@ -19,6 +20,9 @@ from popcompile.passes import Program, ops
 from popcompile.passes.graph import find, shape_of
 from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, fast_products, materialise
 from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows, decoder_inputs
+
+#: tokens of the vocabulary whose probabilities are summed before one is drawn
+_BLOCK = 512
 
 
 @torch.inference_mode()
@@ -43,7 +47,7 @@ def sample(
     random = torch.Generator().manual_seed(seed)
     first = 1 if rows.images is None else min(given)  # tokens of an image may see one another: they are run at once
     total, done = -(-len(rows) // batch) * (rows.length - first), 0
-    heat, counts = torch.tensor(temperatures or [1.0] * len(rows))[:, None], torch.tensor(given)
+    heat, counts = torch.tensor(temperatures)[:, None] if temperatures else None, torch.tensor(given)
     sampled = []
     for begin in range(0, len(rows), batch):
         those = slice(begin, begin + batch)
@@ -51,7 +55,8 @@ def sample(
         ids = part.rows.ids
         for n in range(first, rows.length):
             logits = part.logits_at_once(n) if n == first > 1 else part.logits(slice(None), range(n - 1, n))
-            ids[:, n] = torch.where(n < counts[those], ids[:, n], _draw(logits / heat[those], random))
+            drawn = _draw(logits if heat is None else logits / heat[those], random)
+            ids[:, n] = torch.where(n < counts[those], ids[:, n], drawn)
             done += 1
             if progress:
                 progress(done, total)
@@ -104,12 +109,20 @@ def begun(starts: Sequence[Tensor], length: int) -> tuple[Rows, list[int]]:
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
-    """A token per row of logits [B, vocabulary], by its probability (torch.multinomial takes ten times as long)."""
-    cumulated = logits.softmax(-1).cumsum(-1)
-    if torch.isnan(cumulated).any():
+    """A token per row of logits [B, vocabulary], by its probability.
+
+    Where a random number falls is looked up among the sums of blocks, and then in one block: to cumulate over all of a
+    large vocabulary takes longer than the softmax, and torch.multinomial ten times as long.
+    """
+    blocks = pad(logits.softmax(-1), (0, -logits.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    cumulated = blocks.sum(-1).cumsum(-1)
+    if torch.isnan(cumulated[:, -1]).any():
         raise PopcompileError(f"the model cannot be sampled from: {NO_NUMBERS}")
     threshold = torch.rand(len(logits), 1, generator=random) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold).clamp(max=logits.shape[1] - 1)[:, 0]
+    block = torch.searchsorted(cumulated, threshold)
+    rest = threshold - pad(cumulated, (1, 0)).gather(1, block)
+    within = blocks[torch.arange(len(blocks)), block[:, 0]].cumsum(-1)
+    return (block * _BLOCK + torch.searchsorted(within, rest.minimum(within[:, -1:])))[:, 0]
 
 
 def _write_in_place(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:

@@ -167,14 +167,20 @@ def test_answers_in_prompts_of_another_length() -> None:
     assert asked.at(4).measure([1, 2], calibration) == one != asked.at(2).measure([1, 2], calibration)
 
 
-def test_measuring_ends_where_the_loss_is_over_the_limit_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that lost most in sets before come first; what was seen is a lower bound of the whole loss."""
-    rows = torch.randint(64, (12, 30), generator=torch.Generator().manual_seed(3))
+def found_at_21(count: int) -> AskedRows:
+    """Rows of 30 tokens with three that are asked for, of which the whole model finds the first."""
+    rows = torch.randint(64, (count, 30), generator=torch.Generator().manual_seed(3))
     answers = torch.zeros_like(rows, dtype=torch.bool)
-    for row in range(12):
+    for row in range(count):
         rows[row, 21] = transformers_forward(traced().model, rows[row : row + 1, :21])[0][0, -1].argmax()
     answers[:, 21:24] = True
-    held = HeldOut(traced().layers, Rows(rows), 1, 20, 0, 5, AskedRows(Rows(rows), answers))
+    return AskedRows(Rows(rows), answers)
+
+
+def test_measuring_ends_where_the_loss_is_over_the_limit_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lost most in sets before come first; what was seen is a lower bound of the whole loss."""
+    lists = found_at_21(12)
+    held = HeldOut(traced().layers, lists.rows, 1, 20, 0, 5, lists)
     calibration = random_maps(traced().model, [1, 2], [1], seed=2)
     batches: list[int] = []
 

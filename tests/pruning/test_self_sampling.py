@@ -13,6 +13,7 @@ from conftest import materialise, tiny_gemma3, tiny_llama, transformers_forward
 from torch import Tensor, fx
 
 from popcompile.errors import PopcompileError
+from popcompile.pruning import sampling
 from popcompile.pruning.sampling import begun, sample
 
 CONFIGS = {
@@ -64,9 +65,13 @@ def test_a_start_may_be_the_whole_row() -> None:
     assert torch.equal(drawn(graph("llama"), [whole[:1]], 1, seed=0), whole[None, :1])
 
 
+@pytest.mark.parametrize("block", [512, 24])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_are_as_frequent_as_they_are_likely(family: str) -> None:
-    """Third tokens after two given ones, at two temperatures, by Pearson's chi-squared test."""
+def test_tokens_are_as_frequent_as_they_are_likely(monkeypatch: pytest.MonkeyPatch, family: str, block: int) -> None:
+    """Third tokens after two given ones, at two temperatures, by Pearson's chi-squared test; of a vocabulary in one
+    block and in three, the last of which is shorter.
+    """
+    monkeypatch.setattr(sampling, "_BLOCK", block)
     count, start = 6000, torch.tensor([3, 11])
     for seed, heat in enumerate((1.0, 4.0)):
         rows = drawn(graph(family), [start] * count, 3, seed=seed, temperatures=[heat] * count, batch=count)
