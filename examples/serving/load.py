@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="prompts that begin alike (default 5)")
     options = parser.parse_args()
     alone, together = [], []
-    for megabytes in (0, 512):
-        with _serving(options.package, megabytes, CHUNK) as address:
-            alone.append(asyncio.run(_one_user(address, options.repeats)))
-        for chunk in (0, CHUNK):
+    for megabytes, chunk in ((0, 0), (0, CHUNK), (512, 0), (512, CHUNK)):
+        if chunk:
             with _serving(options.package, megabytes, chunk) as address:
-                row = asyncio.run(_many_users(address, options.users, options.new_tokens))
-            together.append([f"{megabytes} MB" if megabytes else "none", str(chunk) if chunk else "whole", *row])
+                alone.append(asyncio.run(_one_user(address, options.repeats)))
+        with _serving(options.package, megabytes, chunk) as address:
+            row = asyncio.run(_many_users(address, options.users, options.new_tokens))
+        together.append([f"{megabytes} MB" if megabytes else "none", str(chunk) if chunk else "whole", *row])
     head = ["tokens that prompts share", "ms to the first token, no prefix cache", "with it"]
     print(tabulate(list(zip(SHARED, *alone, strict=True)), head, tablefmt="github"), end="\n\n")
     head = [

@@ -57,7 +57,7 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         type=COUNT,
         default=1024,
-        help="tokens of a prompt that are encoded at a time, between which others take turns; 0 for all (default 1024)",
+        help="tokens of a prompt that are encoded at a time where others take turns; 0 for all (default 1024)",
     )
     parser.add_argument(
         "--served-model-name", metavar="TEXT", help="what requests call the model (default: the folder's name)"

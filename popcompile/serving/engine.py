@@ -51,7 +51,7 @@ class Turns:
 
     def __init__(self, max_concurrent: int) -> None:
         """max_concurrent: requests that take turns; each has a cache in memory."""
-        self._is_ending = False
+        self._is_ending, self._count = False, 0
         self._places = asyncio.Semaphore(max_concurrent)
         #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
@@ -60,15 +60,23 @@ class Turns:
         """What the steps of a request give, each when it is its turn; None is nothing yet. No more is computed where
         nobody asks for the next. Raises ApiError after `end`.
         """
-        async with self._places:
-            loop = asyncio.get_running_loop()
-            while not self._is_ending:
-                given = await loop.run_in_executor(self._thread, next, steps, _NO_MORE)
-                if given is _NO_MORE:
-                    return
-                if given is not None:
-                    yield cast(_T, given)
-            raise ApiError(503, "the server is ending; ask again later")
+        self._count += 1
+        try:
+            async with self._places:
+                loop = asyncio.get_running_loop()
+                while not self._is_ending:
+                    given = await loop.run_in_executor(self._thread, next, steps, _NO_MORE)
+                    if given is _NO_MORE:
+                        return
+                    if given is not None:
+                        yield cast(_T, given)
+                raise ApiError(503, "the server is ending; ask again later")
+        finally:
+            self._count -= 1
+
+    def are_shared(self) -> bool:
+        """Whether there are several requests, those that wait for a place among them."""
+        return self._count > 1
 
     def end(self) -> None:
         """Let every request end with the step that it is at."""
@@ -102,7 +110,7 @@ class Engine:
         return self.turns.take(self._pieces(inputs, sampling))
 
     def _pieces(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> Iterator[Piece | None]:
-        for encoded in self._prefiller.steps(inputs):
+        for encoded in self._prefiller.steps(inputs, self.turns.are_shared):  # a lone prompt is sooner encoded whole
             if encoded is None:
                 yield None
             else:

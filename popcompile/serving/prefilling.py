@@ -7,7 +7,7 @@ ended there, and its window, which took every layer, is forgotten and encoded ag
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,15 +73,20 @@ class Prefiller:
         """inputs: input_ids [1, tokens], and what the processor made of a prompt's images."""
         return next(encoded for encoded in self.steps(inputs) if encoded is not None)
 
-    def steps(self, inputs: Mapping[str, Tensor]) -> Iterator[Encoded | None]:
-        """`encode`, a chunk at a time: None after every one but the last."""
+    def steps(
+        self, inputs: Mapping[str, Tensor], in_chunks: Callable[[], bool] = lambda: True
+    ) -> Iterator[Encoded | None]:
+        """`encode`, a chunk at a time: None after every one but the last. in_chunks: whether what is left is to be cut,
+        which is asked before each.
+        """
         ids, reusable = inputs["input_ids"], self._reusable(inputs)
         cache, cached = PopCache(self._model.runtime.new_cache(1)), 0
         while True:
             known = cache.get_seq_length()
             if (held := self._held(reusable, known)) is not None:
                 cache, cached = held, cached + held.get_seq_length() - known
-            end = self._chunk_end(ids.shape[1], cache.get_seq_length()) if reusable else ids.shape[1]
+            cut = bool(reusable) and in_chunks()
+            end = self._chunk_end(ids.shape[1], cache.get_seq_length()) if cut else ids.shape[1]
             logits = prefill(self._model, {**inputs, "input_ids": ids[:, :end]}, cache)
             context = context_tokens(self._model, end)
             if self._prefixes is not None:  # at once: of prompts that came together the next begins alike
@@ -100,9 +105,11 @@ class Prefiller:
         return None if found is None else _seen(KVCache.unpacked(found, self._model.runtime.provider.device))
 
     def _chunk_end(self, tokens: int, known: int) -> int:
-        """Up to where a prompt of so many tokens is encoded next, of which the first `known` are."""
+        """Up to where a prompt of so many tokens is encoded next, of which the first `known` are. What is left goes
+        with the last chunk where it is less than half of one.
+        """
         end = known + self._chunk + tokens - context_tokens(self._model, tokens)
-        return end if self._chunk > 0 and end < tokens else tokens
+        return end if self._chunk > 0 and end + self._chunk // 2 < tokens else tokens
 
     def _reusable(self, inputs: Mapping[str, Tensor]) -> list[int]:
         """The tokens whose keys and values do not depend on what follows them: none where there are images, which ids
