@@ -14,11 +14,13 @@ they compute. `--save FILE` writes the model with the one operator: it is what a
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,8 @@ SHAPES = {
 }
 #: (queries, keys, values) -> (output, seconds)
 Attention = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, float]]
-_CACHE = Path.home() / ".cache" / "popcompile" / "peers"
+#: where compare_peers.py installs its peers, unless it is told otherwise
+_CACHE = Path(os.environ.get("POPCOMPILE_CACHE") or "~/.cache/popcompile").expanduser() / "peers"
 
 
 def main() -> None:
@@ -55,6 +58,8 @@ def main() -> None:
     parser.add_argument("--openvino", action="store_true", help="OpenVINO too, which is installed where it is not")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the last shape's model with one operator")
     options = parser.parse_args()
+    if unknown := set(options.shapes.split(",")) - SHAPES.keys():
+        parser.error(f"--shapes: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(SHAPES)}")
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.shapes.split(","):
@@ -68,9 +73,11 @@ def main() -> None:
                 "onnxruntime, blocks": OnnxRuntime(in_blocks(model), options.threads),
                 "torch": run_torch,
             }
-            if options.openvino:
-                subjects["openvino"] = OpenVINO(options.threads)
-            times = measure(subjects, random_rows(heads, kv_heads, size, length), options.repeats)
+            given = random_rows(heads, kv_heads, size, length)
+            with ExitStack() as stack:
+                if options.openvino:
+                    subjects["openvino"] = stack.enter_context(OpenVINO(options.threads, given))
+                times = measure(subjects, given, options.repeats)
             work = 2 * length**2 * heads * size / 1e9  # two products of half a square each
             for subject, seconds in times.items():
                 median = statistics.median(seconds)
@@ -185,25 +192,30 @@ def _side_by_side(x: np.ndarray) -> np.ndarray:
 class OpenVINO:
     """As OnnxRuntime, in a process of OpenVINO's own environment (peer_models/openvino_attention.py)."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, given: list[np.ndarray]) -> None:
+        """given: what it is called with."""
         (environment,) = next(peer for peer in PEERS if peer.name == "openvino").environments.items()
         installed = install(_CACHE / "environments" / environment[0], environment[1])
         script = Path(__file__).parent / "peer_models" / "openvino_attention.py"
         self._folder = tempfile.TemporaryDirectory()
+        query, key, value = given
+        np.savez(Path(self._folder.name) / "given.npz", query=query, key=key, value=value)
         command = [installed.python, str(script), self._folder.name, str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._given: list[np.ndarray] | None = None
+
+    def __enter__(self) -> OpenVINO:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
 
     def __call__(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, float]:
         assert self._process.stdin and self._process.stdout
-        folder = Path(self._folder.name)
-        if self._given is None:
-            self._given = [query, key, value]
-            np.savez(folder / "given.npz", query=query, key=key, value=value)
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         seconds = float(self._process.stdout.readline())
-        return _side_by_side(np.load(folder / "output.npy")), seconds
+        return _side_by_side(np.load(Path(self._folder.name) / "output.npy")), seconds
 
 
 if __name__ == "__main__":
