@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from popcompile.quiet import logging_kept
+
 from . import ops
 from .base import Pass
 from .graph import emit, emit_sizes, find, replace, role_of, shape_of, value_of
@@ -63,10 +65,11 @@ def weight_scales(weight: Tensor, bits: int, block_size: int) -> Tensor:
 
 
 def _quantize(weight: Tensor, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
+    with logging_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
 
     config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
     quantizer = DefaultWeightOnlyQuantizer(config)

@@ -19,3 +19,14 @@ def errors_only(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def logging_kept() -> Iterator[None]:
+    """The root logger stays as it is, whatever an import does: that of ONNX Runtime's quantizer sets it up at INFO."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)  # logging.basicConfig leaves a logger alone that has one
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)

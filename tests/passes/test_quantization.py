@@ -7,6 +7,8 @@ rewrites them; the graph before them is that after FuseSkipRMSNorm.
 from __future__ import annotations
 
 import copy
+import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +56,14 @@ def test_weights_are_rounded_within_their_block(bits: int, block_size: int) -> N
         assert (block <= scale.abs()[:, None] * 1.001).all()
         assert (block <= scale.abs()[:, None] * 0.501).float().mean() > 0.9
     assert 0 < error.max() < float(weight.abs().max()) / 2 ** (bits - 2)
+
+
+def test_quantizing_leaves_the_callers_logging_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime.quantization.matmul_nbits_quantizer", raising=False)
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's own keep basicConfig from doing anything
+    level = logging.root.level
+    weight_scales(torch.ones(1, 32), 4, 32)
+    assert (logging.root.handlers, logging.root.level) == ([], level)
 
 
 def test_many_rows_are_quantized_in_parts() -> None:
