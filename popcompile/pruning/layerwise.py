@@ -37,6 +37,9 @@ aten = torch.ops.aten
 
 _Values = dict[fx.Node, Any]
 
+#: queries that attend at a time
+_QUERIES = 192
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -169,7 +172,7 @@ class LayerwiseModel:
             if window > 0:
                 slots = tokens.positions if keys is None else torch.cat((keys.positions, tokens.positions), dim=1)
                 seen = seen & (slots[:, None, :] > tokens.positions[:, :, None] - window)
-            return ops.attend(q, k, v, seen[:, None], scale, *rest)
+            return _attend(q, k, v, seen, scale, *rest)
 
         pending: list[Tensor] = []
         values = {**tokens.values, self._inputs[index]: x}
@@ -234,3 +237,17 @@ class LayerwiseModel:
             args, kwargs = map_arg((node.args, node.kwargs), value)
             function: Any = functions.get(node.target, node.target)
             values[node] = function(*args, **kwargs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *others: Any) -> Tensor:
+    """ops.attend, visible: [B or 1, S, T], in blocks of queries: keys before and behind all that a block may attend to
+    are not computed with, which is nearly half of a long text's.
+    """
+    if query.shape[2] <= _QUERIES:
+        return ops.attend(query, key, value, visible[:, None], *others)
+    outputs = []
+    for queries, seen in zip(query.split(_QUERIES, 2), visible.split(_QUERIES, 1), strict=True):
+        slots = seen.flatten(0, 1).any(0).nonzero()
+        keys = slice(int(slots[0]), int(slots[-1]) + 1)
+        outputs.append(ops.attend(queries, key[:, :, keys], value[:, :, keys], seen[:, None, :, keys], *others))
+    return torch.cat(outputs, 2)

@@ -19,7 +19,7 @@ from popcompile.frontend.source import open_source
 from popcompile.frontend.tracing import trace
 from popcompile.package.report import Loss
 from popcompile.passes import PassManager, canonicalization
-from popcompile.pruning import held_out
+from popcompile.pruning import held_out, layerwise
 from popcompile.pruning.analyze import sample_texts, source_tokenizer
 from popcompile.pruning.execution import materialise
 from popcompile.pruning.held_out import HeldOut
@@ -128,7 +128,9 @@ def test_loss_is_brute_force(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["inner run", "two runs, both bypassed"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_loss_with_a_window_is_brute_force(family: str, name: str) -> None:
+def test_loss_with_a_window_is_brute_force(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of queries that begin and end within the context, windows and probes."""
+    monkeypatch.setattr(layerwise, "_QUERIES", 3)
     pruned, calibrated, bypassed = CHOICES[name]
     calibration = random_maps(traced(family).model, calibrated, bypassed, seed=2)
     for window, prompt in ((4, PROMPT), (10, PROMPT), (6, 7)):

@@ -16,6 +16,7 @@ from image_attention_reference import IMAGE, IMAGE_TOKENS, Image, embeddings_of,
 from torch import Tensor
 
 from popcompile.passes import Program
+from popcompile.pruning import layerwise
 from popcompile.pruning.execution import materialise
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
@@ -57,8 +58,11 @@ def rows_of(prompt: reference.Prompt, room: int = 0) -> Rows:
     return Rows(ids, ImageTokens(features, index, torch.empty(0, *ids.shape, dtype=torch.int64)))
 
 
+@pytest.mark.parametrize("queries", [5, 192])
 @torch.no_grad()
-def test_layer_by_layer_is_the_model() -> None:
+def test_layer_by_layer_is_the_model(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a block of queries ends within an image."""
+    monkeypatch.setattr(layerwise, "_QUERIES", queries)
     states = HiddenStates(layers(), rows_of(PROMPT), 0)
     tokens = states.tokens(slice(0, 1))
     logits = layers().logits(states.before(layers().num_layers), tokens)
