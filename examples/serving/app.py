@@ -30,8 +30,8 @@ from torch import Tensor
 import popcompile
 from popcompile.package.configs import load_tokenizer
 from popcompile.package.manifest import read_manifest
-from popcompile.serving.app import create_app
 from popcompile.serving.answer import Piece
+from popcompile.serving.app import create_app
 from popcompile.serving.errors import ApiError
 from popcompile.serving.prefilling import Encoded, Packed, Prefiller
 from popcompile.serving.prefix_cache import PrefixCache

@@ -108,15 +108,15 @@ def test_a_client_that_leaves(served: Served, calls: list[list[int]]) -> None:
 def test_no_prompt_is_encoded_for_who_left(served: Served, calls: list[list[int]]) -> None:
     engine = served.engine(chunk=8)
 
-    async def both() -> str:
-        stream = asyncio.ensure_future(_text(served, engine, PROMPTS[0], 50))
+    async def all_of_them() -> list[str]:
+        streams = [asyncio.ensure_future(_text(served, engine, prompt, 50)) for prompt in PROMPTS[:2]]
         leaving = asyncio.ensure_future(anext(engine.generate(_inputs(served, [7] * 200), Sampling(1))))
         while sum(max(call) > 1 for call in calls) < 4:
             await asyncio.sleep(0)
         leaving.cancel()
-        return await stream
+        return await asyncio.gather(*streams)
 
-    assert asyncio.run(both()) == _expected(served, PROMPTS[0], 50)
+    assert asyncio.run(all_of_them()) == [_expected(served, prompt, 50) for prompt in PROMPTS[:2]]
     assert sum(max(call) > 1 for call in calls) < 10
 
 
