@@ -16,6 +16,9 @@ from popcompile.serving.decode_batches import DecodeBatches
 from popcompile.serving.prefilling import Encoded
 from popcompile.serving.sampling import Sampling
 
+#: tokens of short prompts that are encoded between two steps of answers, before one that has more
+_SHORT = 512
+
 
 @dataclass(eq=False)
 class Request:
@@ -42,14 +45,16 @@ class _Row:
 
 class Worker:
     """Steps alternate between prompts, of which each gets a chunk in turn, and the next token of all answers: a stream
-    waits for a chunk at most. What fails for one request ends that one.
+    waits for one chunk at most, and for short prompts before it, of 512 tokens together at most, which are encoded one
+    after the other. What fails for one request ends that one.
     """
 
     def __init__(self, model: PopForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._prompts: deque[Request] = deque()
         self._rows: DecodeBatches[_Row] = DecodeBatches(model)
-        self._has_decoded = True
+        #: tokens of short prompts since the last step of answers
+        self._encoded = 0
 
     def is_busy(self) -> bool:
         """Whether there are steps to be done."""
@@ -61,10 +66,9 @@ class Worker:
         for row in self._rows.rows():
             if row.request.is_gone:
                 self._rows.leave(row)
-        encodes = bool(self._prompts) and (self._has_decoded or not self._rows.rows())
-        self._has_decoded = not encodes
-        if encodes:
+        if self._prompts and (self._encoded < _SHORT or not self._rows.rows()):
             return self._encode(self._prompts.popleft())
+        self._encoded = 0
         return [(row.request, self._next(row, logits)) for row, logits in self._rows.step()]
 
     def _encode(self, request: Request) -> list[tuple[Request, Piece | Exception]]:
@@ -73,7 +77,9 @@ class Worker:
             encoded = next(request.encoding)
             if encoded is None:
                 self._prompts.append(request)
+                self._encoded = _SHORT
                 return []
+            self._encoded += encoded.prompt.shape[1] - encoded.cached
             return [(request, self._begin(request, encoded))]
         except Exception as error:
             return [(request, error)]
