@@ -27,7 +27,7 @@ class JointCache(KVCache):
         """Append a copy of another cache's only row."""
         rows, (length,) = len(self.lengths), row.lengths
         capacity = self.capacity if rows < self.capacity else rows + rows // 2 + 1
-        slots = self.slots if length <= self.slots else with_room(length)
+        slots = self.slots if length < self.slots else with_room(length)
         if (capacity, slots) != (self.capacity, self.slots):
             self._resize(capacity, slots)
         for buffer, tensor in zip(self._buffers, row.tensors(), strict=True):

@@ -41,7 +41,7 @@ class Scheduler:
     async def answer(self, encoding: Iterator[Encoded | None], sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """An answer's pieces. encoding: steps, of which the last gives the encoded prompt and those before None.
 
-        Where nobody asks for the next piece any more, no more is computed. Raises ApiError after `end`.
+        Once it is closed, no more is computed for it. Raises ApiError after `end`.
         """
         self._count += 1
         try:
