@@ -5,7 +5,7 @@
         -d '{"messages": [{"role": "user", "content": "What is a B-tree?"}]}'
 
 Gateway is the app of `popcompile serve`. A replica of Prefill encodes a prompt, with what it holds of its beginning,
-and one of Decode answers it, with others in turns. Keys and values go from one to the other as one array in Ray's
+and one of Decode answers it, in a batch with others. Keys and values go from one to the other as one array in Ray's
 object store, not through the gateway: on the same machine Decode reads it where Prefill put it. Where a replica dies,
 its requests start again on others, which compute the same tokens, and go on where their clients are. Needs
 "popcompile[serve]" and "ray[serve]".
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -30,17 +30,18 @@ from torch import Tensor
 import popcompile
 from popcompile.package.configs import load_tokenizer
 from popcompile.package.manifest import read_manifest
+from popcompile.serving.answer import Piece
 from popcompile.serving.app import create_app
-from popcompile.serving.engine import Piece, Turns, answer
 from popcompile.serving.errors import ApiError
-from popcompile.serving.prefilling import Packed, Prefiller
+from popcompile.serving.prefilling import Encoded, Packed, Prefiller
 from popcompile.serving.prefix_cache import PrefixCache
 from popcompile.serving.prompts import Prompts
 from popcompile.serving.sampling import Sampling
+from popcompile.serving.scheduler import Scheduler
 
 #: how often a request starts again, while replicas die on it
 ATTEMPTS = 5
-#: requests that take turns in a replica of Decode
+#: requests that are answered at once in a replica of Decode
 PLACES = 16
 
 
@@ -62,14 +63,16 @@ class Decode:
 
     def __init__(self, package: str, provider: str, threads: int) -> None:
         self._model = popcompile.load(package, provider=provider, threads=threads)
-        self._tokenizer = load_tokenizer(Path(package), self._model.manifest)
-        self._turns = Turns(PLACES)
+        self._scheduler = Scheduler(self._model, load_tokenizer(Path(package), self._model.manifest), PLACES)
 
     async def generate(self, packed: Packed, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        steps = answer(self._model, self._tokenizer, packed.unpacked(self._model), sampling)
-        async with aclosing(self._turns.take(steps)) as pieces:
+        async with aclosing(self._scheduler.answer(self._unpack(packed), sampling)) as pieces:
             async for piece in pieces:
                 yield piece
+
+    def _unpack(self, packed: Packed) -> Iterator[Encoded]:
+        """Encoding's only step here, which the scheduler does where it is the request's turn."""
+        yield packed.unpacked(self._model)
 
 
 class Replicas:

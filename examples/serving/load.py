@@ -1,10 +1,10 @@
-"""How soon users get tokens from `popcompile serve`, with and without its prefix cache, and prompts in chunks:
+"""How soon users get tokens from `popcompile serve`, as rows of a batch, with its prefix cache, and prompts in chunks:
 
     python examples/serving/load.py PACKAGE
 
-Prompts are random tokens. First one user at a time, whose prompts begin with the same tokens and end with 80 of their
-own; then many at once, whose prompts have from 64 to 4,096 tokens and begin alike, encoded whole and in chunks. Needs
-"popcompile[serve]".
+Prompts are random tokens. First more and more users at once, whose prompts are short; then one user at a time, whose
+prompts begin with the same tokens and end with 80 of their own; then many at once, whose prompts have from 64 to 4,096
+tokens and begin alike, encoded whole and in chunks. Needs "popcompile[serve]".
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SHARED = (64, 256, 1024, 4096)
 SECONDS = 1200
 #: tokens that are encoded at a time
 CHUNK = 1024
+#: users at once with short prompts, tokens of these, and of their answers
+USERS, SHORT, ANSWER = (1, 4, 16), 100, 64
 
 
 def main() -> None:
@@ -40,6 +42,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="of an answer (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="prompts that begin alike (default 5)")
     options = parser.parse_args()
+    with _serving(options.package, 0, CHUNK) as address:
+        short = [asyncio.run(_short_prompts(address, users)) for users in USERS]
+    head = ["users", "tokens/s", "ms between two tokens: median", "most", "s to the first token: median"]
+    print(tabulate(short, head, tablefmt="github", floatfmt=".1f"), end="\n\n", flush=True)
     alone, together = [], []
     for megabytes, chunk in ((0, 0), (0, CHUNK), (512, 0), (512, CHUNK)):
         if chunk:
@@ -92,10 +98,10 @@ def _tokens(count: int, seed: int) -> list[int]:
 
 
 class Times(NamedTuple):
-    """Of a streamed answer: seconds to the first token, the most between two, and how many there are."""
+    """Of a streamed answer: seconds to the first token and between any two, and how many there are."""
 
     first: float
-    gap: float
+    gaps: list[float]
     tokens: int
 
 
@@ -107,7 +113,19 @@ async def _ask(client: AsyncOpenAI, prompt: list[int], new_tokens: int) -> Times
     async for chunk in stream:
         times.append(time.perf_counter() - started)
         new = chunk.usage.completion_tokens if chunk.usage else new
-    return Times(times[0], max((after - before for before, after in pairwise(times)), default=0.0), new)
+    return Times(times[0], [after - before for before, after in pairwise(times)], new)
+
+
+async def _short_prompts(address: str, users: int) -> list[float]:
+    """Of users at once: how many, tokens a second of all, milliseconds between two of an answer's tokens, median and
+    most, and seconds to the first, the median.
+    """
+    async with _client(address) as client:
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(_ask(client, _tokens(SHORT, 1000 + i), ANSWER) for i in range(users)))
+    total, gaps = time.perf_counter() - started, [gap for answer in answers for gap in answer.gaps]
+    first, new = statistics.median(answer.first for answer in answers), sum(answer.tokens for answer in answers)
+    return [users, new / total, 1e3 * statistics.median(gaps), 1e3 * max(gaps), first]
 
 
 async def _one_user(address: str, repeats: int) -> list[str]:
@@ -134,7 +152,7 @@ async def _many_users(address: str, users: int, new_tokens: int) -> list[float]:
         started = time.perf_counter()
         answers = await asyncio.gather(*(_ask(client, prompt, new_tokens) for prompt in prompts))
     total, firsts = time.perf_counter() - started, sorted(answer.first for answer in answers)
-    gap, new = max(answer.gap for answer in answers), sum(answer.tokens for answer in answers)
+    gap, new = max(gap for answer in answers for gap in answer.gaps), sum(answer.tokens for answer in answers)
     return [statistics.median(firsts), firsts[int(0.9 * (users - 1))], firsts[-1], gap, total, new / total]
 
 

@@ -35,7 +35,7 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         type=POSITIVE,
         default=16,
-        help="requests that take turns; others wait (default 16)",
+        help="requests that are answered at once; others wait (default 16)",
     )
     parser.add_argument(
         "--max-waiting",
@@ -57,7 +57,7 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         type=COUNT,
         default=1024,
-        help="tokens of a prompt that are encoded at a time where others take turns; 0 for all (default 1024)",
+        help="tokens of a prompt that are encoded at a time where there are other requests; 0 for all (default 1024)",
     )
     parser.add_argument(
         "--served-model-name", metavar="TEXT", help="what requests call the model (default: the folder's name)"

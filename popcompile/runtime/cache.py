@@ -53,7 +53,7 @@ class KVCache:
         if slots <= self.slots:
             return
         shape, kind = self.values[0].shape(), self.values[0].element_type()
-        shape[2] = slots + max(_CACHE_STEP, slots // 4)
+        shape[2] = with_room(slots)
         if any(self.lengths):
             self.replace([_widen(t, shape) for t in self.tensors()])
         else:
@@ -92,6 +92,11 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         values = [to_ort(t.clone(memory_format=torch.contiguous_format), self.device) for t in self.tensors()]
         return KVCache(values, copy.copy(self.lengths), self.device, copy.copy(self.deltas))
+
+
+def with_room(slots: int) -> int:
+    """How many slots a cache gets that is to have `slots`: a quarter more, so that it seldom grows."""
+    return slots + max(_CACHE_STEP, slots // 4)
 
 
 def _widen(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,1 +1,1 @@
-"""A package behind OpenAI's HTTP API: requests, prompts, an engine whose requests take turns, answers, and the app."""
+"""A package behind OpenAI's HTTP API: requests, prompts, an engine that decodes answers in batches, and the app."""

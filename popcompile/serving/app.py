@@ -19,7 +19,8 @@ from openai.types import Model
 from pydantic import BaseModel
 from torch import Tensor
 
-from popcompile.serving.engine import Generator, Piece
+from popcompile.serving.answer import Piece
+from popcompile.serving.engine import Generator
 from popcompile.serving.errors import ApiError, add_handlers, error_json
 from popcompile.serving.limits import BodyLimit, RequestLimit
 from popcompile.serving.prompts import Prompts

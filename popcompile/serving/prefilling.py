@@ -1,6 +1,6 @@
 """The first half of an answer: a prompt is encoded, with what is held of its beginning, and may travel from here.
 
-A long prompt is encoded in chunks, so that other requests take turns between them. A chunk is encoded as if the prompt
+A long prompt is encoded in chunks, so that other requests go on between them. A chunk is encoded as if the prompt
 ended there, and its window, which took every layer, is forgotten and encoded again with the next one.
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from popcompile.runtime.cache import KVCache
 from popcompile.runtime.generation import PopForCausalLM
 from popcompile.runtime.generation_cache import PopCache
 from popcompile.serving.prefix_cache import PrefixCache
+from popcompile.serving.rope import depends_on_length
 from popcompile.serving.sampling import prefill
 
 
@@ -66,7 +66,7 @@ class Prefiller:
 
     def __init__(self, model: PopForCausalLM, prefixes: PrefixCache | None = None, chunk: int = 0) -> None:
         """prefixes: None keeps none. chunk: tokens of a prompt that are encoded at a time, 0 for all."""
-        self._model, self._reuses, self._chunk = model, reuses_prefixes(model.config), chunk
+        self._model, self._reuses, self._chunk = model, not depends_on_length(model.config), chunk
         self._prefixes = prefixes if self._reuses else None
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
@@ -126,16 +126,6 @@ def context_tokens(model: PopForCausalLM, prompt: int) -> int:
     manifest = model.manifest
     window = manifest.window if manifest.pruned and model.choose_prefill() == "pop" else 1
     return max(0, prompt - window)
-
-
-def reuses_prefixes(config: PretrainedConfig) -> bool:
-    """Whether a prompt's beginning has the same keys and values in a longer prompt. With longrope it does not: the
-    frequencies are those for the length of the whole prompt.
-    """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    return all(kind.get("rope_type", kind.get("type")) != "longrope" for kind in kinds)
 
 
 def _seen(kv: KVCache) -> PopCache:

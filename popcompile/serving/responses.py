@@ -13,7 +13,7 @@ from openai.types import Completion, CompletionChoice, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from popcompile.serving.engine import Piece
+from popcompile.serving.answer import Piece
 
 
 @dataclass

@@ -1,11 +1,11 @@
-"""A prompt becomes a cache and logits, and these become tokens, one at a time: transformers' `generate` in two halves.
+"""A prompt becomes a cache and logits, and logits become tokens, one at a time: transformers' `generate` in two halves.
 
-So requests can take turns between tokens, and the halves can run on two machines.
+Neither feeds tokens back, so rows of many requests are fed together, and the halves can run on two machines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,11 +66,10 @@ def prefill(model: PopForCausalLM, inputs: Mapping[str, Tensor], cache: PopCache
     return output.logits[:, -1]
 
 
-def tokens(
-    model: PopForCausalLM, prompt: Tensor, sampling: Sampling, logits: Tensor, cache: PopCache
-) -> Iterator[Token]:
+def tokens(model: PopForCausalLM, prompt: Tensor, sampling: Sampling, logits: Tensor) -> Generator[Token, Tensor, None]:
     """What follows a prompt [1, tokens], token by token: those of `model.generate` with the same settings, whose random
-    numbers torch.manual_seed(seed) draws. logits, cache: behind the prompt, as `prefill` leaves them.
+    numbers torch.manual_seed(seed) draws. logits: [1, vocabulary] behind the prompt; those behind each token but the
+    last are sent.
     """
 
     def loop(
@@ -80,7 +79,7 @@ def tokens(
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         **_: Any,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, Tensor, None]:
         choose, ends = _chooser(generation_config, sampling.seed), _ends(generation_config)
         ids, following = input_ids, logits
         while True:
@@ -88,11 +87,11 @@ def tokens(
             token = choose(scores)
             ids = torch.cat((ids, token), dim=1)
             is_end, is_last = int(token) in ends, bool(stopping_criteria(ids, scores).all())
-            at_limit = ids.shape[1] - input_ids.shape[1] >= sampling.new_tokens
-            yield Token(int(token), None if not is_last else "length" if at_limit and not is_end else "stop")
             if is_last:
+                at_limit = ids.shape[1] - input_ids.shape[1] >= sampling.new_tokens
+                yield Token(int(token), "length" if at_limit and not is_end else "stop")
                 return
-            following = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            following = yield Token(int(token), None)
 
     return model.generate(prompt, custom_generate=loop, **sampling.arguments(model.generation_config))
 

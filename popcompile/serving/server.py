@@ -15,9 +15,10 @@ from popcompile.errors import PopcompileError
 from popcompile.package.configs import load_tokenizer
 from popcompile.runtime.generation import load
 from popcompile.serving.app import create_app
-from popcompile.serving.engine import Engine, Turns
+from popcompile.serving.engine import Engine
 from popcompile.serving.prefix_cache import PrefixCache
 from popcompile.serving.prompts import Prompts
+from popcompile.serving.scheduler import Scheduler
 
 #: how long the steps under way, a long prompt's perhaps, may take after the server was told to end, in seconds
 _GRACE = 30
@@ -26,13 +27,13 @@ _GRACE = 30
 class _Server(uvicorn.Server):
     """Answers that are under way end with an error when the server does."""
 
-    def __init__(self, config: uvicorn.Config, turns: Turns) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler) -> None:
         super().__init__(config)
-        self._turns = turns
+        self._scheduler = scheduler
         self.is_interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._turns.end()
+        self._scheduler.end()
         self.is_interrupted |= sig == signal.SIGINT
         super().handle_exit(sig, frame)
 
@@ -51,7 +52,7 @@ def serve(
     chunk: int,
     listening: Callable[[str], None],
 ) -> None:
-    """Answer requests until a signal ends it. max_waiting: requests beside those that take turns; more are refused.
+    """Answer requests until a signal ends it. max_waiting: requests beside those that are answered; more are refused.
     chunk: tokens of a prompt that are encoded at a time, 0 for all.
     listening: called with the API's address once it is open.
 
@@ -64,11 +65,11 @@ def serve(
         app = create_app(name, Prompts(folder, model.manifest), engine, max_concurrent + max_waiting)
         config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=_GRACE)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{opened.getsockname()[1]}/v1")
-        server = _Server(config, engine.turns)
+        server = _Server(config, engine.scheduler)
         try:
             server.run(sockets=[opened])
         finally:
-            engine.turns.close()
+            engine.scheduler.close()
         if server.is_interrupted:  # uvicorn has raised it already, unless a shell ignores it for processes behind `&`
             raise KeyboardInterrupt
 

@@ -32,7 +32,7 @@ def own_names(trees: list[ast.Module]) -> set[str]:
     """What this project defines: functions, classes, and attributes that it assigns."""
     found = set()
     for node in (n for tree in trees for n in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
             found.add(node.id if isinstance(node, ast.Name) else node.attr)

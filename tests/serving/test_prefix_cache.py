@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import save_tokenizer
-from conftest import tiny_gemma3, tiny_llama, tiny_model
+from conftest import tiny_gemma3, tiny_llama
 from openai import AsyncOpenAI
 from openai.types import Completion
 from served import WINDOW, Served
 from torch import Tensor
 
-from popcompile.conversion import convert
 from popcompile.runtime.cache import KVCache, to_ort
-from popcompile.serving.engine import Piece, answer
-from popcompile.serving.prefilling import Prefiller, reuses_prefixes
+from popcompile.serving.answer import Piece
+from popcompile.serving.prefilling import Encoded, Prefiller
 from popcompile.serving.prefix_cache import PrefixCache
+from popcompile.serving.rope import depends_on_length
 from popcompile.serving.sampling import Sampling
+from popcompile.serving.scheduler import Scheduler
 
 #: tokens of a block, and bytes of one of `kv`: keys and values of one layer, one head of one number in fp32
 BLOCK, BYTES = 4, 2 * 4 * 4
@@ -74,20 +74,9 @@ def test_bound() -> None:
 # --- with models -----------------------------------------------------------------------------------------------
 
 
-def _sliding(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Windows of 8 tokens, shorter than what prompts share, and a pruned sliding layer below a full one."""
-    folder = tmp_path_factory.mktemp("sliding")
-    tiny_model(tiny_gemma3(max_position_embeddings=512)).save_pretrained(folder / "model")
-    save_tokenizer(folder / "model", 64)
-    convert(folder / "model", folder / "out", layers="0", kv_projection="layer", window=WINDOW)
-    return Served(folder / "out")
-
-
-@pytest.fixture(scope="module", params=["full attention", "sliding windows"])
-def any_served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    if request.param == "sliding windows":
-        return _sliding(tmp_path_factory)
-    return request.getfixturevalue("served")
+@pytest.fixture(scope="module", params=["served", "sliding_served"])
+def any_served(request: pytest.FixtureRequest) -> Served:
+    return request.getfixturevalue(request.param)
 
 
 def _answer(served: Served, ids: list[int], prefixes: PrefixCache | None, **settings: Any) -> list[Piece]:
@@ -193,7 +182,12 @@ def test_an_encoded_prompt_travels(served: Served) -> None:
     for array in (packed.prompt, packed.logits, packed.values):
         array.flags.writeable = False
     kept = packed.values.copy()
-    pieces = list(answer(served.model, served.tokenizer, packed.unpacked(served.model), Sampling(new_tokens=8)))
+
+    async def answer(encoded: Encoded) -> list[Piece]:
+        scheduler = Scheduler(served.model, served.tokenizer, max_concurrent=1)
+        return [piece async for piece in scheduler.answer(iter([encoded]), Sampling(new_tokens=8))]
+
+    pieces = asyncio.run(answer(packed.unpacked(served.model)))
     assert [p.text for p in pieces] == [p.text for p in _answer(served, ids[0].tolist(), None)]
     assert (packed.values == kept).all()
 
@@ -244,7 +238,7 @@ def test_a_stream_goes_on_between_chunks(served: Served, chunk: int, between: in
         before = len(seen)
         await asyncio.gather(short, stream("long", _prompts()[0], asyncio.Event()))
         assert seen[before:].index("long") in range(between, between + 3)
-        assert not engine.turns.are_shared()
+        assert not engine.scheduler.are_shared()
 
     asyncio.run(both())
 
@@ -253,5 +247,5 @@ def test_longrope_does_not_share() -> None:
     """Its frequencies are those of the whole prompt's length."""
     scaling = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "rope_theta": 10000.0,
                "original_max_position_embeddings": 16}  # fmt: skip
-    assert not reuses_prefixes(tiny_llama(rope_parameters=scaling, max_position_embeddings=64))
-    assert reuses_prefixes(tiny_llama()) and reuses_prefixes(tiny_gemma3())
+    assert depends_on_length(tiny_llama(rope_parameters=scaling, max_position_embeddings=64))
+    assert not depends_on_length(tiny_llama()) and not depends_on_length(tiny_gemma3())

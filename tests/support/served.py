@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import torch
-from bad_input import save_model
+from bad_input import save_model, save_tokenizer
+from conftest import tiny_gemma3, tiny_llama, tiny_model
 from openai import AsyncOpenAI
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -75,14 +76,33 @@ class Served:
         return asyncio.run(run())
 
 
-def _served(name: str, factory: pytest.TempPathFactory, **changes: Any) -> Served:
-    folder = factory.mktemp("served")
-    model = save_model(folder / "model", **changes)
-    convert(model, folder / name, layers="0", kv_projection="layer", window=WINDOW)
-    return Served(folder / name)
-
-
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """The first of two layers pruned, so that what it would have computed for context tokens matters to the second."""
-    return _served(NAME, tmp_path_factory, max_position_embeddings=512)
+    return serve_pruned(save_model(tmp_path_factory.mktemp("served") / "model", max_position_embeddings=512))
+
+
+@pytest.fixture(scope="session")
+def sliding_served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Windows of 8 tokens, shorter than what prompts share, and a pruned sliding layer below a full one."""
+    folder = tmp_path_factory.mktemp("sliding") / "model"
+    tiny_model(tiny_gemma3(max_position_embeddings=512)).save_pretrained(folder)
+    return serve_pruned(folder)
+
+
+@pytest.fixture(scope="session")
+def longrope_served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Phi-3's RoPE, with other frequencies beyond 16 tokens."""
+    folder = tmp_path_factory.mktemp("longrope") / "model"
+    factors = {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.7 * i for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
+    tiny_model(tiny_llama(rope_parameters=rope | factors, max_position_embeddings=512)).save_pretrained(folder)
+    return serve_pruned(folder)
+
+
+def serve_pruned(model: Path) -> Served:
+    """A checkpoint with its first layer pruned, converted beside it. It gets a tokenizer where it has none."""
+    if not (model / "tokenizer.json").exists():
+        save_tokenizer(model, 64)
+    convert(model, model.with_name(NAME), layers="0", kv_projection="layer", window=WINDOW)
+    return Served(model.with_name(NAME))
