@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 from popcompile.passes.graph import is_size, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 from popcompile.quiet import errors_only
-from popcompile.upstream import FakeTensorMode
+from popcompile.upstream import FakeTensorMode, export
 
 from .writer import OPSET, Writer
 
@@ -53,7 +53,7 @@ def _export(call: fx.Graph, arguments: list[torch.Tensor], shapes: list[dict[int
     """The graph of a call alone, over arguments of these shapes."""
     module = fx.GraphModule(torch.nn.Module(), call)
     with _quiet(), torch.no_grad():
-        traced = torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
+        traced = export(module, tuple(arguments), tuple(shapes))
         exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
         assert exported is not None
         model: ir.Model = exported.model

@@ -42,6 +42,7 @@ from popcompile.upstream import (
     FakeTensorMode,
     LazyGraphModule,
     computed_buffers,
+    export,
     has_default_gate,
     has_gpt_oss_gate,
     initialize_buffers,
@@ -229,7 +230,7 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: boo
             arguments = _arguments(inputs, dtype, layers, heads, head_size)
         batch, sequence, total, past = map(torch.export.Dim, ("batch", "sequence", "total", "past"))
         shapes = (inputs.dimensions(batch, sequence, total), [{0: batch, 2: past} for _ in range(2 * layers)])
-        exported = torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
+        exported = export(decoder, arguments, shapes)
         gm = _flat(exported.module(check_guards=False), inputs.names, layers)
         constants = {
             name.removeprefix("decoder."): value
