@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 from popcompile.passes.graph import is_size, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 from popcompile.quiet import errors_only
-from popcompile.upstream import FakeTensorMode, export
+from popcompile.upstream import FakeTensorMode, export, one_torchlib
 
 from .writer import OPSET, Writer
 
@@ -54,7 +54,8 @@ def _export(call: fx.Graph, arguments: list[torch.Tensor], shapes: list[dict[int
     module = fx.GraphModule(torch.nn.Module(), call)
     with _quiet(), torch.no_grad():
         traced = export(module, tuple(arguments), tuple(shapes))
-        exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
+        with one_torchlib():
+            exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
         assert exported is not None
         model: ir.Model = exported.model
         fold_constants(model)

@@ -69,6 +69,11 @@ NAMES = (
     Private("torch.fx._lazy_graph_module:_LazyGraphModule", "code of a graph when it is first run", "2.11"),
     Private("torch.utils._python_dispatch:_disable_current_modes", "real values while a model is traced", "2.11"),
     Private("torch._dispatch.python:enable_python_dispatcher", "fake values of free sizes, before torch 2.13", "2.11"),
+    Private(
+        "torch.onnx._internal.exporter._registration:ONNXRegistry.from_torchlib",
+        "what torch.onnx.export knows is collected once",
+        "2.13",
+    ),
     Private("torch.cpu:_is_avx512_bf16_supported", "whether products of bf16 are faster", "2.11"),
     Private("torch.cpu:_is_amx_tile_supported", "whether PyTorch rounds products of fp32 by itself", "2.11"),
     Private("torch.utils._pytree:tree_leaves", "the nodes among nested arguments", "2.11"),
@@ -352,6 +357,26 @@ def export(module: nn.Module, arguments: tuple[Any, ...], shapes: Any) -> torch.
         return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
     finally:
         setattr(fx.config, _NO_LINES, before)
+
+
+@contextlib.contextmanager
+def one_torchlib() -> Iterator[None]:
+    """While the block runs torch.onnx.export keeps its table of ONNX functions for ATen operators: to make it anew for
+    every model takes most of the time of a small one.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    collect = vars(ONNXRegistry)["from_torchlib"]
+    ONNXRegistry.from_torchlib = functools.partial(_collected, ONNXRegistry.from_torchlib)
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = collect
+
+
+@functools.cache
+def _collected(collect: Callable[..., Any], **options: Any) -> Any:
+    return collect(**options)
 
 
 def symbolic_dispatch() -> contextlib.AbstractContextManager[None]:

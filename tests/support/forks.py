@@ -22,7 +22,7 @@ from typing import Any, Self
 #: seconds; it ends what hangs, also on a machine that does much else
 TIMEOUT = 600
 #: numpy and ONNX Runtime start threads when they are imported, and those are not copied
-_NO_THREADS = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+NO_THREADS = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 #: what most commands import
 COMMANDS = (
     "popcompile.cli", "popcompile.conversion", "transformers.models.llama.modeling_llama", "onnxscript",
@@ -35,7 +35,7 @@ class Forks:
 
     def __init__(self, imported: Iterable[str], environment: Mapping[str, str] | None = None) -> None:
         """imported: modules. environment: of the process that is copied, by default this one's."""
-        environment = dict(os.environ if environment is None else environment) | _NO_THREADS
+        environment = dict(os.environ if environment is None else environment) | NO_THREADS
         command = [sys.executable, __file__, *imported]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -70,7 +70,7 @@ class Forks:
 
 
 def prepare(imported: Iterable[str]) -> None:
-    """Import what copies of this process need. Nothing is computed: a process that has started threads cannot be copied."""
+    """Import what copies of this process need. Nothing is computed: threads are not copied."""
     for name in imported:
         importlib.import_module(name)
     import torch
