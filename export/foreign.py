@@ -27,6 +27,7 @@ from onnxscript.optimizer import fold_constants
 from torch import fx
 from torch.fx.node import map_arg
 
+from popcompile.passes.fake_values import alike
 from popcompile.passes.graph import is_size, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 from popcompile.quiet import errors_only
@@ -53,7 +54,7 @@ def _export(call: fx.Graph, arguments: list[torch.Tensor], shapes: list[dict[int
     """The graph of a call alone, over arguments of these shapes."""
     module = fx.GraphModule(torch.nn.Module(), call)
     with _quiet(), torch.no_grad():
-        traced = export(module, tuple(arguments), tuple(shapes))
+        traced = export(module, tuple(arguments), tuple(shapes), alike)
         with one_torchlib():
             exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
         assert exported is not None
