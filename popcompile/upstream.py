@@ -68,14 +68,14 @@ NAMES = (
     Private("torch._subclasses.fake_tensor:FakeTensorMode", "tracing without weights", "2.11"),
     Private("torch._subclasses.fake_tensor:FakeTensor", "which tensors have no values", "2.11"),
     Private("torch._subclasses.fake_tensor:disable_fake_tensor_cache", "fake values are kept once, not twice", "2.11"),
-    Private("torch._subclasses.fake_tensor:FakeTensorMode._cached_dispatch_impl", "results of calls are kept", "2.13"),
-    Private("torch._subclasses.fake_tensor:FakeTensorMode._dispatch_impl", "what a call computes", "2.13"),
-    Private("torch._subclasses.fake_tensor:in_kernel_invocation_manager", "a result without its mode", "2.13"),
+    Private("torch._subclasses.fake_tensor:FakeTensorMode._cached_dispatch_impl", "results of calls are kept", "2.11"),
+    Private("torch._subclasses.fake_tensor:FakeTensorMode._dispatch_impl", "what a call computes", "2.11"),
+    Private("torch._subclasses.fake_tensor:in_kernel_invocation_manager", "a result without its mode", "2.11"),
     Private(
-        "torch._functorch.config:fake_tensor_allow_unsafe_data_ptr_access", "as torch.export makes its mode", "2.13"
+        "torch._functorch.config:fake_tensor_allow_unsafe_data_ptr_access", "as torch.export makes its mode", "2.11"
     ),
-    Private("torch._guards:TracingContext", "torch.export in a fake mode of ours", "2.13"),
-    Private("torch._guards:tracing", "the same", "2.13"),
+    Private("torch._guards:TracingContext", "torch.export in a fake mode of ours", "2.11"),
+    Private("torch._guards:tracing", "the same", "2.11"),
     Private("torch._subclasses.fake_tensor:DataDependentOutputException", "a module that reads values", "2.11"),
     Private("torch._subclasses.fake_tensor:DynamicOutputShapeException", "a shape that depends on values", "2.11"),
     Private("torch.fx._lazy_graph_module:_LazyGraphModule", "code of a graph when it is first run", "2.11"),
@@ -84,7 +84,7 @@ NAMES = (
     Private(
         "torch.onnx._internal.exporter._registration:ONNXRegistry.from_torchlib",
         "what torch.onnx.export knows is collected once",
-        "2.13",
+        "2.11",
     ),
     Private("torch.cpu:_is_avx512_bf16_supported", "whether products of bf16 are faster", "2.11"),
     Private("torch.cpu:_is_amx_tile_supported", "whether PyTorch rounds products of fp32 by itself", "2.11"),
