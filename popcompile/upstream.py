@@ -397,7 +397,7 @@ class _RepeatingFakeMode(FakeTensorMode):
             return self._dispatch_impl(func, types, args, kwargs)
         if call in self._results:
             return FakeTensor(self, *self._results[call])
-        result = self._dispatch_impl(func, types, args, kwargs)
+        result: Any = self._dispatch_impl(func, types, args, kwargs)
         if _is_new(result, func, args):
             with in_kernel_invocation_manager(self):
                 self._results[call] = result.detach(), result.fake_device
@@ -424,11 +424,11 @@ def one_torchlib() -> Iterator[None]:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     collect = vars(ONNXRegistry)["from_torchlib"]
-    ONNXRegistry.from_torchlib = functools.partial(_collected, ONNXRegistry.from_torchlib)
+    ONNXRegistry.from_torchlib = functools.partial(_collected, ONNXRegistry.from_torchlib)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = collect
+        ONNXRegistry.from_torchlib = collect  # type: ignore[method-assign]
 
 
 @functools.cache
