@@ -38,7 +38,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 def test_full_prefill_generates_what_transformers_does(pair: Pair) -> None:
     inputs = pair.encode(TEXTS)
-    arguments: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
+    arguments: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
     expected = pair.reference.generate(**inputs, **arguments)
     assert torch.equal(pair.model.generate(**inputs, prefill="full", **arguments), expected)
 
