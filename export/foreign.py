@@ -27,10 +27,11 @@ from onnxscript.optimizer import fold_constants
 from torch import fx
 from torch.fx.node import map_arg
 
+from popcompile.passes.fake_values import alike
 from popcompile.passes.graph import is_size, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 from popcompile.quiet import errors_only
-from popcompile.upstream import FakeTensorMode
+from popcompile.upstream import FakeTensorMode, export, one_torchlib
 
 from .writer import OPSET, Writer
 
@@ -53,8 +54,9 @@ def _export(call: fx.Graph, arguments: list[torch.Tensor], shapes: list[dict[int
     """The graph of a call alone, over arguments of these shapes."""
     module = fx.GraphModule(torch.nn.Module(), call)
     with _quiet(), torch.no_grad():
-        traced = torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
-        exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
+        traced = export(module, tuple(arguments), tuple(shapes), alike)
+        with one_torchlib():
+            exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
         assert exported is not None
         model: ir.Model = exported.model
         fold_constants(model)

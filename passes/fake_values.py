@@ -22,13 +22,20 @@ def fake_value(mode: Any, target: Callable[..., Any], args: Any, kwargs: Mapping
     may change it in place.
     """
     known = vars(mode).setdefault(_KNOWN, {})
-    try:
-        call = (target, _signature(args), _signature(kwargs))
-    except _OwnValueError:
+    call = alike(target, args, kwargs)
+    if call is None:
         return _computed(mode, target, args, kwargs)
     if call not in known:
         known[call] = _computed(mode, target, args, kwargs)
     return known[call]
+
+
+def alike(target: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Hashable | None:
+    """Equal for calls that compute equal shapes and types; None where the numbers in an argument may decide."""
+    try:
+        return target, _signature(args), _signature(kwargs)
+    except _OwnValueError:
+        return None
 
 
 def _computed(mode: Any, target: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -13,13 +13,15 @@ import functools
 import importlib
 import inspect
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch._dispatch.python
 from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,8 +29,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     disable_fake_tensor_cache,
+    in_kernel_invocation_manager,
 )
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -64,11 +68,24 @@ NAMES = (
     Private("torch._subclasses.fake_tensor:FakeTensorMode", "tracing without weights", "2.11"),
     Private("torch._subclasses.fake_tensor:FakeTensor", "which tensors have no values", "2.11"),
     Private("torch._subclasses.fake_tensor:disable_fake_tensor_cache", "fake values are kept once, not twice", "2.11"),
+    Private("torch._subclasses.fake_tensor:FakeTensorMode._cached_dispatch_impl", "results of calls are kept", "2.11"),
+    Private("torch._subclasses.fake_tensor:FakeTensorMode._dispatch_impl", "what a call computes", "2.11"),
+    Private("torch._subclasses.fake_tensor:in_kernel_invocation_manager", "a result without its mode", "2.11"),
+    Private(
+        "torch._functorch.config:fake_tensor_allow_unsafe_data_ptr_access", "as torch.export makes its mode", "2.11"
+    ),
+    Private("torch._guards:TracingContext", "torch.export in a fake mode of ours", "2.11"),
+    Private("torch._guards:tracing", "the same", "2.11"),
     Private("torch._subclasses.fake_tensor:DataDependentOutputException", "a module that reads values", "2.11"),
     Private("torch._subclasses.fake_tensor:DynamicOutputShapeException", "a shape that depends on values", "2.11"),
     Private("torch.fx._lazy_graph_module:_LazyGraphModule", "code of a graph when it is first run", "2.11"),
     Private("torch.utils._python_dispatch:_disable_current_modes", "real values while a model is traced", "2.11"),
     Private("torch._dispatch.python:enable_python_dispatcher", "fake values of free sizes, before torch 2.13", "2.11"),
+    Private(
+        "torch.onnx._internal.exporter._registration:ONNXRegistry.from_torchlib",
+        "what torch.onnx.export knows is collected once",
+        "2.11",
+    ),
     Private("torch.cpu:_is_avx512_bf16_supported", "whether products of bf16 are faster", "2.11"),
     Private("torch.cpu:_is_amx_tile_supported", "whether PyTorch rounds products of fp32 by itself", "2.11"),
     Private("torch.utils._pytree:tree_leaves", "the nodes among nested arguments", "2.11"),
@@ -118,6 +135,11 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "model_kwargs",
     ),
 }  # fmt: skip
+
+#: a setting of torch.fx.config, since torch 2.12
+_NO_LINES = "do_not_emit_stack_traces"
+#: of operators whose results have shapes that values decide
+_UNKNOWN_SHAPES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 _LAZY = {
     "get_checkpoint_conversion_mapping": "transformers.conversion_mapping",
@@ -335,6 +357,83 @@ def shares_its_input(target: object) -> bool:
 
 def operator_schema(operator: OpOverload) -> Any:
     return operator._schema
+
+
+def export(
+    module: nn.Module, arguments: tuple[Any, ...], shapes: Any, alike: Callable[..., Hashable | None]
+) -> torch.export.ExportedProgram:
+    """torch.export's program of a module, traced by running it, with what takes most of the time left out.
+
+    shapes: its `dynamic_shapes`. alike: of an operator, its arguments and keyword arguments it makes what is equal for
+    calls whose results have equal shapes and types, or None; these are computed once.
+
+    Since torch 2.12 no node says which line of the model's code it comes from, which nobody reads.
+    """
+    mode = _RepeatingFakeMode(alike)
+    before = getattr(fx.config, _NO_LINES, False)
+    setattr(fx.config, _NO_LINES, True)
+    try:
+        with tracing(TracingContext(mode)):  # torch.export takes the context's mode in place of one of its own
+            return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+    finally:
+        setattr(fx.config, _NO_LINES, before)
+
+
+class _RepeatingFakeMode(FakeTensorMode):
+    """torch.export's own, but for calls that are alike, which are dispatched once. torch keeps results as well, and to
+    make a tensor of free sizes of one takes it nearly as long as to compute it.
+    """
+
+    def __init__(self, alike: Callable[..., Hashable | None]) -> None:
+        sizes = ShapeEnv(tracked_fakes=[], trace_asserts=True)
+        with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+            super().__init__(allow_non_fake_inputs=True, shape_env=sizes, export=True)
+        self._alike = alike
+        self._results: dict[Hashable, tuple[Tensor, torch.device]] = {}
+
+    def _cached_dispatch_impl(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        call = self._alike(func, args, kwargs)
+        if call is None:
+            return self._dispatch_impl(func, types, args, kwargs)
+        if call in self._results:
+            return FakeTensor(self, *self._results[call])
+        result: Any = self._dispatch_impl(func, types, args, kwargs)
+        if _is_new(result, func, args):
+            with in_kernel_invocation_manager(self):
+                self._results[call] = result.detach(), result.fake_device
+        return result
+
+
+def _is_new(result: object, operator: object, args: Any) -> bool:
+    """Whether each call has one fake tensor of its own as its result, of a shape that its arguments' shapes decide."""
+    return (
+        isinstance(result, FakeTensor)
+        and isinstance(operator, OpOverload)
+        and result.constant is None
+        and not operator_schema(operator).is_mutable
+        and not _UNKNOWN_SHAPES.intersection(operator.tags)
+        and all(result is not argument for argument in tree_leaves(args))
+    )
+
+
+@contextlib.contextmanager
+def one_torchlib() -> Iterator[None]:
+    """While the block runs torch.onnx.export keeps its table of ONNX functions for ATen operators: to make it anew for
+    every model takes most of the time of a small one.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    collect = vars(ONNXRegistry)["from_torchlib"]
+    ONNXRegistry.from_torchlib = functools.partial(_collected, ONNXRegistry.from_torchlib)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = collect  # type: ignore[method-assign]
+
+
+@functools.cache
+def _collected(collect: Callable[..., Any], **options: Any) -> Any:
+    return collect(**options)
 
 
 def symbolic_dispatch() -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read once, w
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,14 +180,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package, made as a user does; nothing else is printed or left. Taken from the environment while developing."""
-    if ready := os.environ.get("POPCOMPILE_TEST_TINY"):
-        return Path(ready)
-    parent = tmp_path_factory.mktemp("packages")
-    done = popcompile("convert", tiny_checkpoint, parent / "out", "--prune", "1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{parent / 'out'}: 2 layers, prefill skips 1 (1)") and done.stdout.count("\n") == 4
-    assert [path.name for path in parent.iterdir()] == ["out"]
-    return parent / "out"
+
+    def make(folder: Path) -> None:
+        parent = tmp_path_factory.mktemp("packages")
+        done = popcompile("convert", tiny_checkpoint, parent / "out", "--prune", "1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"{parent / 'out'}: 2 layers, prefill skips 1 (1)")
+        assert done.stdout.count("\n") == 4
+        assert [path.name for path in parent.iterdir()] == ["out"]
+        (parent / "out").rename(folder)
+
+    return _once("tiny", "POPCOMPILE_TEST_TINY", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +218,13 @@ THIRD = {"prune": "1/3", "kv_projection": "layer", "window": 8}
 
 
 def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFactory, **options: Any) -> Path:
-    """A package, converted once for all of pytest-xdist's workers; taken from the environment while developing."""
+    return _once(name, variable, factory, lambda folder: convert(model, folder, **options))
+
+
+def _once(name: str, variable: str, factory: pytest.TempPathFactory, make: Callable[[Path], object]) -> Path:
+    """A package, made once for all of pytest-xdist's workers, all of it or nothing; taken from the environment while
+    developing.
+    """
     if ready := os.environ.get(variable):
         return Path(ready)
     run = factory.getbasetemp()
@@ -223,7 +232,7 @@ def _package(name: str, variable: str, model: Path, factory: pytest.TempPathFact
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         if not (folder / name).is_dir():
-            convert(model, folder / name, **options)
+            make(folder / name)
     return folder / name
 
 

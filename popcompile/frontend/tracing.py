@@ -35,6 +35,7 @@ from popcompile.frontend.token_inputs import TokenInputs, decoder_config, token_
 from popcompile.loading import one_line
 from popcompile.passes import ops
 from popcompile.passes.base import Program
+from popcompile.passes.fake_values import alike
 from popcompile.upstream import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -42,6 +43,7 @@ from popcompile.upstream import (
     FakeTensorMode,
     LazyGraphModule,
     computed_buffers,
+    export,
     has_default_gate,
     has_gpt_oss_gate,
     initialize_buffers,
@@ -229,7 +231,7 @@ def _traced(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: boo
             arguments = _arguments(inputs, dtype, layers, heads, head_size)
         batch, sequence, total, past = map(torch.export.Dim, ("batch", "sequence", "total", "past"))
         shapes = (inputs.dimensions(batch, sequence, total), [{0: batch, 2: past} for _ in range(2 * layers)])
-        exported = torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
+        exported = export(decoder, arguments, shapes, alike)
         gm = _flat(exported.module(check_guards=False), inputs.names, layers)
         constants = {
             name.removeprefix("decoder."): value

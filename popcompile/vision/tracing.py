@@ -22,8 +22,9 @@ from transformers.initialization import no_init_weights
 
 from popcompile.frontend.tracing import buffer_values, reporting
 from popcompile.passes.base import Program
+from popcompile.passes.fake_values import alike
 from popcompile.passes.graph import DIMENSIONS, inputs_of, shape_of
-from popcompile.upstream import FakeTensor, FakeTensorMode, rename
+from popcompile.upstream import FakeTensor, FakeTensorMode, export, rename
 from popcompile.vision.embedding import Embedding
 from popcompile.vision.towers import Input, embedding_width, vision_family
 
@@ -102,7 +103,7 @@ def _exported(model: PreTrainedModel, module: nn.Module, inputs: Mapping[str, In
     with parameter.fake_mode if isinstance(parameter, FakeTensor) else contextlib.nullcontext():
         arguments = tuple(torch.zeros(each.shape, dtype=each.dtype) for each in inputs.values())
     with torch.no_grad():
-        exported = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        exported = export(module, arguments, shapes, alike)
     graph = exported.module(check_guards=False).graph
     graph.set_codegen(fx.graph.CodeGen())
     return graph

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forks import NO_THREADS, prepare
+
 if TYPE_CHECKING:
     from fuzz.runner import Outcome
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+os.environ |= NO_THREADS | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 
 
 def main() -> int:
@@ -50,10 +52,10 @@ def main() -> int:
 
 def _run(options: argparse.Namespace, temporary: Path) -> int:
     from fuzz.bases import make_bases
-    from fuzz.runner import KINDS, apart, prepare, run
+    from fuzz.runner import KINDS, USED, apart, run
 
     started = time.monotonic()
-    prepare()
+    prepare(USED)
     bases = options.bases or temporary / "bases"
     if not (bases / "logits.npz").is_file():
         bases.mkdir(parents=True, exist_ok=True)

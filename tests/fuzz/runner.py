@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
-import importlib
 import os
 import shutil
 import signal
@@ -35,7 +33,7 @@ KINDS: dict[str, Maker] = {
     "place": places.make,
 }
 #: what commands import when they run
-_USED = [
+USED = [
     "popcompile.cli", "popcompile.conversion", "popcompile.runtime.chat", "popcompile.report.inspection",
     "popcompile.runtime.verify", "popcompile.report.page", "popcompile.evaluation.compare",
     "popcompile.report.evaluation", "popcompile.frontend.adapter", "popcompile.frontend.gguf",
@@ -72,17 +70,6 @@ class _Running:
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     stopped: bool = False
-
-
-def prepare() -> None:
-    """Import what cases need; no threads, no network."""
-    for name in _USED:
-        importlib.import_module(name)
-    import torch
-
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # so that a child's first collection does not copy every page
 
 
 def apart(call: Callable[[], None]) -> None:

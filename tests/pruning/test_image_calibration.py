@@ -43,10 +43,14 @@ CONTEXT, TEXTS = 160, 12
 FEW: dict[str, Any] = {"calibration_texts": 12, "refinement_steps": 3, "window": 16}
 
 
+def five_layers(folder: Path) -> VisionSubject:
+    return VisionSubject.saved(folder, max_position_embeddings=CONTEXT, num_hidden_layers=5)
+
+
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> VisionSubject:
     folder = tmp_path_factory.mktemp("models") / "vision"
-    return VisionSubject.saved(folder, max_position_embeddings=CONTEXT, num_hidden_layers=5)
+    return five_layers(folder)
 
 
 def prompts_of(subject: VisionSubject, pictures: Path | None = None, seed: int = 0, window: int = 16) -> CalibrationSet:
@@ -354,7 +358,7 @@ def test_pictures_that_cannot_be_used(
 
 def test_pictures_without_a_way_to_ask_about_them(cli: Cli, tmp_path: Path) -> None:
     """No chat template."""
-    model = VisionSubject.saved(tmp_path / "model", max_position_embeddings=CONTEXT).folder
+    model = five_layers(tmp_path / "model").folder
     (tmp_path / "pictures").mkdir()
     draw_picture(tmp_path / "pictures" / "a.png", 20, 20)
     (model / "chat_template.jinja").unlink()
@@ -363,7 +367,7 @@ def test_pictures_without_a_way_to_ask_about_them(cli: Cli, tmp_path: Path) -> N
 
 
 def test_a_template_that_refuses_pictures(cli: Cli, tmp_path: Path) -> None:
-    model = VisionSubject.saved(tmp_path / "model", max_position_embeddings=CONTEXT).folder
+    model = five_layers(tmp_path / "model").folder
     (model / "chat_template.jinja").write_text("{{ raise_exception('no parts, please') }}")
     line = cli.refuses("convert", model, tmp_path / "out")
     assert "refuses a prompt with a picture" in line and "no parts, please" in line

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import fake_gpu
@@ -17,6 +17,7 @@ import onnx_ir
 import pytest
 import torch
 from conftest import tiny_gemma3, tiny_llama, tiny_model, tiny_moe
+from forks import COMMANDS, Forks
 from image_attention_reference import gemma3
 from vision_reference import random_model
 
@@ -43,8 +44,11 @@ PACKAGES = {
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return fake_gpu.build(tmp_path_factory.mktemp("fake-gpu"))
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Processes that find the GPU."""
+    environment = fake_gpu.build(tmp_path_factory.mktemp("fake-gpu"))
+    with Forks([*COMMANDS, "popcompile.runtime.generation"], environment) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="module", params=PACKAGES)
@@ -56,18 +60,18 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder / "out"
 
 
-def run(environment: dict[str, str], *command: str | Path) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, *map(str, command)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300, check=False)
+SCRIPT = Path(__file__).parents[1] / "support" / "on_fake_gpu.py"
+
+
+def run(forks: Forks, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """on_fake_gpu.py."""
+    done = forks.script(SCRIPT, *arguments, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-SCRIPT = Path(__file__).parents[1] / "support" / "on_fake_gpu.py"
-
-
-def test_operators_have_kernels(compiled: Path, environment: dict[str, str]) -> None:
-    done = run(environment, SCRIPT, "place", compiled)
+def test_operators_have_kernels(compiled: Path, forks: Forks) -> None:
+    done = run(forks, "place", compiled)
     operators = placed(done.stderr)
     assert operators["CPUExecutionProvider"] <= SHAPES
     assert "GroupQueryAttention" in operators["CUDAExecutionProvider"]
@@ -85,22 +89,20 @@ def placed(log: str) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_to_images_has_kernels(dtype: torch.dtype, environment: dict[str, str], tmp_path: Path) -> None:
+def test_attention_to_images_has_kernels(dtype: torch.dtype, forks: Forks, tmp_path: Path) -> None:
     """How many images there are is known on the GPU alone, so some numbers come back to the host."""
     program, weights = trace(gemma3(3), dtype), random_model(gemma3(3)).to(dtype).state_dict()
     PassManager([*canonicalization(), *pruning((1,), window=4), *lowering()]).run(program)
     models = to_onnx(program, ["prefill"], "cuda")
     write_weights(tmp_path / "weights.data", models, program, weights.__getitem__)
     onnx_ir.save(models["prefill"], tmp_path / "prefill.onnx")
-    operators = placed(run(environment, SCRIPT, "open", tmp_path / "prefill.onnx").stderr)
+    operators = placed(run(forks, "open", tmp_path / "prefill.onnx").stderr)
     assert operators["CPUExecutionProvider"] <= SHAPES
     assert {"MultiHeadAttention", "Loop", "ScatterND", "NonZero", "CumSum"} <= operators["CUDAExecutionProvider"]
 
 
 @pytest.mark.parametrize(("keys", "taken"), [(64, True), (65, False), (66, False)])
-def test_attention_with_a_bias_asks_for_a_number_of_keys(
-    keys: int, taken: bool, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_attention_with_a_bias_asks_for_a_number_of_keys(keys: int, taken: bool, forks: Forks, tmp_path: Path) -> None:
     """Which is why Provider.key_multiple is 8."""
     assert PROVIDERS["cuda"].key_multiple == 8
     cast = "".join(f"{name}16 = Cast <to = 10> ({name}) " for name in ("query", "key", "value", "bias"))
@@ -114,14 +116,14 @@ def test_attention_with_a_bias_asks_for_a_number_of_keys(
             out = Cast <to = 1> (out16)
         }}""")
     onnx.save(model, tmp_path / "attention.onnx")
-    done = run(environment, SCRIPT, "run", tmp_path / "attention.onnx")
+    done = run(forks, "run", tmp_path / "attention.onnx")
     assert done.stdout == ("[[1, 24, 32]]\n" if taken else "refused\n")
     assert ("attn_bias is not correctly aligned" in done.stderr) != taken
 
 
-def test_numbers_of_tokens(compiled: Path, environment: dict[str, str]) -> None:
+def test_numbers_of_tokens(compiled: Path, forks: Forks) -> None:
     """The host's integers reach the GPU as they are: last places of prompt and window, and the tokens before."""
-    log = run(environment | {"FAKE_GPU_LOG": "1"}, SCRIPT, "count", compiled).stderr
+    log = run(forks, "count", compiled, FAKE_GPU_LOG="1").stderr
     runs = re.findall(r"^run \d+ (\d+) (\d+)$(.*?)^end$", log, re.MULTILINE | re.DOTALL)
     assert len(runs) == 3
     window = read_manifest(compiled).window
@@ -131,28 +133,28 @@ def test_numbers_of_tokens(compiled: Path, environment: dict[str, str]) -> None:
         assert {int(tokens) - 1, int(past)} <= copied <= {int(tokens) - 1, last, int(past), 0, 1}
 
 
-def test_answers(compiled: Path, environment: dict[str, str]) -> None:
-    shapes = json.loads(run(environment, SCRIPT, "answer", compiled).stdout.splitlines()[-1])
+def test_answers(compiled: Path, forks: Forks) -> None:
+    shapes = json.loads(run(forks, "answer", compiled).stdout.splitlines()[-1])
     assert shapes[:3] == [[1, 15], [1, 24], [3, 13]]
     assert shapes[3:] in ([], [[1, 15], [1, 12, 64]])
 
 
-def test_genai(compiled: Path, environment: dict[str, str]) -> None:
-    assert run(environment, SCRIPT, "genai", compiled).stdout.split() == ["15"]
+def test_genai(compiled: Path, forks: Forks) -> None:
+    assert run(forks, "genai", compiled).stdout.split() == ["15"]
 
 
 @pytest.mark.parametrize("compiled", ["llama-fp16"], indirect=True)
-def test_verify_sees_that_nothing_computes(compiled: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "popcompile.cli", "verify", str(compiled), "--provider", "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+def test_verify_sees_that_nothing_computes(compiled: Path, forks: Forks) -> None:
+    done = forks.popcompile("verify", compiled, "--provider", "cuda")
     assert done.returncode == 2
     assert done.stderr.startswith(f"popcompile: error: {compiled}: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("compiled", ["llama-fp16"], indirect=True)
-def test_bench(compiled: Path, environment: dict[str, str]) -> None:
+def test_bench(compiled: Path, forks: Forks) -> None:
     few = ("--lengths", "8", "--decode-tokens", "2", "--repeats", "1", "--batch", "2", "--json")
-    done = run(environment, "-m", "popcompile.cli", "bench", compiled, "--provider", "cuda", *few)
+    done = forks.popcompile("bench", compiled, "--provider", "cuda", *few)
+    assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
     assert result["gpu"] == "fake_gpu.c"
     weights = (compiled / read_manifest(compiled).weights).stat().st_size

@@ -57,10 +57,10 @@ class Hub(ThreadingHTTPServer):
         repository.revisions |= {revision: commit, commit: commit}
         return commit
 
-    def environment(self, cache: Path, **more: str) -> Mapping[str, str]:
+    def environment(self, cache: Path) -> Mapping[str, str]:
         """Of a process that knows this hub only, with a cache of its own."""
         ours = {key: value for key, value in os.environ.items() if "proxy" not in key.lower() and key != "HF_TOKEN"}
-        return ours | {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), **more}
+        return ours | {"HF_ENDPOINT": self.url, "HF_HOME": str(cache)}
 
     def transfers(self, file: str) -> list[str]:
         """The requests for a file's content so far."""

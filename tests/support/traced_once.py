@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,10 @@ _Trace = Callable[[PreTrainedConfig, torch.dtype, bool], Program]
 _TracePart = Callable[[PreTrainedModel, nn.Module, Mapping[str, Input]], fx.GraphModule]
 #: programs that are kept, and graphs of vision-language models' other parts
 _KEPT = 64
+#: of a config: what no graph depends on, for the dtype that a model is traced in is given beside it
+_NAMES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+#: of a vision-language model's text decoder: what the graphs of its other parts do not depend on
+_DECODERS = {"num_hidden_layers", "layer_types", "max_position_embeddings"}
 
 
 def remembering(trace: _Trace) -> _Trace:
@@ -46,16 +50,22 @@ def remembering_parts(trace: _TracePart) -> _TracePart:
     def remembered(model: PreTrainedModel, module: nn.Module, inputs: Mapping[str, Input]) -> fx.GraphModule:
         if not isinstance(next(model.parameters()), FakeTensor):
             return trace(model, module, inputs)
-        key = type(module), _described(model.config), model.dtype
+        key = type(module), _described(model.config, _DECODERS), model.dtype
         return clone_module(_remembered(graphs, key, lambda: trace(model, module, inputs)))
 
     return remembered
 
 
-def _described(config: PreTrainedConfig) -> str:
-    described = json.loads(config.to_json_string(use_diff=False))
-    described.pop("_name_or_path", None)  # a temporary folder
+def _described(config: PreTrainedConfig, of_decoder: Set[str] = frozenset()) -> str:
+    """Equal for configs whose graphs are equal. of_decoder: fields of a text decoder that do not count."""
+    described = json.loads(config.to_json_string(use_diff=False), object_hook=lambda fields: _without(fields, _NAMES))
+    if "text_config" in described:
+        described["text_config"] = _without(described["text_config"], of_decoder)
     return json.dumps(described)
+
+
+def _without(fields: Mapping[str, object], names: Set[str]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _remembered(kept: OrderedDict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
