@@ -192,13 +192,14 @@ class Writer:
 
     def take(self, graph: ir.Graph, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
         """Take over another graph's operators, over these inputs; returns its outputs."""
-        for inner, outer in zip(graph.inputs, inputs, strict=True):
-            ir.convenience.replace_all_uses_with(inner, outer)
+        outputs, nodes = list(graph.outputs), list(graph)
+        graph.outputs.clear()
+        ours = dict(zip(graph.inputs, inputs, strict=True))
         for value in list(graph.initializers.values()):
             assert value.const_value is not None
-            ir.convenience.replace_all_uses_with(value, self._taken(value.const_value))
-        outputs, nodes = tuple(graph.outputs), list(graph)
-        graph.outputs.clear()
+            ours[value] = self._taken(value.const_value)
+        for theirs, value in ours.items():
+            ir.convenience.replace_all_uses_with(theirs, value)
         graph.remove(nodes)
         for node in nodes:
             node.name = self._name(node.op_type)
@@ -207,7 +208,7 @@ class Writer:
             for i, output in enumerate(node.outputs):
                 output.name, output.shape = f"{node.name}_output_{i}", None
             self.graph.append(node)
-        return outputs
+        return tuple(ours.get(output, output) for output in outputs)  # some are constants, such as a range of indices
 
     def _taken(self, tensor: Any) -> ir.Value:
         name = f"constant_{len(self.graph.initializers)}_taken"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep.configs import cases, default_config, model_types
+from sweep.configs import cases, default_config, model_types, variants
 from sweep.table import recorded
 from sweep.worker import Case, Result, Worker
 
@@ -54,10 +54,14 @@ def test_every_type_is_decided() -> None:
             assert by_config == bool(line), (model_type, known[model_type], line)
 
 
-@pytest.mark.parametrize("model_type", ["laguna", "modernbert-decoder"])
-def test_works_in_the_default_run(model_type: str, worker: Worker) -> None:
-    """Types that the sweep found refused, for a softplus whose type was open and for how weights are initialized."""
-    result = worker.run(Case(model_type, "default", {}))
+@pytest.mark.parametrize(
+    ("model_type", "variant"), [("laguna", ""), ("modernbert-decoder", ""), ("helium", "RoPE longrope")]
+)
+def test_works_in_the_default_run(model_type: str, variant: str, worker: Worker) -> None:
+    """What the sweep found not to work, for a softplus whose type was open, for how weights are initialized, and for a
+    call that is a constant in ONNX.
+    """
+    result = worker.run(Case(model_type, variant or "default", variants(model_type)[variant] if variant else {}))
     assert result.outcome == "works", result.detail
 
 

@@ -165,7 +165,7 @@ _ROPE: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "longrope": {
         "factor": 4.0, "short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)],
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 12,
     },
 }  # fmt: skip
 #: types that are tried with every kind of RoPE; every other one is with one of them
