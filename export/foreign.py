@@ -31,7 +31,7 @@ from popcompile.passes.fake_values import alike
 from popcompile.passes.graph import is_size, shape_of, value_of
 from popcompile.passes.ops import REFERENCE
 from popcompile.quiet import errors_only
-from popcompile.upstream import FakeTensorMode, export, one_torchlib
+from popcompile.upstream import FakeTensorMode, export
 
 from .writer import OPSET, Writer
 
@@ -55,8 +55,7 @@ def _export(call: fx.Graph, arguments: list[torch.Tensor], shapes: list[dict[int
     module = fx.GraphModule(torch.nn.Module(), call)
     with _quiet(), torch.no_grad():
         traced = export(module, tuple(arguments), tuple(shapes), alike)
-        with one_torchlib():
-            exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
+        exported = torch.onnx.export(traced, opset_version=OPSET, dynamo=True, optimize=False, verbose=False)
         assert exported is not None
         model: ir.Model = exported.model
         fold_constants(model)

@@ -81,11 +81,6 @@ NAMES = (
     Private("torch.fx._lazy_graph_module:_LazyGraphModule", "code of a graph when it is first run", "2.11"),
     Private("torch.utils._python_dispatch:_disable_current_modes", "real values while a model is traced", "2.11"),
     Private("torch._dispatch.python:enable_python_dispatcher", "fake values of free sizes, before torch 2.13", "2.11"),
-    Private(
-        "torch.onnx._internal.exporter._registration:ONNXRegistry.from_torchlib",
-        "what torch.onnx.export knows is collected once",
-        "2.11",
-    ),
     Private("torch.cpu:_is_avx512_bf16_supported", "whether products of bf16 are faster", "2.11"),
     Private("torch.cpu:_is_amx_tile_supported", "whether PyTorch rounds products of fp32 by itself", "2.11"),
     Private("torch.utils._pytree:tree_leaves", "the nodes among nested arguments", "2.11"),
@@ -414,26 +409,6 @@ def _is_new(result: object, operator: object, args: Any) -> bool:
         and not _UNKNOWN_SHAPES.intersection(operator.tags)
         and all(result is not argument for argument in tree_leaves(args))
     )
-
-
-@contextlib.contextmanager
-def one_torchlib() -> Iterator[None]:
-    """While the block runs torch.onnx.export keeps its table of ONNX functions for ATen operators: to make it anew for
-    every model takes most of the time of a small one.
-    """
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    collect = vars(ONNXRegistry)["from_torchlib"]
-    ONNXRegistry.from_torchlib = functools.partial(_collected, ONNXRegistry.from_torchlib)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = collect  # type: ignore[method-assign]
-
-
-@functools.cache
-def _collected(collect: Callable[..., Any], **options: Any) -> Any:
-    return collect(**options)
 
 
 def symbolic_dispatch() -> contextlib.AbstractContextManager[None]:

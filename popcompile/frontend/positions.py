@@ -6,13 +6,11 @@ the tables hold may depend on the position and, with longrope, on which of two l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from torch import nn
 from transformers import PretrainedConfig
 
 from popcompile.errors import PopcompileError
+from popcompile.rope import rope_types
 
 ROPE_TYPES = ("default", "linear", "llama3", "longrope", "proportional", "yarn")
 """transformers' names of the kinds of RoPE that are compiled. Of the others, dynamic computes other frequencies for
@@ -21,7 +19,7 @@ every length."""
 
 def require_positions(config: PretrainedConfig) -> None:
     """Raise PopcompileError for a config whose positions are not compiled, naming them."""
-    for kind in _rope_types(config):
+    for kind in rope_types(config):
         if kind not in ROPE_TYPES:
             raise PopcompileError(
                 f"{config.model_type}: its RoPE has the type {str(kind)[:40]!r}; popcompile supports"
@@ -57,15 +55,6 @@ def require_positions_from_zero(config: PretrainedConfig, model: nn.Module) -> N
                 f"{config.model_type}: its positions begin behind the padding token's id, as RoBERTa's do; popcompile"
                 " supports positions that begin at 0"
             )
-
-
-def _rope_types(config: PretrainedConfig) -> Iterator[Any]:
-    for name in ("rope_parameters", "rope_scaling"):
-        parameters = getattr(config, name, None)
-        if isinstance(parameters, dict):
-            for nested in (parameters, *parameters.values()):  # one for all layers, or one for each type of layer
-                if isinstance(nested, dict) and (kind := nested.get("rope_type", nested.get("type"))) is not None:
-                    yield kind
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:

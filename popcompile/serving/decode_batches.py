@@ -15,10 +15,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from popcompile.rope import depends_on_length
 from popcompile.runtime.cache import KVCache
 from popcompile.runtime.generation import PopForCausalLM
 from popcompile.serving.joint_cache import JointCache
-from popcompile.serving.rope import depends_on_length
 
 #: slots of rows in the first batch, and how many times as many they have in each next one
 _SHORTEST, _RATIO = 256, 4

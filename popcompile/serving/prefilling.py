@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from popcompile.rope import depends_on_length
 from popcompile.runtime.cache import KVCache
 from popcompile.runtime.generation import PopForCausalLM
 from popcompile.runtime.generation_cache import PopCache
 from popcompile.serving.prefix_cache import PrefixCache
-from popcompile.serving.rope import depends_on_length
 from popcompile.serving.sampling import prefill
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(hub: Hub, cache: Path) -> Iterator[Forks]:
     """Processes that know this hub only, and have one cache."""
-    if not hasattr(os, "fork"):
-        pytest.skip("commands are forked processes")
     with Forks([*COMMANDS, "popcompile.frontend.source", "peft"], hub.environment(cache)) as forks:
         yield forks
 

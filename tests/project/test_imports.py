@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str]] = {
 }
 #: files below every folder, which import one another only; the compiler, passes and export, stands on two of them
 GROUND = {
-    "arguments", "config_schema", "errors", "files", "loading", "progress", "quiet", "terminal", "upstream",
+    "arguments", "config_schema", "errors", "files", "loading", "progress", "quiet", "rope", "terminal",
+    "upstream",
 }  # fmt: skip
 COMPILERS_GROUND = {"quiet", "upstream"}
 

@@ -15,11 +15,11 @@ from openai.types import Completion
 from served import WINDOW, Served
 from torch import Tensor
 
+from popcompile.rope import depends_on_length
 from popcompile.runtime.cache import KVCache, to_ort
 from popcompile.serving.answer import Piece
 from popcompile.serving.prefilling import Encoded, Prefiller
 from popcompile.serving.prefix_cache import PrefixCache
-from popcompile.serving.rope import depends_on_length
 from popcompile.serving.sampling import Sampling
 from popcompile.serving.scheduler import Scheduler
 

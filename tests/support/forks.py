@@ -34,23 +34,33 @@ class Forks:
     """While the block runs. All copies have what libraries read from the environment when they are imported."""
 
     def __init__(self, imported: Iterable[str], environment: Mapping[str, str] | None = None) -> None:
-        """imported: modules. environment: of the process that is copied, by default this one's."""
-        environment = dict(os.environ if environment is None else environment) | NO_THREADS
-        command = [sys.executable, __file__, *imported]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        """imported: modules. environment: of the process that is copied, by default this one's.
+
+        Where no process can be copied, on Windows, each command is one that imports everything itself.
+        """
+        self._environment = dict(os.environ if environment is None else environment) | NO_THREADS
+        self._process: subprocess.Popen[str] | None = None
+        if hasattr(os, "fork"):
+            command = [sys.executable, __file__, *imported]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
     def python(self, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         """`python -c CODE ARGUMENTS...`, with these variables changed in its environment."""
         command = ["-c", *map(str, arguments)]
+        if self._process is None:
+            whole = [sys.executable, "-c", code, *command[1:]]
+            changed = self._environment | environment
+            return subprocess.run(whole, env=changed, capture_output=True, text=True, timeout=TIMEOUT)
         with tempfile.TemporaryDirectory() as folder:
             request = {"code": code, "command": command, "environment": environment, "folder": folder}
             assert self._process.stdin is not None and self._process.stdout is not None
