@@ -35,7 +35,7 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         type=POSITIVE,
         default=16,
-        help="requests that are answered at once; others wait (default 16)",
+        help="answers that are computed at once, of which a request with n asks for n; others wait (default 16)",
     )
     parser.add_argument(
         "--max-waiting",
