@@ -42,7 +42,7 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         type=COUNT,
         default=256,
-        help="requests that wait; more get status 503 (default 256)",
+        help="requests that may wait beside as many as that; more get status 503 (default 256)",
     )
     parser.add_argument(
         "--prefix-cache-mb",
