@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from popcompile.serving.scheduler import Scheduler
 
 #: how often a request starts again, while replicas die on it
 ATTEMPTS = 5
-#: requests that are answered at once in a replica of Decode
+#: answers that are computed at once in a replica of Decode
 PLACES = 16
 
 
@@ -65,8 +65,8 @@ class Decode:
         self._model = popcompile.load(package, provider=provider, threads=threads)
         self._scheduler = Scheduler(self._model, load_tokenizer(Path(package), self._model.manifest), PLACES)
 
-    async def generate(self, packed: Packed, sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        async with aclosing(self._scheduler.answer(self._unpack(packed), sampling)) as pieces:
+    async def generate(self, packed: Packed, samplings: Sequence[Sampling]) -> AsyncGenerator[tuple[int, Piece], None]:
+        async with aclosing(self._scheduler.answers(self._unpack(packed), samplings)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -78,22 +78,26 @@ class Decode:
 class Replicas:
     """Answers prompts with both, as popcompile's own engine does on one machine."""
 
+    places = PLACES
+
     def __init__(self, prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
         self._prefill, self._decode = prefill, decode.options(stream=True)
 
-    async def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed  # for an answer that starts again
-        given = 0
+    async def generate(
+        self, inputs: Mapping[str, Tensor], samplings: Sequence[Sampling]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        samplings = [sampling if sampling.seed is not None else _seeded(sampling) for sampling in samplings]
+        given = [0] * len(samplings)
         for _ in range(ATTEMPTS):
-            pieces = self._decode.generate.remote(self._prefill.encode.remote(inputs), replace(sampling, seed=seed))
-            known = given
+            pieces = self._decode.generate.remote(self._prefill.encode.remote(inputs), samplings)
+            known = list(given)
             try:
-                async for piece in pieces:
-                    if known:
-                        known -= 1
+                async for index, piece in pieces:
+                    if known[index]:
+                        known[index] -= 1
                         continue
-                    given += 1
-                    yield piece
+                    given[index] += 1
+                    yield index, piece
                 return
             except (RayActorError, ObjectLostError, RayServeException):  # the last where Prefill's replica dies
                 continue
@@ -101,6 +105,11 @@ class Replicas:
                 pieces.cancel()
                 raise
         raise ApiError(503, f"{ATTEMPTS} replicas died on this request; ask again later")
+
+
+def _seeded(sampling: Sampling) -> Sampling:
+    """For an answer that may start again, and has to be the same."""
+    return replace(sampling, seed=secrets.randbits(62))
 
 
 @serve.deployment(max_ongoing_requests=1000)

@@ -1,8 +1,9 @@
 """Replicas killed under load: python examples/serving/check.py PACKAGE
 
 Starts Ray on this machine with two replicas each of Prefill and Decode, sends requests at once with OpenAI's client,
-half of them streamed, and kills the process of a replica of Decode while text streams from it, then one of Prefill.
-Every answer has to come whole and be popcompile's own. Needs "popcompile[serve]" and "ray[serve]".
+half of them streamed and every third for two answers, and kills the process of a replica of Decode while text streams
+from it, then one of Prefill. Every answer has to come whole and be popcompile's own. Needs "popcompile[serve]" and
+"ray[serve]".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -31,13 +32,17 @@ SECONDS = 300
 
 @dataclass
 class Answer:
-    """text: what has come; error: why no more did, empty where all of it came."""
+    """n: how often the question is answered. texts: what has come; error: why no more did, empty where all came."""
 
     question: str
     is_streamed: bool
-    text: str = ""
+    n: int = 1
+    texts: list[str] = field(init=False)
     cached: int = 0
     error: str = "not asked"
+
+    def __post_init__(self) -> None:
+        self.texts = [""] * self.n
 
 
 def main() -> None:
@@ -49,17 +54,18 @@ def main() -> None:
     package = options.package.resolve()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.run(build({"package": str(package), "prefill": "2", "decode": "2"}))
-    answers = [Answer(QUESTIONS[i % len(QUESTIONS)], i % 2 == 0) for i in range(options.requests)]
+    answers = [Answer(QUESTIONS[i % len(QUESTIONS)], i % 2 == 0, 1 + (i % 3 == 0)) for i in range(options.requests)]
     killed = asyncio.run(_ask_and_kill(package.name, answers, options.new_tokens))
     _wait_for_replicas()
     serve.shutdown()
     expected = _expected(package, options.new_tokens)
     rows = [
-        [a.question, "streamed" if a.is_streamed else "whole", a.cached, a.error or "all", _same(a, expected)]
+        [a.question, a.n, "streamed" if a.is_streamed else "whole", a.cached, a.error or "all", _same(a, expected)]
         for a in answers
     ]
-    print(tabulate(rows, ["question", "asked for", "tokens cached", "came", "as popcompile's"], tablefmt="github"))
-    good = sum(not a.error and a.text == expected[a.question] for a in answers)
+    head = ["question", "answers", "asked for", "tokens cached", "came", "as popcompile's"]
+    print(tabulate(rows, head, tablefmt="github"))
+    good = sum(not a.error and set(a.texts) == {expected[a.question]} for a in answers)
     print(f"killed {', '.join(killed)}; {good} of {len(answers)} answers whole and the same")
     raise SystemExit(good < len(answers))
 
@@ -70,7 +76,7 @@ async def _ask_and_kill(model: str, answers: list[Answer], new_tokens: int) -> l
     running = [asyncio.create_task(_ask(client, model, answer, new_tokens)) for answer in answers]
     killed = []
     for name in ("Decode", "Prefill"):
-        while not any(a.is_streamed and a.text and a.error for a in answers):  # until text streams
+        while not any(a.is_streamed and a.texts[0] and a.error for a in answers):  # until text streams
             await asyncio.sleep(0.01)
         victim = _busiest(name)
         victim.kill()
@@ -89,19 +95,19 @@ def _more(answers: list[Answer]) -> list[Answer]:
 
 
 async def _ask(client: AsyncOpenAI, model: str, answer: Answer, new_tokens: int) -> None:
-    request = {"model": model, "messages": _messages(answer.question), "max_tokens": new_tokens, "temperature": 0}
+    messages = _messages(answer.question)
+    request = {"model": model, "messages": messages, "max_tokens": new_tokens, "temperature": 0, "n": answer.n}
     try:
         if answer.is_streamed:
             options = {"stream": True, "stream_options": {"include_usage": True}}
             async for chunk in await client.chat.completions.create(**request, **options):
-                answer.text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+                for choice in chunk.choices:
+                    answer.texts[choice.index] += choice.delta.content or ""
                 answer.cached = chunk.usage.prompt_tokens_details.cached_tokens if chunk.usage else 0
         else:
             whole = await client.chat.completions.create(**request)
-            answer.text, answer.cached = (
-                whole.choices[0].message.content,
-                whole.usage.prompt_tokens_details.cached_tokens,
-            )
+            answer.texts = [choice.message.content for choice in whole.choices]
+            answer.cached = whole.usage.prompt_tokens_details.cached_tokens
         answer.error = ""
     except OpenAIError as error:
         answer.error = str(error)
@@ -150,8 +156,9 @@ def _expected(package: Path, new_tokens: int) -> dict[str, str]:
 
 
 def _same(answer: Answer, expected: dict[str, str]) -> str:
-    text = expected[answer.question]
-    return "yes" if (answer.text == text if not answer.error else text.startswith(answer.text)) else "no"
+    whole = expected[answer.question]
+    same = (whole.startswith(text) if answer.error else text == whole for text in answer.texts)
+    return "yes" if all(same) else "no"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python examples/serving/load.py PACKAGE
 
-Prompts are random tokens. First more and more users at once, whose prompts are short; then one user at a time, whose
-prompts begin with the same tokens and end with 80 of their own; then many at once, whose prompts have from 64 to 4,096
-tokens and begin alike, encoded whole and in chunks. Needs "popcompile[serve]".
+Prompts are random tokens. First more and more users at once, whose prompts are short; then one who asks for several
+answers to a prompt; then one at a time, whose prompts begin with the same tokens and end with 80 of their own; then
+many at once, whose prompts have from 64 to 4,096 tokens and begin alike, encoded whole and in chunks. Needs
+"popcompile[serve]".
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ SHARED = (64, 256, 1024, 4096)
 SECONDS = 1200
 #: tokens that are encoded at a time
 CHUNK = 1024
-#: users at once with short prompts, tokens of these, and of their answers
-USERS, SHORT, ANSWER = (1, 4, 16), 100, 64
+#: users at once with short prompts, or answers to one of them; tokens of these, and of their answers
+USERS, SHORT, ANSWER = (1, 4, 16), (16, 100), 64
 
 
 def main() -> None:
@@ -43,9 +44,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="prompts that begin alike (default 5)")
     options = parser.parse_args()
     with _serving(options.package, 0, CHUNK) as address:
-        short = [asyncio.run(_short_prompts(address, users)) for users in USERS]
-    head = ["users", "tokens/s", "ms between two tokens: median", "most", "s to the first token: median"]
+        short = [asyncio.run(_short_prompts(address, tokens, users)) for tokens in SHORT for users in USERS]
+        several = [asyncio.run(_several_answers(address, n)) for n in USERS]
+    head = [
+        "tokens of a prompt",
+        "users",
+        "tokens/s",
+        "ms between two tokens: median",
+        "most",
+        "s to the first: median",
+        "last",
+    ]
     print(tabulate(short, head, tablefmt="github", floatfmt=".1f"), end="\n\n", flush=True)
+    head = ["answers to a prompt", "tokens/s", "s in all"]
+    print(tabulate(several, head, tablefmt="github", floatfmt=".1f"), end="\n\n", flush=True)
     alone, together = [], []
     for megabytes, chunk in ((0, 0), (0, CHUNK), (512, 0), (512, CHUNK)):
         if chunk:
@@ -116,16 +128,28 @@ async def _ask(client: AsyncOpenAI, prompt: list[int], new_tokens: int) -> Times
     return Times(times[0], [after - before for before, after in pairwise(times)], new)
 
 
-async def _short_prompts(address: str, users: int) -> list[float]:
-    """Of users at once: how many, tokens a second of all, milliseconds between two of an answer's tokens, median and
-    most, and seconds to the first, the median.
+async def _short_prompts(address: str, tokens: int, users: int) -> list[float]:
+    """Of users at once with prompts of so many tokens: both, tokens a second of all, milliseconds between two of an
+    answer's tokens, median and most, and seconds to the first, the median and the last.
     """
     async with _client(address) as client:
         started = time.perf_counter()
-        answers = await asyncio.gather(*(_ask(client, _tokens(SHORT, 1000 + i), ANSWER) for i in range(users)))
+        answers = await asyncio.gather(*(_ask(client, _tokens(tokens, 1000 + i), ANSWER) for i in range(users)))
     total, gaps = time.perf_counter() - started, [gap for answer in answers for gap in answer.gaps]
-    first, new = statistics.median(answer.first for answer in answers), sum(answer.tokens for answer in answers)
-    return [users, new / total, 1e3 * statistics.median(gaps), 1e3 * max(gaps), first]
+    firsts, new = [answer.first for answer in answers], sum(answer.tokens for answer in answers)
+    between = [1e3 * statistics.median(gaps), 1e3 * max(gaps)]
+    return [tokens, users, new / total, *between, statistics.median(firsts), max(firsts)]
+
+
+async def _several_answers(address: str, n: int) -> list[float]:
+    """Of n answers to one short prompt: how many, tokens a second, and seconds to the end of all."""
+    async with _client(address) as client:
+        started = time.perf_counter()
+        whole = await client.completions.create(
+            model="model", prompt=_tokens(max(SHORT), 7), max_tokens=ANSWER, n=n, temperature=1
+        )
+    total = time.perf_counter() - started
+    return [n, whole.usage.completion_tokens / total, total]
 
 
 async def _one_user(address: str, repeats: int) -> list[str]:

@@ -35,14 +35,14 @@ def add_serve(commands: Any) -> None:
         metavar="N",
         type=POSITIVE,
         default=16,
-        help="requests that are answered at once; others wait (default 16)",
+        help="answers that are computed at once, of which a request with n asks for n; others wait (default 16)",
     )
     parser.add_argument(
         "--max-waiting",
         metavar="N",
         type=COUNT,
         default=256,
-        help="requests that wait; more get status 503 (default 256)",
+        help="requests that may wait beside as many as that; more get status 503 (default 256)",
     )
     parser.add_argument(
         "--prefix-cache-mb",

@@ -23,6 +23,7 @@ from popcompile.serving.answer import Piece
 from popcompile.serving.engine import Generator
 from popcompile.serving.errors import ApiError, add_handlers, error_json
 from popcompile.serving.limits import BodyLimit, RequestLimit
+from popcompile.serving.merging import merged
 from popcompile.serving.prompts import Prompts
 from popcompile.serving.requests import ChatRequest, CompletionRequest, Request
 from popcompile.serving.responses import ChatForm, CompletionForm, Form, Tally, model_card
@@ -38,11 +39,10 @@ _GONE = 499
 
 @dataclass(frozen=True)
 class Job:
-    """One answer that is to be made. is_first: of those to the same prompt."""
+    """A prompt that is to be answered, as often as there are samplings."""
 
     inputs: dict[str, Tensor]
-    sampling: Sampling
-    is_first: bool
+    samplings: Sequence[Sampling]
 
 
 def create_app(name: str, prompts: Prompts, generator: Generator, max_requests: int | None = None) -> FastAPI:
@@ -88,17 +88,13 @@ def _require_model(given: str | None, name: str) -> None:
 
 
 def _jobs(body: Request, inputs: Sequence[dict[str, Tensor]], prompts: Prompts) -> list[Job]:
-    """All answers to a request, n for each prompt. Raises ApiError where one has no room."""
-    return [
-        Job(prompt, sampling, is_first=index == 0)
-        for prompt in inputs
-        for index, sampling in enumerate(body.samplings(prompts.room(prompt, body.limit)))
-    ]
+    """All prompts of a request, each for n answers. Raises ApiError where one has no room."""
+    return [Job(prompt, body.samplings(prompts.room(prompt, body.limit))) for prompt in inputs]
 
 
 async def _answered(http: HTTPRequest, body: Request, jobs: list[Job], generator: Generator, form: Form) -> Response:
-    prompt = sum(job.inputs["input_ids"].shape[1] for job in jobs if job.is_first)
-    tally = Tally(prompt, len(jobs))
+    prompt = sum(job.inputs["input_ids"].shape[1] for job in jobs)
+    tally = Tally(prompt, sum(len(job.samplings) for job in jobs))
     if body.stream:
         events = _events(_pieces(jobs, generator, tally), form, tally)
         return EventSourceResponse(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -108,24 +104,28 @@ async def _answered(http: HTTPRequest, body: Request, jobs: list[Job], generator
 
 
 async def _pieces(jobs: Sequence[Job], generator: Generator, tally: Tally) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The answers one after the other, piece by piece, each with its answer's index."""
-    for index, job in enumerate(jobs):
-        async with aclosing(generator.generate(job.inputs, job.sampling)) as pieces:
-            async for piece in pieces:
-                tally.note(index, piece, job.is_first)
-                yield index, piece
+    """The answers' pieces as they come, each with its answer's index. Of a long list no more prompts are asked at once
+    than have a place, so that other requests do not wait for all of it.
+    """
+    n = len(jobs[0].samplings)
+    streams = (generator.generate(job.inputs, job.samplings) for job in jobs)
+    async with aclosing(merged(streams, max(1, generator.places // n))) as pieces:
+        async for prompt, (answer, piece) in pieces:
+            index = prompt * n + answer
+            tally.note(index, piece, is_first=answer == 0)
+            yield index, piece
 
 
 async def _events(
     pieces: AsyncGenerator[tuple[int, Piece], None], form: Form, tally: Tally
 ) -> AsyncGenerator[bytes, None]:
     """A request's answers as server-sent events. What fails once they have begun is an event too."""
-    opened = -1
+    opened: set[int] = set()
     try:
         async with aclosing(pieces):
             async for index, piece in pieces:
-                if index != opened:
-                    opened = index
+                if index not in opened:
+                    opened.add(index)
                     for chunk in form.opening(index):
                         yield _event(_json(chunk))
                 if piece.text:

@@ -8,6 +8,7 @@ many slots as the shortest of them has tokens, and 256 more; in the first batch 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -55,11 +56,12 @@ class DecodeBatches(Generic[_Row]):
     def rows(self) -> list[_Row]:
         return [row for batch in self._batches.values() for row in batch.rows]
 
-    def join(self, row: _Row, cache: KVCache) -> None:
-        """cache: of this row alone, which is taken over."""
+    def join(self, row: _Row, cache: KVCache, *, is_shared: bool = False) -> None:
+        """cache: of this row alone, which is taken over, unless it is_shared: others will begin with it too."""
         key = self._key(row, cache.lengths[0])
         batch = self._batches.get(key)
         if batch is None:
+            cache = copy.deepcopy(cache) if is_shared else cache
             self._batches[key] = _Batch([row], JointCache(cache) if self._shares else cache)
         else:
             assert isinstance(batch.cache, JointCache)

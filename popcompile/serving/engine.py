@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -17,10 +17,17 @@ from popcompile.serving.scheduler import Scheduler
 
 
 class Generator(Protocol):
-    """Whatever answers prompts."""
+    """Whatever answers prompts. places: how many answers it computes at the same time."""
 
-    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        """An answer, a piece for every token. inputs: as `Prompts` makes them."""
+    places: int
+
+    def generate(
+        self, inputs: Mapping[str, Tensor], samplings: Sequence[Sampling]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Answers to one prompt, a piece for every token as it comes, with the index of its sampling.
+
+        inputs: as `Prompts` makes them.
+        """
         ...
 
 
@@ -37,10 +44,13 @@ class Engine:
         chunk: int = 0,
     ) -> None:
         """max_concurrent: as of `Scheduler`. prefixes, chunk: as of `Prefiller`."""
+        self.places = max_concurrent
         self._prefiller = Prefiller(model, prefixes, chunk)
         self.scheduler = Scheduler(model, tokenizer, max_concurrent)
 
-    def generate(self, inputs: Mapping[str, Tensor], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def generate(
+        self, inputs: Mapping[str, Tensor], samplings: Sequence[Sampling]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
         """See `Generator`."""
         # a lone prompt is sooner encoded whole
-        return self.scheduler.answer(self._prefiller.steps(inputs, self.scheduler.are_shared), sampling)
+        return self.scheduler.answers(self._prefiller.steps(inputs, self.scheduler.are_shared), samplings)

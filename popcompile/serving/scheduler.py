@@ -1,15 +1,17 @@
 """One model, many requests: what they need is computed in one thread, and each is told its pieces as they come.
 
-Answers do not depend on what else runs, but for the rounding of matrix products that have more rows. Of as many
-requests as have a place prompts are encoded and tokens decoded (`Worker`); others wait for one, the first come first.
+Answers do not depend on what else runs, but for the rounding of matrix products that have more rows. For as many
+answers as have a place prompts are encoded and tokens decoded (`Worker`); others wait for one, the first come first.
+Answers to one prompt come one behind the other, so one prompt at most is kept for those of its answers that still wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from popcompile.runtime.generation import PopForCausalLM
 from popcompile.serving.answer import Piece
 from popcompile.serving.errors import ApiError
+from popcompile.serving.merging import merged
 from popcompile.serving.prefilling import Encoded
 from popcompile.serving.sampling import Sampling
-from popcompile.serving.worker import Request, Worker
+from popcompile.serving.worker import Prompt, Request, Worker
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,9 +31,9 @@ class Scheduler:
     """Answers prompts that are encoded step by step, many at a time."""
 
     def __init__(self, model: PopForCausalLM, tokenizer: PreTrainedTokenizerBase, max_concurrent: int) -> None:
-        """max_concurrent: requests under way; each has a cache in memory."""
+        """max_concurrent: answers under way; each has a cache in memory, and one prompt more at most."""
         self._model, self._tokenizer = model, tokenizer
-        self._is_ending, self._count = False, 0
+        self._is_ending, self._prompts = False, 0
         self._places = asyncio.Semaphore(max_concurrent)
         self._arrived: list[Request] = []
         self._under_way: set[Request] = set()
@@ -38,31 +41,40 @@ class Scheduler:
         #: PyTorch only picks tokens there; its own threads would take the cores from ONNX Runtime
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(1,))
 
-    async def answer(self, encoding: Iterator[Encoded | None], sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        """An answer's pieces. encoding: steps, of which the last gives the encoded prompt and those before None.
+    async def answers(
+        self, encoding: Iterator[Encoded | None], samplings: Sequence[Sampling]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces of several answers to one prompt, as they come, each with the index of its sampling.
 
-        Once it is closed, no more is computed for it. Raises ApiError after `end`.
+        encoding: steps, of which the last gives the encoded prompt and those before None. Once this is closed, no more
+        is computed for it. Raises ApiError after `end`.
         """
-        self._count += 1
+        prompt = Prompt(encoding, len(samplings))
+        self._prompts += 1
         try:
-            async with self._places:
-                request = self._begin(encoding, sampling)
-                try:
-                    while not isinstance(given := await request.given.get(), Exception):
-                        yield given
-                        if given.finish is not None:
-                            return
-                    raise given
-                finally:
-                    request.is_gone = True
-                    self._under_way.discard(request)
+            async with aclosing(merged(self._answer(prompt, sampling) for sampling in samplings)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
-            self._count -= 1
+            self._prompts -= 1
 
-    def _begin(self, encoding: Iterator[Encoded | None], sampling: Sampling) -> Request:
+    async def _answer(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        async with self._places:
+            request = self._begin(prompt, sampling)
+            try:
+                while not isinstance(given := await request.given.get(), Exception):
+                    yield given
+                    if given.finish is not None:
+                        return
+                raise given
+            finally:
+                request.is_gone = True
+                self._under_way.discard(request)
+
+    def _begin(self, prompt: Prompt, sampling: Sampling) -> Request:
         if self._is_ending:
             raise _ending()
-        request = Request(encoding, sampling)
+        request = Request(prompt, sampling)
         self._arrived.append(request)
         self._under_way.add(request)
         if self._working is None or self._working.done():
@@ -85,8 +97,8 @@ class Scheduler:
             request.given.put_nowait(end)
 
     def are_shared(self) -> bool:
-        """Whether there are several requests, those that wait for a place among them."""
-        return self._count > 1
+        """Whether there are several prompts, those whose answers wait for a place among them."""
+        return self._prompts > 1
 
     def end(self) -> None:
         """Let every request end with the step that it is at."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,14 +20,26 @@ _SHORT = 512
 
 
 @dataclass(eq=False)
-class Request:
-    """An answer that is asked for.
+class Prompt:
+    """What one or more answers are asked for.
 
-    encoding: steps, of which the last gives the encoded prompt and those before None. given: pieces for who asked, or
-    why none follows. is_gone: nobody asks any more.
+    encoding: steps, of which the last gives the encoded prompt and those before None. left: answers that have not
+    begun. encoded: kept until all of them have.
     """
 
     encoding: Iterator[Encoded | None]
+    left: int
+    encoded: Encoded | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """An answer that is asked for.
+
+    given: pieces for who asked, or why none follows. is_gone: nobody asks any more.
+    """
+
+    prompt: Prompt
     sampling: Sampling
     given: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
     is_gone: bool = False
@@ -36,7 +47,7 @@ class Request:
 
 @dataclass(eq=False)
 class _Row:
-    """A request whose prompt was encoded. token: the last one of its answer."""
+    """An answer that has begun. token: its last one."""
 
     request: Request
     pieces: Generator[Piece, Tensor, None]
@@ -51,45 +62,58 @@ class Worker:
 
     def __init__(self, model: PopForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._prompts: deque[Request] = deque()
+        #: whose answers have not begun
+        self._waiting: list[Request] = []
         self._rows: DecodeBatches[_Row] = DecodeBatches(model)
         #: tokens of short prompts since the last step of answers
         self._encoded = 0
 
     def is_busy(self) -> bool:
         """Whether there are steps to be done."""
-        return bool(self._prompts or self._rows.rows())
+        return bool(self._waiting or self._rows.rows())
 
     def step(self, arrived: Sequence[Request]) -> list[tuple[Request, Piece | Exception]]:
         """One step, after those that are gone were forgotten and `arrived` are there. Returns what it gives to whom."""
-        self._prompts = deque(request for request in (*self._prompts, *arrived) if not request.is_gone)
+        self._waiting = [request for request in (*self._waiting, *arrived) if not request.is_gone]
         for row in self._rows.rows():
             if row.request.is_gone:
                 self._rows.leave(row)
-        if self._prompts and (self._encoded < _SHORT or not self._rows.rows()):
-            return self._encode(self._prompts.popleft())
+        if self._waiting and (self._encoded < _SHORT or not self._rows.rows()):
+            return self._encode(self._waiting[0].prompt)
         self._encoded = 0
         return [(row.request, self._next(row, logits)) for row, logits in self._rows.step()]
 
-    def _encode(self, request: Request) -> list[tuple[Request, Piece | Exception]]:
-        """A chunk of a prompt; with its last one the answer begins."""
+    def _encode(self, prompt: Prompt) -> list[tuple[Request, Piece | Exception]]:
+        """A chunk of a prompt; with its last one the answers begin, also those that come later."""
+        asking = [request for request in self._waiting if request.prompt is prompt]
+        self._waiting = [request for request in self._waiting if request.prompt is not prompt]
         try:
-            encoded = next(request.encoding)
-            if encoded is None:
-                self._prompts.append(request)
-                self._encoded = _SHORT
-                return []
-            self._encoded += encoded.prompt.shape[1] - encoded.cached
-            return [(request, self._begin(request, encoded))]
+            encoded = prompt.encoded or self._next_chunk(prompt)
         except Exception as error:
-            return [(request, error)]
+            return [(request, error) for request in asking]
+        if encoded is None:
+            self._waiting += asking
+            return []
+        return [(request, self._begin(request, encoded)) for request in asking]
 
-    def _begin(self, request: Request, encoded: Encoded) -> Piece:
-        prompt, logits, cache, cached = encoded.prompt, encoded.logits, encoded.cache, encoded.cached
-        pieces = answer(self._model, self._tokenizer, request.sampling, prompt, logits, cached)
-        first = next(pieces)
-        if first.finish is None:
-            self._rows.join(_Row(request, pieces, first.token), cache.kv)
+    def _next_chunk(self, prompt: Prompt) -> Encoded | None:
+        encoded = prompt.encoded = next(prompt.encoding)
+        self._encoded = _SHORT if encoded is None else self._encoded + encoded.prompt.shape[1] - encoded.cached
+        return encoded
+
+    def _begin(self, request: Request, encoded: Encoded) -> Piece | Exception:
+        """The answer's first piece, or why there is none."""
+        prompt = request.prompt
+        prompt.left -= 1
+        if not prompt.left:
+            prompt.encoded = None
+        pieces = answer(self._model, self._tokenizer, request.sampling, encoded.prompt, encoded.logits, encoded.cached)
+        try:
+            first = next(pieces)
+            if first.finish is None:
+                self._rows.join(_Row(request, pieces, first.token), encoded.cache.kv, is_shared=prompt.left > 0)
+        except Exception as error:
+            return error
         return first
 
     def _next(self, row: _Row, logits: Tensor | Exception) -> Piece | Exception:

@@ -83,7 +83,7 @@ def _answer(served: Served, ids: list[int], prefixes: PrefixCache | None, **sett
     async def run() -> list[Piece]:
         inputs = {"input_ids": torch.tensor([ids])}
         engine = served.engine(prefixes=prefixes)
-        return [piece async for piece in engine.generate(inputs, Sampling(new_tokens=8, **settings))]
+        return [piece async for _, piece in engine.generate(inputs, [Sampling(new_tokens=8, **settings)])]
 
     return asyncio.run(run())
 
@@ -185,7 +185,7 @@ def test_an_encoded_prompt_travels(served: Served) -> None:
 
     async def answer(encoded: Encoded) -> list[Piece]:
         scheduler = Scheduler(served.model, served.tokenizer, max_concurrent=1)
-        return [piece async for piece in scheduler.answer(iter([encoded]), Sampling(new_tokens=8))]
+        return [piece async for _, piece in scheduler.answers(iter([encoded]), [Sampling(new_tokens=8)])]
 
     pieces = asyncio.run(answer(packed.unpacked(served.model)))
     assert [p.text for p in pieces] == [p.text for p in _answer(served, ids[0].tolist(), None)]
@@ -227,7 +227,7 @@ def test_a_stream_goes_on_between_chunks(served: Served, chunk: int, between: in
 
     async def stream(name: str, ids: list[int], started: asyncio.Event) -> None:
         inputs = {"input_ids": torch.tensor([ids])}
-        async for _ in engine.generate(inputs, Sampling(new_tokens=40)):
+        async for _ in engine.generate(inputs, [Sampling(new_tokens=40)]):
             started.set()
             seen.append(name)
 

@@ -26,16 +26,8 @@ PROMPTS = ["the cat sat w3", "w9 w8", "w7 the w7 w1 w30 w31 w32", "w40", "sat w1
 
 @pytest.fixture
 def calls(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """New tokens of every row, of each call of the model's graphs."""
-    seen: list[list[int]] = []
-    feed = served.model.runtime.feed
-
-    def counted(rows: Any, *rest: Any, **options: Any) -> Any:
-        seen.append([len(row) for row in rows])
-        return feed(rows, *rest, **options)
-
-    monkeypatch.setattr(served.model.runtime, "feed", counted)
-    return seen
+    """See `Served.note_calls`."""
+    return served.note_calls(monkeypatch)
 
 
 def _inputs(served: Served, prompt: str | list[int]) -> dict[str, torch.Tensor]:
@@ -43,8 +35,8 @@ def _inputs(served: Served, prompt: str | list[int]) -> dict[str, torch.Tensor]:
 
 
 async def _text(served: Served, engine: Engine, prompt: str, new_tokens: int) -> str:
-    pieces = engine.generate(_inputs(served, prompt), Sampling(new_tokens))
-    return "".join([piece.text async for piece in pieces])
+    pieces = engine.generate(_inputs(served, prompt), [Sampling(new_tokens)])
+    return "".join([piece.text async for _, piece in pieces])
 
 
 def _expected(served: Served, prompt: str, new_tokens: int) -> str:
@@ -76,10 +68,10 @@ def test_streams_wait_for_a_chunk(served: Served, calls: list[list[int]], monkey
     long = [torch.randint(5, 60, (60,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
 
     async def stream() -> None:
-        async with aclosing(engine.generate(_inputs(served, PROMPTS[0]), Sampling(200))) as pieces:
+        async with aclosing(engine.generate(_inputs(served, PROMPTS[0]), [Sampling(200)])) as pieces:
             await anext(pieces)
             begun = len(calls)
-            others = [engine.generate(_inputs(served, ids), Sampling(1)) for ids in long]
+            others = [engine.generate(_inputs(served, ids), [Sampling(1)]) for ids in long]
             waiting = [asyncio.ensure_future(anext(other)) for other in others]
             while not all(each.done() for each in waiting):
                 await anext(pieces)
@@ -95,7 +87,7 @@ def test_a_client_that_leaves(served: Served, calls: list[list[int]]) -> None:
     engine = served.engine()
 
     async def leave(prompt: str) -> None:
-        async with aclosing(engine.generate(_inputs(served, prompt), Sampling(300))) as pieces:
+        async with aclosing(engine.generate(_inputs(served, prompt), [Sampling(300)])) as pieces:
             for _ in range(6):
                 await anext(pieces)
 
@@ -111,7 +103,7 @@ def test_no_prompt_is_encoded_for_who_left(served: Served, calls: list[list[int]
 
     async def all_of_them() -> list[str]:
         streams = [asyncio.ensure_future(_text(served, engine, prompt, 50)) for prompt in PROMPTS[:2]]
-        leaving = asyncio.ensure_future(anext(engine.generate(_inputs(served, [7] * 200), Sampling(1))))
+        leaving = asyncio.ensure_future(anext(engine.generate(_inputs(served, [7] * 200), [Sampling(1)])))
         while sum(max(call) > 1 for call in calls) < 4:
             await asyncio.sleep(0)
         leaving.cancel()
@@ -142,7 +134,7 @@ def test_an_error_ends_one(served: Served, failing: int, monkeypatch: pytest.Mon
     engine, good = served.engine(), Prefiller(served.model).steps(_inputs(served, PROMPTS[2]))
 
     async def fail(encoding: Iterator[Encoded | None], *stop: Any) -> None:
-        async for _ in engine.scheduler.answer(encoding, Sampling(20, stop=stop)):
+        async for _ in engine.scheduler.answers(encoding, [Sampling(20, stop=stop)]):
             pass
 
     encoding, *stop = ((_refused(),), (good, None), (good, "w40"))[failing]

@@ -39,11 +39,11 @@ def test_picture(seeing: Served, picture: Path) -> None:
     answers = []
     for file in (picture, other, picture):
         answer = seeing.ask(
-            lambda c, f=file: c.chat.completions.create(model=NAME, messages=_messages(_url(f)), max_tokens=6),
+            lambda c, f=file: c.chat.completions.create(model=NAME, messages=_messages(_url(f)), max_tokens=6, n=2),
             seeing.engine(prefixes=prefixes, chunk=4),
         )
         text, length = _expected(seeing, file, 6)
-        assert answer.choices[0].message.content == text
+        assert [choice.message.content for choice in answer.choices] == [text, text]
         assert answer.usage is not None and answer.usage.prompt_tokens == length
         answers.append(answer.choices[0].message.content)
     assert answers[0] == answers[2] != answers[1] and prefixes.bytes == 0

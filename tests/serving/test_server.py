@@ -140,18 +140,20 @@ def slow(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
 BODY = {"prompt": PROMPT, "max_tokens": 400}
 
 
-def test_leaving_a_stream_ends_it(slow: tuple[str, Steps]) -> None:
+@pytest.mark.parametrize("n", [1, 3])
+def test_leaving_a_stream_ends_it(slow: tuple[str, Steps], n: int) -> None:
     address, steps = slow
-    with httpx.stream("POST", address, json=BODY | {"stream": True}, timeout=TIMEOUT) as answer:
+    with httpx.stream("POST", address, json=BODY | {"stream": True, "n": n}, timeout=TIMEOUT) as answer:
         lines = answer.iter_lines()
         assert json.loads(next(lines).removeprefix("data: "))["object"] == "text_completion"
     assert 0 < steps.settle() < 200
 
 
-def test_leaving_a_whole_answer_ends_it(slow: tuple[str, Steps]) -> None:
+@pytest.mark.parametrize("n", [1, 3])
+def test_leaving_a_whole_answer_ends_it(slow: tuple[str, Steps], n: int) -> None:
     address, steps = slow
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(address, json=BODY, timeout=0.5)
+        httpx.post(address, json=BODY | {"n": n}, timeout=0.5)
     assert 0 < steps.settle() < 200
 
 

@@ -58,6 +58,18 @@ class Served:
     def engine(self, *, max_concurrent: int = 16, prefixes: PrefixCache | None = None, chunk: int = 0) -> Engine:
         return Engine(self.model, self.tokenizer, max_concurrent=max_concurrent, prefixes=prefixes, chunk=chunk)
 
+    def note_calls(self, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+        """New tokens of every row, of each call of the model's graphs from now on."""
+        calls: list[list[int]] = []
+        feed = self.model.runtime.feed
+
+        def noted(rows: Any, *rest: Any, **options: Any) -> Any:
+            calls.append([len(row) for row in rows])
+            return feed(rows, *rest, **options)
+
+        monkeypatch.setattr(self.model.runtime, "feed", noted)
+        return calls
+
     @asynccontextmanager
     async def http(self, engine: Engine | None = None) -> AsyncIterator[httpx.AsyncClient]:
         app = create_app(NAME, self.prompts, engine or self.engine())
