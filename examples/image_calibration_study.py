@@ -26,7 +26,7 @@ from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.calibration_set import calibration_set
 from popcompile.pruning.execution import checked, held_in_memory, materialise
 from popcompile.pruning.hidden_states import HiddenStates
-from popcompile.pruning.image_prompts import image_source
+from popcompile.pruning.image_prompts import asking_processor, image_source
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.refinement import refine
 from popcompile.pruning.regression import Calibration, calibrate
@@ -50,11 +50,12 @@ def main() -> None:
     options = parser.parse_args()
     source = open_source(options.model)
     pruned = parse_request(source.decoder_config.num_hidden_layers, None, options.layers).layers
+    processor = asking_processor(source, options.images)
+    if processor is None:
+        parser.error(f"{options.model} has no processor with a chat template")
     program = trace(source.config)
     program.add(trace_images(build_model(source.config)))
-    images = image_source(source, program, options.images)
-    if images is None:
-        parser.error(f"{options.model} has no tokenizer with a chat template")
+    images = image_source(processor, source, program, options.images)
     read = held_in_memory(checked(Checkpoint(source, program, torch.float32).read, source.name))
     PassManager(canonicalization()).run(program)
     model = LayerwiseModel(materialise(program.graphs["model"], program, read), decoder_inputs(program, read))

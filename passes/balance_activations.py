@@ -2,6 +2,7 @@
 
     rms_norm(x, g) -> linear(·, W)           =>  rms_norm(x, g / f) -> linear(·, W f)
     a · linear(x, V, b) -> linear(·, W)      =>  a · linear(x, V / f, b / f) -> linear(·, W f)
+    a · chunk(linear(x, V, b), n)[i]         =>  the same, in the rows of V that make the chunk
 
 QuantizeDynamic rounds a token's features to steps of its largest one's, so a few features that are always large take
 the others' digits away. This is SmoothQuant's balance (Xiao et al., arXiv 2211.10438) by activations alone, because
@@ -16,6 +17,7 @@ they have without factors, so a package's variants read them too.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +39,12 @@ class Balanceable(NamedTuple):
     """Features [.., F] that only linear layers in int8 read.
 
     features: the node that computes them. producer: the RMS norm or linear layer whose weights scale each of them.
-    readers: the linear layers, in graph order.
+    begin: of these weights, where it makes other features too. readers: the linear layers, in graph order.
     """
 
     features: fx.Node
     producer: fx.Node
+    begin: int
     readers: tuple[fx.Node, ...]
 
     @property
@@ -61,7 +64,7 @@ def balanceable(gm: fx.GraphModule) -> list[Balanceable]:
         if not readers or not linears.issuperset(readers) or not all(map(_reads_parameter, readers)):
             continue
         if (producer := _producer(node, linears)) is not None:
-            found.append(Balanceable(node, producer, readers))
+            found.append(Balanceable(node, *producer, readers))
     return found
 
 
@@ -70,15 +73,33 @@ def _reads_parameter(linear: fx.Node) -> bool:
     return isinstance(weight, fx.Node) and weight.op == "get_attr"
 
 
-def _producer(features: fx.Node, linears: set[fx.Node]) -> fx.Node | None:
-    """The node whose weights can scale each feature, and which nothing else reads; None where there is none."""
+def _producer(features: fx.Node, linears: set[fx.Node]) -> tuple[fx.Node, int] | None:
+    """The node whose weights can scale each feature, from which of them on; None where something else reads these."""
     if features.target == ops.rms_norm:
-        return features
+        return features, 0
     if features.target != aten.mul.Tensor:
         return None
     shape = shape_of(features)
-    factors = [n for n in features.all_input_nodes if n in linears and len(n.users) == 1 and shape_of(n) == shape]
-    return factors[0] if factors else None
+    factors = [n for n in features.all_input_nodes if len(n.users) == 1 and shape_of(n) == shape]
+    return next((made for n in factors if (made := _made_by_linear(n, linears)) is not None), None)
+
+
+def _made_by_linear(node: fx.Node, linears: set[fx.Node]) -> tuple[fx.Node, int] | None:
+    """The linear layer whose result this is, or a chunk of which, and the first of its features."""
+    if node in linears:
+        return node, 0
+    if node.target != operator.getitem:
+        return None
+    chunk, index = node.args
+    assert isinstance(chunk, fx.Node) and isinstance(index, int)
+    if chunk.target != aten.chunk.default:
+        return None
+    whole, count, *axis = chunk.args
+    assert isinstance(whole, fx.Node) and isinstance(count, int)
+    size, last = shape_of(whole)[-1], len(shape_of(whole)) - 1
+    if whole not in linears or len(whole.users) > 1 or axis not in ([-1], [last]):
+        return None
+    return whole, index * -(-size // count)
 
 
 class BalanceActivations(Pass):
@@ -105,10 +126,15 @@ def _balance(gm: fx.GraphModule, found: Balanceable) -> None:
         if producer.target == ops.rms_norm:
             producer.update_arg(1, emit(gm.graph, aten.div.Tensor, weight, factors, like=producer))
         else:
-            rows = emit(gm.graph, aten.unsqueeze.default, factors, 1, like=producer)
+            made, size = shape_of(producer)[-1], shape_of(found.features)[-1]
+            by = factors
+            if made != size:
+                others = [found.begin, made - found.begin - size]
+                by = emit(gm.graph, aten.constant_pad_nd.default, factors, others, 1.0, like=producer)
+            rows = emit(gm.graph, aten.unsqueeze.default, by, 1, like=producer)
             producer.update_arg(1, _scaled(gm.graph, aten.div.Tensor, weight, rows, producer))
             for index, bias in enumerate(producer.args[2:], 2):
-                producer.update_arg(index, emit(gm.graph, aten.div.Tensor, bias, factors, like=producer))
+                producer.update_arg(index, emit(gm.graph, aten.div.Tensor, bias, by, like=producer))
     for reader in readers:
         with gm.graph.inserting_before(reader):
             reader.update_arg(1, _scaled(gm.graph, aten.mul.Tensor, reader.args[1], factors, reader))

@@ -30,7 +30,7 @@ from popcompile.passes.printing import print_graph
 from popcompile.progress import Progress, StepTimes
 from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.costs import full_prefill_one_logit, layer_table
-from popcompile.pruning.image_prompts import image_source
+from popcompile.pruning.image_prompts import asking_processor, image_source
 from popcompile.pruning.plan import Plan, make_plan, needs_weights
 from popcompile.pruning.refinement import STEPS
 from popcompile.pruning.settings import KV_PROJECTIONS, PruningSettings
@@ -161,13 +161,14 @@ def convert(
     )
     measures = needs_weights(source.decoder_config.num_hidden_layers, request, options)
     tokenizer = source_tokenizer(source, trust_remote_code) if measures else None
+    processor = asking_processor(source, options.pictures) if measures else None
+    kept = KeptSteps(_beside(out, ".steps"), _key(source, inputs, target, asked)) if resume else COMPUTED
     report_progress("trace", 0, 1)
     settle_ties(source)
     program = trace(source.config, target.dtype, trust_remote_code=trust_remote_code)
     if source.has_images:
         program.add(trace_images(build_model(source.config, target.dtype)))
-    images = image_source(source, program, options.pictures) if measures else None
-    kept = KeptSteps(_beside(out, ".steps"), _key(source, inputs, target, asked)) if resume else COMPUTED
+    images = image_source(processor, source, program, options.pictures)
     checkpoint = Checkpoint(source, program, target.dtype, merged)
     sizes = ModelSizes.of(program, target)
     _require_kernels(source, sizes, target)

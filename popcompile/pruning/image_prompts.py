@@ -48,21 +48,28 @@ class ImageSource:
     pictures: Path | None = None
 
 
-def image_source(source: Source, program: Program, pictures: Path | None = None) -> ImageSource | None:
-    """None of a model of text alone, and of one without a tokenizer and a chat template to ask questions by.
+def asking_processor(source: Source, pictures: Path | None = None) -> ProcessorMixin | None:
+    """The processor that writes questions about pictures. None of a model of text alone, and of one without a tokenizer
+    and a chat template to ask by.
 
-    program: with a graph "vision", where the model takes images. Raises PopcompileError where the processor cannot be
-    loaded, and where there are `pictures` and no way to ask about them.
+    Raises PopcompileError where it cannot be loaded, and where there are the user's `pictures` and no way to ask.
     """
     processor = _processor(source)
-    if processor is not None:
-        return ImageSource(processor, image_inputs(source.config, program), token_side(source.config), pictures)
-    if pictures is not None:
+    if processor is None and pictures is not None:
         raise PopcompileError(
             f"--calibration-images {pictures}: {source.name} has no processor with a chat template, which says where an"
             " image is in a prompt; add the files, or leave the option out"
         )
-    return None
+    return processor
+
+
+def image_source(
+    processor: ProcessorMixin | None, source: Source, program: Program, pictures: Path | None = None
+) -> ImageSource | None:
+    """None without a processor. program: with a graph "vision"."""
+    if processor is None:
+        return None
+    return ImageSource(processor, image_inputs(source.config, program), token_side(source.config), pictures)
 
 
 def _processor(source: Source) -> ProcessorMixin | None:

@@ -31,6 +31,7 @@ from popcompile.pruning.execution import (
     Reader,
     checked,
     computing_in_fp32,
+    fast_products,
     held_in_memory,
     materialise,
     parameter_reader,
@@ -124,27 +125,28 @@ def make_plan(
     room = room_for_weights(program, name, sampled=options.origin == SELF or images is not None)
     window, *smaller = options.windows
     read = checked(read, name) if room is not None else held_in_memory(checked(read, name))
+    decides = request.how != "layers" or (options.calibrated and options.steps > 0)
     prompts = calibration_set(
         options.origin, program, read, tokenizer, images, texts=options.texts, window=window,
         prompt_tokens=options.prompt_tokens if request.how != "layers" else 0,
-        decides=request.how != "layers" or (options.calibrated and options.steps > 0), seed=options.seed,
-        steps=steps, progress=lambda *n: progress("sample", *n),
+        decides=decides, seed=options.seed, steps=steps, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
     model, first = _layerwise(program, read, room), _first_candidate(program.num_layers, request)
     factors = {}
     if options.int8_activations:
         measured = partial(input_factors, model, prompts.fit, lambda *n: progress("balance", *n))
         factors = steps.tensors("input_factors", measured)
-    states = None
-    if options.calibrated:
-        states = HiddenStates(model, prompts.fit, first, folder, lambda *n: progress("calibrate", *n))
-    held_out = prompts.held_out(model, first, window, options.seed, folder)
     speedup = predicted_speedup(program, options.calibrated, options.prompt_tokens)
-    search = Search(
-        states, held_out, progress, answers=cache(partial(_answers, model, prompts, first, window, folder)),
-        steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup, kept=steps,
-    )  # fmt: skip
-    chosen = _chosen(search, request, options)
+    with fast_products(decides):  # what is reported of text that decided nothing is measured in fp32 below
+        states = None
+        if options.calibrated:
+            states = HiddenStates(model, prompts.fit, first, folder, lambda *n: progress("calibrate", *n))
+        held_out = prompts.held_out(model, first, window, options.seed, folder)
+        search = Search(
+            states, held_out, progress, answers=cache(partial(_answers, model, prompts, first, window, folder)),
+            steps=options.steps, seed=options.seed, windows=smaller, speedup=speedup, kept=steps,
+        )  # fmt: skip
+        chosen = _chosen(search, request, options)
     calibration = search.final(chosen)
     progress("measure", 0, 1)
     quality = _quality(held_out, prompts, chosen, calibration, options.seed, folder)

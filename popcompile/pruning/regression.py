@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from popcompile.passes.layers import NORM_EPS, UNIT_NORM
+from popcompile.pruning.execution import fast_products
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
 
@@ -144,7 +145,8 @@ class _Regression:
             inputs = inputs.to(products)
             for sums, target in zip(self._sums, self._targets(batch, x[batch]), strict=True):
                 sums.sink = sums.sink + target[:, 0].double().sum(0) / len(states.rows)
-                sums.cross = sums.cross + (inputs.T @ target[:, 1:].flatten(0, 1).to(products)).double()
+                with fast_products(False):  # the Gram matrix is not rounded either
+                    sums.cross = sums.cross + (inputs.T @ target[:, 1:].flatten(0, 1).to(products)).double()
         assert isinstance(gram, Tensor)
         self._strength = torch.full((len(gram),), ridge, dtype=torch.float64) * gram.diagonal()[:-1].mean()
         self._strength[-1] *= 1e-6  # the bias is free
@@ -186,7 +188,8 @@ def own_projection(model: LayerwiseModel, layer: int) -> Tensor:
     hidden = model.hidden_size
     probe = normalize(torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)))
     x = torch.cat((torch.eye(hidden) * hidden**0.5, torch.zeros(1, hidden), probe, 2 * probe))[None]
-    out = torch.cat(model.project(layer, x, model.blank(x.shape[1])), -1)[0].double()
+    with fast_products(False):
+        out = torch.cat(model.project(layer, x, model.blank(x.shape[1])), -1)[0].double()
     units, bias, expected = out[:hidden], out[hidden : hidden + 1], out[hidden + 1 :]
     own = torch.cat(((units - bias) / hidden**0.5, bias))
     if not torch.allclose((_with_one(probe.double()) @ own).expand(2, -1), expected, rtol=1e-2, atol=1e-2):

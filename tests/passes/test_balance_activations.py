@@ -31,7 +31,7 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
     "llama": (tiny_llama(num_hidden_layers=3), 6),
     "llama with biases": (tiny_llama(num_hidden_layers=3, mlp_bias=True), 6),
     "gemma3": (tiny_gemma3(num_hidden_layers=3), 6),  # norms of 1 + weight
-    "phi3": (Phi3Config(**SIZES), 3),  # gate and up are one projection: what it makes is left
+    "phi3": (Phi3Config(**SIZES), 6),  # gate and up are one projection
     "olmo2": (Olmo2Config(**SIZES), 3),  # no norm before the feed-forward block
     "experts": (tiny_moe(), 0),  # a router reads the norm too, and experts are no linear layers
 }

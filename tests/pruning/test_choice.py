@@ -17,6 +17,8 @@ import popcompile
 from popcompile.package.manifest import REPORT, read_manifest
 from popcompile.package.report import REFERENCE_TOKENS, Loss, format_layers
 from popcompile.passes.flops import REFERENCE_SIZES
+from popcompile.pruning import execution
+from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.search import Budget, Candidate, Search, first_candidate
 from popcompile.report.inspection import inspect_text
 from popcompile.runtime.verify import verify
@@ -305,6 +307,31 @@ def test_nothing_is_decided_of_given_layers_without_refinement(checkpoint: Path,
     assert only["loss"] == quality["loss"] != quality["own_projection"] and quality["texts"] == 3
     losses = [row["loss"] for row in reports[8]["choice"]["frontier"]]
     assert reports[8]["quality"]["loss"] not in losses and reports[8]["quality"]["texts"] == 12
+
+
+def test_what_decides_may_be_rounded_and_what_is_reported_is_not(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with bf16 units: which layers are pruned, and what that costs, is as good as the same."""
+    measure, allowed = HeldOutKinds.measure, list[bool]()
+
+    def recorded(self: HeldOutKinds, *args: Any) -> Loss:
+        allowed.append(torch.get_float32_matmul_precision() == "medium")
+        return measure(self, *args)
+
+    monkeypatch.setattr(HeldOutKinds, "measure", recorded)
+    monkeypatch.setattr(execution, "rounds_in_avx512", lambda: rounded)
+    found = {}
+    for rounded in (False, True):
+        allowed.clear()
+        few: dict[str, Any] = {"prune": 2, "calibration_texts": 24, "refinement_steps": 0}
+        manifest = popcompile.convert(checkpoint, tmp_path / f"{rounded}", **few)
+        assert allowed[:-2] and all(allowed[:-2]) and not any(allowed[-2:])
+        (decided,) = [row for row in report_of(tmp_path / f"{rounded}")["choice"]["frontier"] if row["chosen"]]
+        reported = report_of(tmp_path / f"{rounded}")["quality"]["loss"]
+        found[rounded] = manifest.pruned, decided["loss"]["kl"], reported["kl"]
+    assert found[True][0] == found[False][0] and found[True][1:] != found[False][1:]
+    assert found[True][1:] == pytest.approx(found[False][1:], rel=0.1)
 
 
 def test_a_count_is_chosen_by_loss(checkpoint: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from vision_reference import BEGIN, IMAGE
 from vision_subject import VisionSubject
 
 import popcompile
+from popcompile import conversion
 from popcompile.package.manifest import read_manifest
 from popcompile.package.measurements import read_measurements
 from popcompile.package.report import Loss
@@ -356,8 +357,9 @@ def test_pictures_that_cannot_be_used(
     assert words in line and str(tmp_path / place) in line
 
 
-def test_pictures_without_a_way_to_ask_about_them(cli: Cli, tmp_path: Path) -> None:
-    """No chat template."""
+def test_pictures_without_a_way_to_ask_about_them(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No chat template: refused before any work."""
+    monkeypatch.setattr(conversion, "trace", lambda *_, **__: pytest.fail("traced"))
     model = five_layers(tmp_path / "model").folder
     (tmp_path / "pictures").mkdir()
     draw_picture(tmp_path / "pictures" / "a.png", 20, 20)

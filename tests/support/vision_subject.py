@@ -20,7 +20,7 @@ from popcompile.frontend.source import Source, open_source
 from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, canonicalization
 from popcompile.pruning.execution import Reader, held_in_memory, materialise
-from popcompile.pruning.image_prompts import ImagePrompt, ImagePrompts, ImageSource, image_source
+from popcompile.pruning.image_prompts import ImagePrompt, ImagePrompts, ImageSource, asking_processor, image_source
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.rows import decoder_inputs
 from popcompile.vision.tracing import build_model, trace_images
@@ -69,7 +69,7 @@ class VisionSubject:
 
     @cached_property
     def images(self) -> ImageSource:
-        found = image_source(self.source, self.program)
+        found = image_source(asking_processor(self.source), self.source, self.program)
         assert found is not None
         return found
 
