@@ -120,17 +120,18 @@ def checked(read: Reader, model: str) -> Reader:
 def parameter_reader(program: Program, read: Reader) -> Reader:
     """Reads what get_attr nodes of the program's graphs name: parameters, constants, and what is computed of these.
 
-    read: a parameter by its traced name; what it returns keeps its dtype, and what is computed is in fp32. Constants
-    are moved to where its tensors are.
+    read: a parameter by its traced name; what it returns keeps its dtype, and what is computed is in fp32. All of them
+    are where `read` puts its tensors; computed they are on the CPU, where they are for export.
     """
     device = device_read_to(read)
 
     def source(name: str) -> Tensor:
-        return program.constants[name].to(device) if name in program.constants else read(name)
+        return program.constants[name] if name in program.constants else read(name)
 
     def parameter(name: str) -> Tensor:
-        derived = program.derived.get(name)
-        return derived.compute([widened(source(s)) for s in derived.sources]) if derived else source(name)
+        if (derived := program.derived.get(name)) is None:
+            return source(name).to(device)
+        return derived.compute([widened(source(s)).to(CPU) for s in derived.sources]).to(device)
 
     return parameter
 

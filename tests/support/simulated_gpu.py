@@ -1,0 +1,156 @@
+"""A GPU that is none, to see where tensors are: those on "cuda" hold one of the CPU, which computes.
+
+What CUDA refuses is refused: operators on tensors of two devices, but for numbers (tensors without dimensions) and
+indices on the CPU; generators of the other device; a view as a NumPy array. What it cannot tell is whether CUDA has a
+kernel, how fast it is, and how it rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+
+#: operators that take tensors of two devices
+_COPIES = {aten.copy_.default}
+#: those whose indices, their second argument, may be on the CPU
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+#: functions that take nearly all of a model's time, by name
+_PRODUCTS = {
+    "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "conv2d",
+    "conv3d", "convolution",
+}  # fmt: skip
+_MIXED = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+
+
+class GpuTensor(Tensor):
+    """held: the tensor on the CPU that computes."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> GpuTensor:
+        made = Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
+        )
+        made.held = held
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return GPU
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"GpuTensor({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _COPIES:
+            _require_one_device(func, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            out = func(*_unwrapped(args), **_unwrapped(kwargs))
+        if isinstance(first := args[0], Tensor) and not isinstance(first, GpuTensor):  # a copy to the CPU
+            return first
+        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, GpuTensor, out))
+
+
+def _unwrapped(arguments: Any) -> Any:
+    changed = tree_map_only(GpuTensor, lambda t: t.held, arguments)
+    return tree_map_only(torch.device, lambda _: torch.device("cpu"), changed)
+
+
+def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise RuntimeError where CUDA does."""
+    leaves = tree_leaves((args, kwargs))
+    if func in _INDEXED and isinstance(args[0], GpuTensor):
+        leaves = tree_leaves((args[0], args[2:], kwargs))
+    if any(isinstance(leaf, Tensor) and not isinstance(leaf, GpuTensor) and leaf.dim() > 0 for leaf in leaves):
+        raise RuntimeError(f"{_MIXED} ({func})")
+    if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+    if any(isinstance(leaf, torch.device) and leaf != GPU for leaf in leaves):
+        raise RuntimeError(f"Tensor device mismatch! ({func})")
+
+
+class SimulatedGpu(TorchFunctionMode):
+    """products: how often each function of those that take the time was called, by (name, whether on the GPU)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[tuple[str, bool]] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        on_gpu = any(isinstance(leaf, GpuTensor) for leaf in tree_leaves((args, kwargs)))
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if name in _PRODUCTS:
+            self.products[name, on_gpu] += 1
+        if func is Tensor.to and (device := _device_among((*args[1:], *kwargs.values()))) is not None:
+            return _moved(args[0], device, *_without_devices(args[1:]), **_without_device(kwargs))
+        if func is Tensor.cpu:
+            return _moved(args[0], torch.device("cpu"))
+        if on_gpu and func in (Tensor.numpy, Tensor.__array__):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        if on_gpu and func is Tensor.tolist:
+            return args[0].held.tolist()
+        if on_gpu and func is Tensor.backward:  # what gradients run again makes tensors too
+            with self:
+                return torch.autograd.backward(args[0])
+        if not on_gpu and _device_among(kwargs.values()) == GPU:  # a function that makes a tensor
+            if kwargs.get("generator") is not None:
+                raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+            needs_gradient = kwargs.pop("requires_grad", False)
+            return GpuTensor(func(*args, **_without_device(kwargs))).requires_grad_(needs_gradient)
+        return func(*args, **kwargs)
+
+    def on_the_cpu(self) -> set[str]:
+        """Functions that take the time and ran on the CPU."""
+        return {name for (name, on_gpu), count in self.products.items() if count and not on_gpu}
+
+
+def _device_among(arguments: Iterable[Any]) -> torch.device | None:
+    for argument in arguments:
+        if isinstance(argument, torch.device) or (isinstance(argument, str) and argument in ("cpu", "cuda", "cuda:0")):
+            device = torch.device(argument)
+            return GPU if device.type == "cuda" else device
+    return None
+
+
+def _without_devices(arguments: Iterable[Any]) -> list[Any]:
+    return [argument for argument in arguments if _device_among([argument]) is None]
+
+
+def _without_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "device"}
+
+
+def _moved(tensor: Tensor, device: torch.device, *others: Any, **options: Any) -> Tensor:
+    """others, options: of Tensor.to."""
+    if device == GPU and not isinstance(tensor, GpuTensor):
+        assert not (tensor.requires_grad and torch.is_grad_enabled()), "gradients do not go from device to device here"
+        tensor = GpuTensor(tensor.detach().clone())
+    elif device != GPU and isinstance(tensor, GpuTensor):
+        tensor = tensor.held.clone()
+    return tensor.to(*others, **options) if others or options else tensor
+
+
+@contextlib.contextmanager
+def simulated_gpu(free: int = 10**12) -> Iterator[SimulatedGpu]:
+    """PyTorch has one GPU, with so many bytes free."""
+    simulated = SimulatedGpu()
+    cuda = {"is_available": lambda: True, "device_count": lambda: 1, "mem_get_info": lambda device: (free, 10**12)}
+    with patch.multiple(torch.cuda, **cuda), simulated:
+        yield simulated
