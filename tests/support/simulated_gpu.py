@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -61,27 +61,54 @@ class GpuTensor(Tensor):
         if func not in _COPIES:
             _require_one_device(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            out = func(*_unwrapped(args), **_unwrapped(kwargs))
+            out = func(*_mapped(args, _held), **_mapped(kwargs, _held))
         if isinstance(first := args[0], Tensor) and not isinstance(first, GpuTensor):  # a copy to the CPU
             return first
-        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, GpuTensor, out))
+        on_gpu = _mapped(out, lambda each: GpuTensor(each) if isinstance(each, Tensor) else each)
+        return return_and_correct_aliasing(func, args, kwargs, on_gpu) if _aliases(func) else on_gpu
 
 
-def _unwrapped(arguments: Any) -> Any:
-    changed = tree_map_only(GpuTensor, lambda t: t.held, arguments)
-    return tree_map_only(torch.device, lambda _: torch.device("cpu"), changed)
+@cache
+def _aliases(func: Any) -> bool:
+    """Whether an operator returns, or changes, what it is given."""
+    return any(each.alias_info is not None for each in (*func._schema.arguments, *func._schema.returns))
+
+
+def _mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
+    """torch.utils._pytree takes ten times as long."""
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(_mapped(each, change) for each in arguments)
+    if isinstance(arguments, dict):
+        return {name: _mapped(each, change) for name, each in arguments.items()}
+    return change(arguments)
+
+
+def _leaves(arguments: Any) -> Iterator[Any]:
+    if isinstance(arguments, list | tuple):
+        for each in arguments:
+            yield from _leaves(each)
+    elif isinstance(arguments, dict):
+        yield from _leaves(list(arguments.values()))
+    else:
+        yield arguments
+
+
+def _held(argument: Any) -> Any:
+    if isinstance(argument, GpuTensor):
+        return argument.held
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
 def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     """Raise RuntimeError where CUDA does."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = list(_leaves((args, kwargs)))
     if func in _INDEXED and isinstance(args[0], GpuTensor):
-        leaves = tree_leaves((args[0], args[2:], kwargs))
+        leaves = list(_leaves((args[0], args[2:], kwargs)))
     if any(isinstance(leaf, Tensor) and not isinstance(leaf, GpuTensor) and leaf.dim() > 0 for leaf in leaves):
         raise RuntimeError(f"{_MIXED} ({func})")
     if any(isinstance(leaf, torch.Generator) for leaf in leaves):
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-    if any(isinstance(leaf, torch.device) and leaf != GPU for leaf in leaves):
+    if func is aten._assert_tensor_metadata.default and kwargs.get("device", GPU) != GPU:
         raise RuntimeError(f"Tensor device mismatch! ({func})")
 
 
@@ -94,7 +121,7 @@ class SimulatedGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        on_gpu = any(isinstance(leaf, GpuTensor) for leaf in tree_leaves((args, kwargs)))
+        on_gpu = any(isinstance(leaf, GpuTensor) for leaf in _leaves((args, kwargs)))
         name = getattr(func, "__name__", "").partition(".")[0]
         if name in _PRODUCTS:
             self.products[name, on_gpu] += 1
@@ -106,10 +133,7 @@ class SimulatedGpu(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if on_gpu and func is Tensor.tolist:
             return args[0].held.tolist()
-        if on_gpu and func is Tensor.backward:  # what gradients run again makes tensors too
-            with self:
-                return torch.autograd.backward(args[0])
-        if not on_gpu and _device_among(kwargs.values()) == GPU:  # a function that makes a tensor
+        if not on_gpu and _device_among([kwargs.get("device")]) == GPU:  # a function that makes a tensor
             if kwargs.get("generator") is not None:
                 raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
             needs_gradient = kwargs.pop("requires_grad", False)
@@ -151,6 +175,13 @@ def _moved(tensor: Tensor, device: torch.device, *others: Any, **options: Any) -
 def simulated_gpu(free: int = 10**12) -> Iterator[SimulatedGpu]:
     """PyTorch has one GPU, with so many bytes free."""
     simulated = SimulatedGpu()
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_backward_there(*arguments: Any, **options: Any) -> Any:
+        with simulated:  # for what gradients run again; no mode is active in a function that it was asked about
+            return run_backward(*arguments, **options)
+
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "mem_get_info": lambda device: (free, 10**12)}
-    with patch.multiple(torch.cuda, **cuda), simulated:
+    backward = patch.object(torch.autograd, "_engine_run_backward", run_backward_there)
+    with patch.multiple(torch.cuda, **cuda), backward, simulated:
         yield simulated
