@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
         return CPU
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        cause = "finds no GPU with a working driver; install one" if built else "is built without it; install another"
+        cause = "finds no GPU with a working driver; install one" if built else "has no CUDA; install a build that has"
         raise PopcompileError(
             f"--device {name}: no CUDA device: torch {torch.__version__} {cause}, or give --device cpu"
         )
