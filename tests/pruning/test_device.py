@@ -111,6 +111,7 @@ def test_what_cuda_allows(gpu: SimulatedGpu) -> None:
     x = torch.arange(3.0).to(GPU)
     assert isinstance(x, GpuTensor) and x.device == GPU and not isinstance(x.cpu(), GpuTensor)
     assert (x + torch.tensor(1.0))[torch.tensor([2, 0])].tolist() == [3, 1]
+    assert isinstance(torch.tensor(2.0) * x, GpuTensor) and (torch.tensor(2.0) * x).tolist() == [0, 2, 4]
     y = torch.zeros(2, 3)
     y[1] = x
     assert y.tolist() == [[0, 0, 0], [0, 1, 2]] and not isinstance(y, GpuTensor)

@@ -58,14 +58,38 @@ class GpuTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _COPIES:
-            _require_one_device(func, args, kwargs)
+        others: list[Any] = []  # that are not on the GPU
+
+        def held(argument: Any) -> Any:
+            if isinstance(argument, GpuTensor):
+                return argument.held
+            if isinstance(argument, Tensor | torch.Generator):
+                others.append(argument)
+            return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+        held_args, held_kwargs = _mapped(args, held), _mapped(kwargs, held)
+        _require_one_device(func, args, kwargs, others)
         with torch._C.DisableTorchFunction():
-            out = func(*_mapped(args, _held), **_mapped(kwargs, _held))
-        if isinstance(first := args[0], Tensor) and not isinstance(first, GpuTensor):  # a copy to the CPU
-            return first
+            out = func(*held_args, **held_kwargs)
+        if func in _COPIES and not isinstance(args[0], GpuTensor):
+            return args[0]
         on_gpu = _mapped(out, lambda each: GpuTensor(each) if isinstance(each, Tensor) else each)
         return return_and_correct_aliasing(func, args, kwargs, on_gpu) if _aliases(func) else on_gpu
+
+
+def _require_one_device(func: Any, args: Any, kwargs: Any, others: list[Any]) -> None:
+    """Raise RuntimeError where CUDA does. others: tensors on the CPU and generators among the arguments."""
+    if func is aten._assert_tensor_metadata.default and kwargs.get("device", GPU) != GPU:
+        raise RuntimeError(f"Tensor device mismatch! ({func})")
+    if func in _COPIES:
+        return
+    if func in _INDEXED and isinstance(args[0], GpuTensor):
+        others = [other for other in others if not any(other is index for index in args[1])]
+    for other in others:
+        if isinstance(other, torch.Generator):
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        if other.dim() > 0:
+            raise RuntimeError(f"{_MIXED} ({func})")
 
 
 @cache
@@ -77,39 +101,16 @@ def _aliases(func: Any) -> bool:
 def _mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
     """torch.utils._pytree takes ten times as long."""
     if isinstance(arguments, list | tuple):
-        return type(arguments)(_mapped(each, change) for each in arguments)
+        return type(arguments)([_mapped(each, change) for each in arguments])
     if isinstance(arguments, dict):
         return {name: _mapped(each, change) for name, each in arguments.items()}
     return change(arguments)
 
 
-def _leaves(arguments: Any) -> Iterator[Any]:
+def _any_on_gpu(arguments: Any) -> bool:
     if isinstance(arguments, list | tuple):
-        for each in arguments:
-            yield from _leaves(each)
-    elif isinstance(arguments, dict):
-        yield from _leaves(list(arguments.values()))
-    else:
-        yield arguments
-
-
-def _held(argument: Any) -> Any:
-    if isinstance(argument, GpuTensor):
-        return argument.held
-    return torch.device("cpu") if isinstance(argument, torch.device) else argument
-
-
-def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise RuntimeError where CUDA does."""
-    leaves = list(_leaves((args, kwargs)))
-    if func in _INDEXED and isinstance(args[0], GpuTensor):
-        leaves = list(_leaves((args[0], args[2:], kwargs)))
-    if any(isinstance(leaf, Tensor) and not isinstance(leaf, GpuTensor) and leaf.dim() > 0 for leaf in leaves):
-        raise RuntimeError(f"{_MIXED} ({func})")
-    if any(isinstance(leaf, torch.Generator) for leaf in leaves):
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-    if func is aten._assert_tensor_metadata.default and kwargs.get("device", GPU) != GPU:
-        raise RuntimeError(f"Tensor device mismatch! ({func})")
+        return any(_any_on_gpu(each) for each in arguments)
+    return isinstance(arguments, GpuTensor)
 
 
 class SimulatedGpu(TorchFunctionMode):
@@ -121,7 +122,7 @@ class SimulatedGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        on_gpu = any(isinstance(leaf, GpuTensor) for leaf in _leaves((args, kwargs)))
+        on_gpu = _any_on_gpu(args) or _any_on_gpu(list(kwargs.values()))
         name = getattr(func, "__name__", "").partition(".")[0]
         if name in _PRODUCTS:
             self.products[name, on_gpu] += 1
