@@ -186,7 +186,7 @@ class Search:
         return self._kept_maps(f"maps_refined_{format_layers(pruned)}", compute)
 
     def _kept_maps(self, name: str, compute: Callable[[], Calibration]) -> Calibration:
-        """What is kept under this name is on the CPU, and what is computed with where the model is."""
+        """The maps of this name, where the model is; kept on the CPU, so that any device can go on with them."""
         kept = self._kept.tensors(name, lambda: compute().to(CPU).constants())
         return Calibration.of(kept).to(self._held_out.model.device)
 
