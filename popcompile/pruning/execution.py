@@ -93,7 +93,7 @@ class HeldParameters:
         return self._held[name]
 
 
-def device_read_to(read: Reader) -> torch.device:
+def device_of_reader(read: Reader) -> torch.device:
     """Where a reader's tensors are. A checkpoint's own are on the CPU."""
     return read.device if isinstance(read, HeldParameters) else CPU
 
@@ -123,7 +123,7 @@ def parameter_reader(program: Program, read: Reader) -> Reader:
     read: a parameter by its traced name; what it returns keeps its dtype, and what is computed is in fp32. All of them
     are where `read` puts its tensors; computed they are on the CPU, where they are for export.
     """
-    device = device_read_to(read)
+    device = device_of_reader(read)
 
     def source(name: str) -> Tensor:
         return program.constants[name] if name in program.constants else read(name)
@@ -148,7 +148,7 @@ def materialise(gm: fx.GraphModule, program: Program, read: Reader) -> fx.GraphM
     A tensor that the checkpoint holds in fp32 is used in place; others are converted, so memory holds 4 bytes for
     each of their parameters. Raises PopcompileError as `read` does.
     """
-    real, parameter = computing_in_fp32(gm, device_read_to(read)), parameter_reader(program, read)
+    real, parameter = computing_in_fp32(gm, device_of_reader(read)), parameter_reader(program, read)
     for name in {str(n.target) for n in real.graph.nodes if n.op == "get_attr"}:
         register_parameter(real, name, widened(parameter(name)))
     return real
