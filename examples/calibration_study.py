@@ -23,7 +23,7 @@ from popcompile.frontend.source import open_source
 from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, canonicalization
 from popcompile.pruning.analyze import sample_texts, source_tokenizer
-from popcompile.pruning.execution import checked, held_in_memory, materialise
+from popcompile.pruning.execution import HeldParameters, checked, materialise
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
@@ -55,7 +55,7 @@ def main() -> None:
     program, tokenizer = trace(source.config), source_tokenizer(source)
     if tokenizer is None:
         parser.error(f"{options.model} has no tokenizer")
-    read = held_in_memory(checked(Checkpoint(source, program, torch.float32).read, source.name))
+    read = HeldParameters(checked(Checkpoint(source, program, torch.float32).read, source.name))
     PassManager(canonicalization()).run(program)
     model = LayerwiseModel(materialise(program.graphs["model"], program, read))
     prompt, tokens = options.prompt_tokens, options.prompt_tokens + CONTINUED

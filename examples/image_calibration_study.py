@@ -24,7 +24,7 @@ from popcompile.package.report import Loss
 from popcompile.passes import PassManager, canonicalization
 from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.calibration_set import calibration_set
-from popcompile.pruning.execution import checked, held_in_memory, materialise
+from popcompile.pruning.execution import HeldParameters, checked, materialise
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.image_prompts import asking_processor, image_source
 from popcompile.pruning.layerwise import LayerwiseModel
@@ -56,7 +56,7 @@ def main() -> None:
     program = trace(source.config)
     program.add(trace_images(build_model(source.config)))
     images = image_source(processor, source, program, options.images)
-    read = held_in_memory(checked(Checkpoint(source, program, torch.float32).read, source.name))
+    read = HeldParameters(checked(Checkpoint(source, program, torch.float32).read, source.name))
     PassManager(canonicalization()).run(program)
     model = LayerwiseModel(materialise(program.graphs["model"], program, read), decoder_inputs(program, read))
     tokenizer = source_tokenizer(source)

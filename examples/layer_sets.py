@@ -20,7 +20,7 @@ from popcompile.frontend.tracing import trace
 from popcompile.package.report import format_layers
 from popcompile.passes import PassManager, canonicalization
 from popcompile.pruning.analyze import source_tokenizer
-from popcompile.pruning.execution import checked, held_in_memory, materialise
+from popcompile.pruning.execution import HeldParameters, checked, materialise
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
@@ -43,7 +43,7 @@ def main() -> None:
     source = open_source(options.model)
     sets = [parse_request(source.config.num_hidden_layers, None, layers).layers for layers in options.layers]
     program, tokenizer = trace(source.config), source_tokenizer(source)
-    read = held_in_memory(checked(Checkpoint(source, program, torch.float32).read, source.name))
+    read = HeldParameters(checked(Checkpoint(source, program, torch.float32).read, source.name))
     PassManager(canonicalization()).run(program)
     text = calibration_text(
         SELF, program, read, tokenizer, texts=options.texts, window=options.window, prompt_tokens=options.prompt_tokens

@@ -104,6 +104,8 @@ def numbers(text: str) -> list[float]:
 
 #: help of the option, of every command that reads a model
 TEXT_ONLY = "take the text decoder of a multimodal model; a model of text alone is taken as it is"
+#: and of those that run it in PyTorch
+DEVICE = "what PyTorch runs the model on: cpu (default), cuda or cuda:N, which was tested on a simulated GPU alone"
 
 
 # --- paths -----------------------------------------------------------------------------------------------------

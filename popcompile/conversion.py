@@ -30,6 +30,7 @@ from popcompile.passes.printing import print_graph
 from popcompile.progress import Progress, StepTimes
 from popcompile.pruning.analyze import source_tokenizer
 from popcompile.pruning.costs import full_prefill_one_logit, layer_table
+from popcompile.pruning.device import find_device, memory_explained
 from popcompile.pruning.image_prompts import asking_processor, image_source
 from popcompile.pruning.plan import Plan, make_plan, needs_weights
 from popcompile.pruning.refinement import STEPS
@@ -53,6 +54,7 @@ def convert(
     calibration_images: str | Path | None = None,
     calibration_texts: int = TEXTS,
     refinement_steps: int = STEPS,
+    device: str = "cpu",
     max_kl: float | None = None,
     max_ppl_ratio: float | None = None,
     seed: int = 0,
@@ -92,6 +94,8 @@ def convert(
         calibration_images: a folder with pictures for these, by default self-made ones.
         refinement_steps: of gradient descent after the fit in closed form, 0 for none.
         seed: of what is sampled.
+        device: what PyTorch runs the model on to sample, fit and measure, "cpu", "cuda" or "cuda:N"; what it decides
+            differs by rounding alone. A GPU that has no room for the model in fp32 takes a layer at a time.
 
     What is written:
         layout: "split", prefill.onnx and decode.onnx, or "unified", model.onnx alone.
@@ -118,6 +122,7 @@ def convert(
     out = Path(out)
     target = _target(provider, dtype, block_size)
     require_choice("--layout", layout, LAYOUTS)
+    place = find_device(device)
     if random_weights:
         kv_projection = kv_projection or "layer"
         prune = "1/3" if prune is None and layers is None else prune
@@ -177,10 +182,11 @@ def convert(
         compilation = _Compilation(program, folder, report_progress)
         with _structures_explained(source):
             compilation.run(canonicalization(), "canonicalize")
-            plan = make_plan(
-                program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress,
-                images=images, steps=kept,
-            )  # fmt: skip
+            with memory_explained(place):
+                plan = make_plan(
+                    program, checkpoint.read, source.name, tokenizer, request, options, folder, report_progress,
+                    images=images, steps=kept, device=place,
+                )  # fmt: skip
             report = compilation.prune_and_lower(plan, target)
         writer = PackageWriter(folder, layout, source, merged, checkpoint, target, report_progress)
         writer.write_model(program)
@@ -217,7 +223,9 @@ def _beside(out: Path, ending: str) -> Path:
 def _key(
     source: Source, inputs: dict[str, str | Path | None], target: Target, asked: PruningSettings
 ) -> dict[str, Any]:
-    """What a plan depends on, by the names that users know. inputs: by option, what is read."""
+    """What a plan depends on, by the names that users know. inputs: by option, what is read. --device is not among it:
+    what was made on one is good for another.
+    """
     versions = {name: version(name) for name in ("popcompile", "torch", "transformers")}
     options = {f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()}
     read = {name: [str(given), stamps(given)] for name, given in inputs.items() if given is not None}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from popcompile.arguments import POSITIVE, SEED, TEXT_ONLY, command, name, new_file, path
+from popcompile.arguments import DEVICE, POSITIVE, SEED, TEXT_ONLY, command, name, new_file, path
 from popcompile.terminal import show
 
 
@@ -27,6 +27,7 @@ def add_analyze(commands: Any) -> None:
     parser.add_argument(
         "--seed", metavar="N", type=SEED, default=0, help="sampling seed of texts and labels (default 0)"
     )
+    parser.add_argument("--device", metavar="NAME", default="cpu", help=DEVICE)
     parser.add_argument("--text-only", action="store_true", help=TEXT_ONLY)
     parser.add_argument(
         "--adapter", metavar="DIR", type=name, help="a PEFT adapter (LoRA) to merge into the weights, or a hub id"
@@ -46,7 +47,9 @@ def _analyze(options: argparse.Namespace) -> None:
 
     if options.plot:
         require_plot_path(options.plot)
-    names = ("per", "texts", "tokens", "text", "seed", "text_only", "adapter", "gguf_file", "trust_remote_code")
+    names = (
+        "per", "texts", "tokens", "text", "seed", "text_only", "adapter", "gguf_file", "trust_remote_code", "device",
+    )  # fmt: skip
     with progress_bar(ANALYZE_STEPS) as progress:
         found = analyze(options.model, **{name: getattr(options, name) for name in names}, progress=progress)
     show(json.dumps(found.to_json(), indent=2) if options.json else found.table())

@@ -7,7 +7,7 @@ import json
 import shlex
 from typing import Any
 
-from popcompile.arguments import COUNT, NATS, POSITIVE, RATIO, SEED, TEXT_ONLY, command, name, path
+from popcompile.arguments import COUNT, DEVICE, NATS, POSITIVE, RATIO, SEED, TEXT_ONLY, command, name, path
 from popcompile.terminal import say, show
 
 
@@ -83,6 +83,7 @@ def add_convert(commands: Any) -> None:
         default=64,
         help="steps of gradient descent after the fit in closed form (default 64; 0 for none)",
     )
+    calibration.add_argument("--device", metavar="NAME", default="cpu", help=DEVICE)
     calibration.add_argument("--seed", metavar="N", type=SEED, default=0, help="sampling seed (default 0)")
 
     package = parser.add_argument_group("the package")
@@ -145,6 +146,7 @@ def _convert(options: argparse.Namespace) -> None:
             calibration_images=options.calibration_images,
             calibration_texts=options.calibration_texts,
             refinement_steps=options.refinement_steps,
+            device=options.device,
             max_kl=options.max_kl,
             max_ppl_ratio=options.max_ppl_ratio,
             seed=options.seed,

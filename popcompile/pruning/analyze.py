@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +28,8 @@ from popcompile.package.report import Importance
 from popcompile.passes import ContractError, PassManager, Program, canonicalization
 from popcompile.passes.graph import outputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import Per
-from popcompile.pruning.execution import Reader, checked, fast_products, held_in_memory
+from popcompile.pruning.device import find_device, memory_explained
+from popcompile.pruning.execution import HeldParameters, Reader, checked, fast_products
 from popcompile.pruning.importance import importance, random_stream
 from popcompile.pruning.rows import Rows
 from popcompile.pruning.sampling import begun, random_starts, sample_behind
@@ -97,13 +99,15 @@ def analyze(
     gguf_file: str | None = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
+    device: str = "cpu",
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Analysis:
     """Importance of every layer of `model` (hub id, folder or GGUF file), or of its blocks (per="block").
 
     texts, tokens: how many texts, and tokens of each, the last of which is the boundary token. They are sampled from
     the model itself, or taken from the file `text`. text_only: take a multimodal model's text decoder. adapter: a PEFT
-    adapter to merge into the weights first. progress(step, done, total). Raises PopcompileError.
+    adapter to merge into the weights first. device: what PyTorch runs the model on, "cpu", "cuda" or "cuda:N".
+    progress(step, done, total). Raises PopcompileError.
     """
     started = time.perf_counter()
     report = progress or (lambda *_: None)
@@ -115,6 +119,7 @@ def analyze(
     if tokens < 2:
         raise PopcompileError(f"--tokens {tokens}: give at least 2, a context token and the boundary token")
     SEED.require("--seed", seed)
+    place = find_device(device)
     documents = read_texts(text) if text is not None else None
     source = open_source(str(model), text_only=text_only, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     merged = Adapter(str(adapter)) if adapter is not None else None
@@ -129,13 +134,14 @@ def analyze(
     program = trace(source.config, torch.float32, trust_remote_code=trust_remote_code)
     if source.has_images:
         program.add(trace_images(build_model(source.config)))
-    read = held_in_memory(checked(Checkpoint(source, program, torch.float32, merged).read, source.name))
+    read = HeldParameters(checked(Checkpoint(source, program, torch.float32, merged).read, source.name), place)
     try:
         PassManager(canonicalization()).run(program)
-        if chosen is None:
-            chosen = sample_texts(program, read, tokenizer, texts, tokens, seed, lambda *n: report("sample", *n))
-        with fast_products():
-            found = importance(program, read, chosen, per=part, seed=seed, progress=lambda *n: report("analyze", *n))
+        with memory_explained(place):
+            if chosen is None:
+                chosen = sample_texts(program, read, tokenizer, texts, tokens, seed, lambda *n: report("sample", *n))
+            with fast_products():
+                found = importance(program, read, chosen, per=part, seed=seed, progress=partial(report, "analyze"))
     except ContractError as error:
         raise PopcompileError(
             f"{source.name}: {source.config.model_type} has a structure that popcompile cannot analyze ({error})"

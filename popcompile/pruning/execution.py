@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program, ops
 from popcompile.passes.graph import call_nodes, clone_module, register_parameter
+from popcompile.pruning.device import CPU
 from popcompile.upstream import rounds_in_avx512
 
 NO_NUMBERS = "the model's probabilities are no numbers: its activations overflow in fp32; fix the checkpoint"
@@ -30,7 +31,8 @@ Reader = Callable[[str], Tensor]
 
 @contextlib.contextmanager
 def fast_products(fast: bool = True) -> Iterator[None]:
-    """Let matrix products of fp32 tensors round their operands to bf16 where the CPU has units for it.
+    """Let matrix products of fp32 tensors round their operands to bf16 where the CPU has units for it, and on a GPU to
+    TF32.
 
     For what hardly depends on it (README.md): sampling text, ranking and choosing layers, and refinement get several
     times as fast with AMX, which PyTorch uses by a setting, and twice as fast with AVX-512's bf16, for which layers'
@@ -46,7 +48,9 @@ def fast_products(fast: bool = True) -> Iterator[None]:
 
 
 class _RoundedLinear(TorchFunctionMode):
-    """Linear layers in fp32 are computed in bf16, forward and backward. Weights are rounded once while it is active."""
+    """Linear layers in fp32 on the CPU are computed in bf16, forward and backward. Weights are rounded once while it is
+    active.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class _RoundedLinear(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, None)[:3]
         exact = torch.get_float32_matmul_precision() == "highest"  # in fast_products(False)
-        if exact or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        if exact or x.device != CPU or x.dtype != torch.float32 or weight.dtype != torch.float32:
             return func(*args)
         y = F.linear(x.bfloat16(), self._rounded(weight)).float()
         return y if bias is None else y + bias
@@ -76,16 +80,27 @@ def bytes_in_fp32(program: Program) -> int:
     return 4 * sum({n.target: n.meta["val"].numel() for n in nodes}.values())
 
 
-def held_in_memory(read: Reader) -> Reader:
-    """`read` in fp32, every tensor once, so that all graphs share it."""
-    held: dict[str, Tensor] = {}
+class HeldParameters:
+    """A Reader of what another one reads: in fp32 on a device, every tensor once, so that all graphs share it."""
 
-    def once(name: str) -> Tensor:
-        if name not in held:
-            held[name] = read(name).float()
-        return held[name]
+    def __init__(self, read: Reader, device: torch.device = CPU) -> None:
+        self._read, self.device = read, device
+        self._held: dict[str, Tensor] = {}
 
-    return once
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = self._read(name).to(self.device).float()
+        return self._held[name]
+
+
+def device_of_reader(read: Reader) -> torch.device:
+    """Where a reader's tensors are. A checkpoint's own are on the CPU."""
+    return read.device if isinstance(read, HeldParameters) else CPU
+
+
+def device_of(gm: fx.GraphModule) -> torch.device:
+    """Where a graph with real weights computes."""
+    return next(gm.buffers()).device
 
 
 def checked(read: Reader, model: str) -> Reader:
@@ -105,15 +120,18 @@ def checked(read: Reader, model: str) -> Reader:
 def parameter_reader(program: Program, read: Reader) -> Reader:
     """Reads what get_attr nodes of the program's graphs name: parameters, constants, and what is computed of these.
 
-    read: a parameter by its traced name; what it returns keeps its dtype, and what is computed is in fp32.
+    read: a parameter by its traced name; what it returns keeps its dtype, and what is computed is in fp32. All of them
+    are where `read` puts its tensors; computed they are on the CPU, where they are for export.
     """
+    device = device_of_reader(read)
 
     def source(name: str) -> Tensor:
         return program.constants[name] if name in program.constants else read(name)
 
     def parameter(name: str) -> Tensor:
-        derived = program.derived.get(name)
-        return derived.compute([widened(source(s)) for s in derived.sources]) if derived else source(name)
+        if (derived := program.derived.get(name)) is None:
+            return source(name).to(device)
+        return derived.compute([widened(source(s)).to(CPU) for s in derived.sources]).to(device)
 
     return parameter
 
@@ -124,28 +142,33 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def materialise(gm: fx.GraphModule, program: Program, read: Reader) -> fx.GraphModule:
-    """A copy of the graph in fp32, with real tensors in place of its fake parameters.
+    """A copy of the graph in fp32, with real tensors in place of its fake parameters; it computes where `read` puts
+    these.
 
     A tensor that the checkpoint holds in fp32 is used in place; others are converted, so memory holds 4 bytes for
     each of their parameters. Raises PopcompileError as `read` does.
     """
-    real, parameter = computing_in_fp32(gm), parameter_reader(program, read)
+    real, parameter = computing_in_fp32(gm, device_of_reader(read)), parameter_reader(program, read)
     for name in {str(n.target) for n in real.graph.nodes if n.op == "get_attr"}:
         register_parameter(real, name, widened(parameter(name)))
     return real
 
 
-def computing_in_fp32(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph that casts to fp32 where it casts to a narrower float; its parameters are still fake."""
+def computing_in_fp32(gm: fx.GraphModule, device: torch.device = CPU) -> fx.GraphModule:
+    """A copy of the graph that casts to fp32 where it casts to a narrower float, and to the device where it names one;
+    its parameters are still fake.
+    """
+
+    def changed(argument: Any) -> Any:
+        if isinstance(argument, torch.device):
+            return device
+        return torch.float32 if argument in (torch.float16, torch.bfloat16) else argument
+
     copy = clone_module(gm)
     for node in call_nodes(copy):
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _in_fp32)
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), changed)
     copy.recompile()
     return copy
-
-
-def _in_fp32(argument: Any) -> Any:
-    return torch.float32 if argument in (torch.float16, torch.bfloat16) else argument
 
 
 def call_reference(gm: fx.GraphModule, instead: Mapping[Any, Callable[..., Any]] | None = None) -> fx.GraphModule:

@@ -237,7 +237,7 @@ class _Tails:
         begin = pruned[0] if pruned else self._states.first
         count = max(1, min(_BATCH, _BATCH_TOKENS // self._states.rows.length))
         for batch in order.split(count):
-            prompts, x = self._prompts(batch), self._states.before(begin)[batch]
+            prompts, x = self._prompts(batch), self._states.before(begin)[batch].to(self._states.model.device)
             entering = x[:, : self._context], at_positions(x, self._positions[batch])
             y = last_hidden_state(self._states.model, prompts, entering, begin, pruned, calibration)
             yield self._compare(batch, prompts.tail, at_positions(y, self._measured[batch]))
@@ -248,13 +248,15 @@ class _Tails:
         rows = []
         for row, ours in zip(batch.tolist(), y, strict=True):
             pruned = self._states.model.logits(ours[None], tokens)[0]
-            rows.append(compare(self._whole_logits(row, tokens), pruned, self._next[row]))
-        return Comparison(*map(torch.stack, zip(*rows, strict=True)))
+            whole = self._whole_logits(row, tokens).to(pruned.device)
+            rows.append(compare(whole, pruned, self._next[row].to(pruned.device)))
+        return Comparison(*(torch.stack(part).cpu() for part in zip(*rows, strict=True)))
 
     def _whole_logits(self, row: int, tokens: Tokens) -> Tensor:
         """The whole model's [M, vocabulary]: computed once, for they take as long as those of a pruned prefill."""
         if row not in self._whole:
-            logits = self._states.model.logits(self._final[row][None], tokens)[0]
+            final = self._final[row][None].to(self._states.model.device)
+            logits = self._states.model.logits(final, tokens)[0]
             self._whole[row] = self._states.room(logits.shape).copy_(logits)
         return self._whole[row]
 

@@ -89,7 +89,7 @@ class HiddenStates:
 
     def run_layer(self, layer: int, x: Tensor, tokens: Tokens) -> Tensor:
         """A whole layer over rows, as the whole model runs it."""
-        return self.model.layer(layer, x, tokens, tokens.among_themselves())
+        return self.model.layer(layer, x.to(self.model.device), tokens, tokens.among_themselves())
 
     def scratch(self) -> Tensor:
         """Room for hidden states of all rows."""
@@ -129,7 +129,7 @@ class Files:
 
 def at_positions(x: Tensor, positions: Tensor) -> Tensor:
     """[N, Q, hidden] of x [N, T, hidden] at positions [N, Q]."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
+    return x.gather(1, positions.to(x.device)[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def require_finite(x: Tensor, layer: int) -> None:

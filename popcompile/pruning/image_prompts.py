@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,7 +21,7 @@ from popcompile.package.configs import processor_in
 from popcompile.package.image_inputs import GRIDS, PIXELS, ImageInputs
 from popcompile.passes import Program
 from popcompile.passes.graph import inputs_of
-from popcompile.pruning.execution import Reader, call_reference, materialise
+from popcompile.pruning.execution import Reader, call_reference, device_of, materialise
 from popcompile.pruning.rows import ImageTokens, Rows
 from popcompile.runtime.batch import Place
 from popcompile.runtime.embeddings import positions_of
@@ -192,8 +191,9 @@ class _Vision:
 
     def __init__(self, program: Program, read: Reader) -> None:
         graph = materialise(program.graphs["vision"], program, read)
-        self._names, self._run = list(inputs_of(graph)), call_reference(graph)
+        self._names, self._run, self._device = list(inputs_of(graph)), call_reference(graph), device_of(graph)
 
     @torch.no_grad()
     def run(self, _: None, inputs: dict[str, Array], /) -> list[Array]:
-        return [np.asarray(out) for out in self._run(*(torch.from_numpy(inputs[name]) for name in self._names))]
+        given = (torch.from_numpy(inputs[name]).to(self._device) for name in self._names)
+        return [out.cpu().numpy() for out in self._run(*given)]

@@ -25,7 +25,7 @@ from popcompile.passes.graph import find, inputs_of, shape_of
 from popcompile.passes.insert_virtual_gates import GATES, Per
 from popcompile.passes.prune_lm_head import PruneLMHead
 from popcompile.passes.split_stages import SplitStages
-from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, materialise
+from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, device_of, materialise
 from popcompile.pruning.rows import Rows, decoder_inputs
 
 #: prefixes of every text that are texts of their own, one forward and one backward pass each
@@ -53,8 +53,10 @@ def importance(
     canonical or has no such blocks.
     """
     model, blocks = _gated_model(program, read, per)
-    gates = torch.ones([int(d) for d in shape_of(inputs_of(model)[GATES])], requires_grad=True)
-    caches = [torch.zeros(1, int(s[1]), 0, int(s[3])) for s in map(shape_of, find(model, op=ops.append_kv))]
+    device = device_of(model)
+    gates = torch.ones([int(d) for d in shape_of(inputs_of(model)[GATES])], device=device, requires_grad=True)
+    shapes = [shape_of(n) for n in find(model, op=ops.append_kv)]
+    caches = [torch.zeros(1, int(shape[1]), 0, int(shape[3]), device=device) for shape in shapes]
     run, inputs = call_reference(model), decoder_inputs(program, read)
     random = torch.Generator().manual_seed(random_stream(seed, "labels"))
     lengths = prefix_lengths(texts.length, prefixes)
@@ -62,13 +64,13 @@ def importance(
     for i in range(len(texts)):
         text = texts[i : i + 1]
         for j, length in enumerate(lengths):
-            tokens, *others = inputs.of(text, text.slots[:, :length])
-            mask = torch.ones(1, length, dtype=torch.int64)
+            tokens, *others = (each.to(device) for each in inputs.of(text, text.slots[:, :length]))
+            mask = torch.ones(1, length, dtype=torch.int64, device=device)
             log_p = run(tokens, mask, *others, *caches, gates)[0][0, -1].float().log_softmax(-1)
             _require_numbers(log_p, i)
-            label = torch.multinomial(log_p.detach().exp(), 1, generator=random)[0]
+            label = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=random)[0]
             (gradient,) = torch.autograd.grad(log_p[label], gates)
-            squares[i] += gradient.double() ** 2 / len(lengths)
+            squares[i] += gradient.double().cpu() ** 2 / len(lengths)
             if progress:
                 progress(i * len(lengths) + j + 1, len(texts) * len(lengths))
     return _mean(squares.view(len(texts), -1, 2), blocks)

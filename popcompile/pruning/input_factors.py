@@ -26,7 +26,9 @@ _LEAST = 1 / 8
 
 @torch.no_grad()
 def input_factors(model: LayerwiseModel, rows: Rows, progress: Callable[[int, int], Any]) -> dict[str, Tensor]:
-    """A factor for each input feature [F], by the constant's name that BalanceActivations reads. rows: of any texts."""
+    """A factor for each input feature [F], by the constant's name that BalanceActivations reads, on the CPU. rows: of
+    any texts.
+    """
     chosen = rows[:: -(-len(rows) // _TEXTS)]
     texts = [model.tokens(row, row.slots) for row in (chosen[i : i + 1] for i in range(len(chosen)))]
     x, squares = [model.embed(tokens) for tokens in texts], dict[str, Tensor]()
@@ -37,4 +39,4 @@ def input_factors(model: LayerwiseModel, rows: Rows, progress: Callable[[int, in
                 even = features.square() / features.square().mean(-1, keepdim=True).clamp(min=torch.finfo().tiny)
                 squares[name] = squares.get(name, 0.0) + even.mean((0, 1)) / len(texts)
         progress(layer + 1, model.num_layers)
-    return {name: (square**0.25).clamp(min=_LEAST) for name, square in squares.items()}
+    return {name: (square**0.25).clamp(min=_LEAST).cpu() for name, square in squares.items()}

@@ -101,6 +101,11 @@ class LayerwiseModel:
         self._balanceable = balanceable(model)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: hidden states and keys that it is given are there, rows and slots on the CPU."""
+        return self._weights.device
+
+    @property
     def hidden_size(self) -> int:
         return int(self._inputs[0].meta["val"].shape[2])
 
@@ -120,14 +125,15 @@ class LayerwiseModel:
 
     def tokens(self, rows: Rows, slots: Tensor) -> Tokens:
         """The tokens at slots [B, Q] of each row, to be run at the positions of these."""
-        heads, size = self.kv_shape
-        values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(rows), heads, 0, size))
+        (heads, size), device = self.kv_shape, self.device
+        values: _Values = dict.fromkeys(cache_of(self._model), torch.empty(len(rows), heads, 0, size, device=device))
         given = [n for n in (tokens_of(self._model), position_ids_of(self._model)) if n is not None]
-        values |= zip(given, self._inputs_of.of(rows, slots), strict=True)
-        values[mask_of(self._model)] = torch.ones(len(rows), int(slots.max()) + 1, dtype=torch.int64)
-        self._run(self._before, values, {ops.token_positions: lambda *_: slots})
+        values |= zip(given, (each.to(device) for each in self._inputs_of.of(rows, slots)), strict=True)
+        values[mask_of(self._model)] = torch.ones(len(rows), int(slots.max()) + 1, dtype=torch.int64, device=device)
+        positions = slots.to(device)
+        self._run(self._before, values, {ops.token_positions: lambda *_: positions})
         ends = rows.image_ends if self._sees_whole_images else None
-        return Tokens(slots, values, None if ends is None else ends.gather(1, slots))
+        return Tokens(positions, values, None if ends is None else ends.gather(1, slots).to(device))
 
     def blank(self, count: int) -> Tokens:
         """So many tokens at position 0, of no text: for layers' own projections of any hidden state."""

@@ -27,12 +27,13 @@ from popcompile.passes.layers import hands_on_directly, layer_output, projected_
 from popcompile.progress import Progress
 from popcompile.pruning.calibration_set import CalibrationSet, calibration_set
 from popcompile.pruning.costs import full_prefill_one_logit
+from popcompile.pruning.device import CPU
 from popcompile.pruning.execution import (
+    HeldParameters,
     Reader,
     checked,
     computing_in_fp32,
     fast_products,
-    held_in_memory,
     materialise,
     parameter_reader,
 )
@@ -114,24 +115,26 @@ def make_plan(
     progress: Progress,
     images: ImageSource | None = None,
     steps: Steps = COMPUTED,
+    device: torch.device = CPU,
 ) -> Plan:
     """program: canonical; it is left as it is. folder: where files of the size of the hidden states may be. images:
-    what prompts with images are made by. steps: keeps what takes long.
+    what prompts with images are made by. steps: keeps what takes long. device: that the model runs on; what the plan
+    holds is on the CPU.
 
     Raises PopcompileError, ContractError.
     """
     if not needs_weights(program.num_layers, request, options):
         return Plan(request.layers, options.windows[0])
-    room = room_for_weights(program, name, sampled=options.origin == SELF or images is not None)
+    room = room_for_weights(program, name, sampled=options.origin == SELF or images is not None, device=device)
     window, *smaller = options.windows
-    read = checked(read, name) if room is not None else held_in_memory(checked(read, name))
+    read = checked(read, name) if room is not None else HeldParameters(checked(read, name), device)
     decides = request.how != "layers" or (options.calibrated and options.steps > 0)
     prompts = calibration_set(
         options.origin, program, read, tokenizer, images, texts=options.texts, window=window,
         prompt_tokens=options.prompt_tokens if request.how != "layers" else 0,
         decides=decides, seed=options.seed, steps=steps, progress=lambda *n: progress("sample", *n),
     )  # fmt: skip
-    model, first = _layerwise(program, read, room), _first_candidate(program.num_layers, request)
+    model, first = _layerwise(program, read, room, device), _first_candidate(program.num_layers, request)
     factors = {}
     if options.int8_activations:
         measured = partial(input_factors, model, prompts.fit, lambda *n: progress("balance", *n))
@@ -152,7 +155,7 @@ def make_plan(
     quality = _quality(held_out, prompts, chosen, calibration, options.seed, folder)
     choice = _choice(search, speedup, chosen, request, options)
     sections = {"choice": choice.to_json(), "quality": quality.to_json()}
-    return Plan(chosen.pruned, chosen.window, calibration, factors, sections)
+    return Plan(chosen.pruned, chosen.window, calibration.to(CPU), factors, sections)
 
 
 def _first_candidate(layers: int, request: Request) -> int:
@@ -178,12 +181,13 @@ def _chosen(search: Search, request: Request, options: Options) -> Candidate:
     return search.best(len(request.layers), Budget(max_kl=MAX_KL))
 
 
-def _layerwise(program: Program, read: Reader, room: int | None) -> LayerwiseModel:
-    """room: bytes of weights that are kept, None: all."""
+def _layerwise(program: Program, read: Reader, room: int | None, device: torch.device) -> LayerwiseModel:
+    """room: bytes of weights that are kept on the device, None: all, and `read` has put them there."""
     graph, inputs = program.graphs["model"], decoder_inputs(program, read)
     if room is None:
         return LayerwiseModel(materialise(graph, program, read), inputs)
-    return LayerwiseModel(computing_in_fp32(graph), inputs, StreamedWeights(parameter_reader(program, read), room))
+    weights = StreamedWeights(parameter_reader(program, read), room, device)
+    return LayerwiseModel(computing_in_fp32(graph, device), inputs, weights)
 
 
 def _quality(

@@ -36,20 +36,21 @@ class Prompts:
     def of(cls, model: LayerwiseModel, rows: Rows, count: int, positions: Tensor, begins: Tensor) -> Prompts:
         """count: tokens of the context, C, which begins each row. positions: of the tail's tokens, [B, Q].
 
-        begins: [B, Q], where the block of a tail's token begins, which no two blocks of a row share.
+        begins: [B, Q], where the block of a tail's token begins, which no two blocks of a row share. Both are on the
+        CPU, as rows are.
         """
         size = count + positions.shape[1]
         from_zero = rows.slots[:, :count]
-        visible = torch.zeros(len(rows), size, size, dtype=torch.bool)
-        visible[:, :count, :count] = torch.ones(count, count, dtype=torch.bool).tril()
-        visible[:, count:, :count] = torch.arange(count) < begins[:, :, None]
-        visible[:, count:, count:] = (begins[:, :, None] == begins[:, None]) & (
-            positions[:, :, None] >= positions[:, None]
-        )
+        context, tail = model.tokens(rows, from_zero), model.tokens(rows, positions)
         together = model.tokens(rows, torch.cat((from_zero, positions), 1))
+        slots, begins = tail.positions, begins.to(model.device)
+        visible = slots.new_zeros(len(rows), size, size, dtype=torch.bool)
+        visible[:, :count, :count] = slots.new_ones(count, count, dtype=torch.bool).tril()
+        visible[:, count:, :count] = context.positions[:1] < begins[:, :, None]
+        visible[:, count:, count:] = (begins[:, :, None] == begins[:, None]) & (slots[:, :, None] >= slots[:, None])
         if together.ends is not None:
-            visible |= _rest_of_images(together, torch.cat((torch.full_like(from_zero, count), begins), 1))
-        return cls(model.tokens(rows, from_zero), model.tokens(rows, positions), together, visible)
+            visible |= _rest_of_images(together, torch.cat((torch.full_like(context.positions, count), begins), 1))
+        return cls(context, tail, together, visible)
 
 
 def _rest_of_images(tokens: Tokens, begins: Tensor) -> Tensor:

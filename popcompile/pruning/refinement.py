@@ -93,7 +93,7 @@ def _loss(states: HiddenStates, pruned: list[int], calibration: Calibration, row
     model, first = states.model, pruned[0]
     text = states.rows[rows]
     positions = text.draw_slots(min(_EARLIEST, text.length // 2), text.length, _BOUNDARY_TOKENS, random)
-    x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
+    x, final = _before(states, first, rows), _before(states, model.num_layers, rows)
     prompts = Prompts.of(model, text, text.length, positions, begins=positions)
     y = last_hidden_state(model, prompts, (x, at_positions(x, positions)), first, pruned, calibration)
     with torch.no_grad():
@@ -108,12 +108,17 @@ def _answers_loss(answers: Answers, pruned: list[int], calibration: Calibration,
     text = states.rows[rows]
     positions = text.slots[:, context:-1]
     measured = answers.of_answer[rows][:, context + 1 :]
-    x, final = states.before(first)[rows], states.before(model.num_layers)[rows]
+    x, final = _before(states, first, rows), _before(states, model.num_layers, rows)
     prompts = Prompts.of(model, text, context, positions, begins=torch.full_like(positions, context))
     y = last_hidden_state(model, prompts, (x[:, :context], x[:, context:-1]), first, pruned, calibration)
     with torch.no_grad():
         likely = model.logits(final[:, context:-1][measured][None], prompts.tail)[0].softmax(-1)
     return cross_entropy(model.logits(y[measured][None], prompts.tail)[0], likely)
+
+
+def _before(states: HiddenStates, layer: int, rows: Tensor) -> Tensor:
+    """Hidden states of these rows before the layer, where the model is."""
+    return states.before(layer)[rows].to(states.model.device)
 
 
 def _shuffled(count: int, size: int, random: Generator) -> Iterator[Tensor]:

@@ -59,6 +59,10 @@ class Calibration:
 
         return Calibration(changed(self.projections), changed(self.bypasses))
 
+    def to(self, device: torch.device) -> Calibration:
+        """The maps on the device."""
+        return self.each(lambda t: t.to(device))
+
     def constants(self) -> dict[str, Tensor]:
         """The tensors by the names that the passes InsertKVProjection and InsertBypass give them."""
         named = {f"kv_projection.{layer}": m for layer, m in self.projections.items()}
@@ -140,26 +144,27 @@ class _Regression:
         self._sums = [_Sums() for _ in range(len(self.layers) + bypass)]
         gram: Tensor | float = 0.0
         for batch in states.batches():
-            inputs = _with_one(normalize(x[batch][:, 1:]).flatten(0, 1))
+            cut = x[batch].to(states.model.device)
+            inputs = _with_one(normalize(cut[:, 1:]).flatten(0, 1))
             gram = gram + inputs.double().T @ inputs.double()
             inputs = inputs.to(products)
-            for sums, target in zip(self._sums, self._targets(batch, x[batch]), strict=True):
+            for sums, target in zip(self._sums, self._targets(batch, cut), strict=True):
                 sums.sink = sums.sink + target[:, 0].double().sum(0) / len(states.rows)
                 with fast_products(False):  # the Gram matrix is not rounded either
                     sums.cross = sums.cross + (inputs.T @ target[:, 1:].flatten(0, 1).to(products)).double()
         assert isinstance(gram, Tensor)
-        self._strength = torch.full((len(gram),), ridge, dtype=torch.float64) * gram.diagonal()[:-1].mean()
+        self._strength = gram.new_full((len(gram),), ridge) * gram.diagonal()[:-1].mean()
         self._strength[-1] *= 1e-6  # the bias is free
         self._factor = torch.linalg.cholesky(gram + self._strength.diag())
 
     def _targets(self, batch: slice, cut: Tensor) -> Iterator[Tensor]:
         """What the maps of each layer, and then of the bypass, should make of the batch's x: [B, T, out]."""
-        states, tokens = self._states, self._states.tokens(batch)
+        states, model, tokens = self._states, self._states.model, self._states.tokens(batch)
         for layer in self.layers:
-            yield torch.cat(states.model.project(layer, states.before(layer)[batch], tokens), -1)
+            yield torch.cat(model.project(layer, states.before(layer)[batch].to(model.device), tokens), -1)
         if self._bypass:
             last = self.layers[-1]
-            yield states.before(last + 1)[batch] - states.model.hand_on(last, cut, tokens)
+            yield states.before(last + 1)[batch].to(model.device) - model.hand_on(last, cut, tokens)
 
     def projections(self, skip: set[int]) -> dict[int, AffineMap]:
         """Of all layers of the run but some."""
@@ -186,8 +191,9 @@ def own_projection(model: LayerwiseModel, layer: int) -> Tensor:
     Read off the layer at unit vectors. Zeros where the layer's input norm is no RMS norm, so that there is no such map.
     """
     hidden = model.hidden_size
-    probe = normalize(torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)))
-    x = torch.cat((torch.eye(hidden) * hidden**0.5, torch.zeros(1, hidden), probe, 2 * probe))[None]
+    probe = normalize(torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))).to(model.device)
+    basis = torch.eye(hidden, device=model.device) * hidden**0.5
+    x = torch.cat((basis, torch.zeros_like(probe), probe, 2 * probe))[None]
     with fast_products(False):
         out = torch.cat(model.project(layer, x, model.blank(x.shape[1])), -1)[0].double()
     units, bias, expected = out[:hidden], out[hidden : hidden + 1], out[hidden + 1 :]
@@ -216,6 +222,7 @@ def _handed_past(states: HiddenStates, x: Tensor, last: int, bypass: AffineMap |
     """Hidden states behind a run of pruned layers, the last of which is `last`, of x before it, both [N, T, hidden]."""
     out = states.scratch()
     for batch in states.batches():
-        cut = x[batch] if bypass is None else x[batch] + bypass(x[batch])
+        cut = x[batch].to(states.model.device)
+        cut = cut if bypass is None else cut + bypass(cut)
         out[batch] = states.model.hand_on(last, cut, states.tokens(batch))
     return out

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from popcompile.passes import Program, ops
 from popcompile.passes.graph import inputs_of, position_ids_of, shape_of
-from popcompile.pruning.execution import Reader, call_reference, materialise
+from popcompile.pruning.execution import Reader, call_reference, device_of, materialise
 from popcompile.text.lists import RetrievalText
 
 
@@ -41,7 +41,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens of one length. ids: [N, T] int64. images: None for text alone."""
+    """Rows of tokens of one length, on the CPU. ids: [N, T] int64. images: None for text alone."""
 
     ids: Tensor
     images: ImageTokens | None = None
@@ -126,7 +126,9 @@ class DecoderInputs(ABC):
 
     @abstractmethod
     def of(self, rows: Rows, slots: Tensor) -> tuple[Tensor, ...]:
-        """Of the tokens at slots [N, Q] of each row, in the order of the graph's inputs: ids or embeddings first."""
+        """Of the tokens at slots [N, Q] of each row, in the order of the graph's inputs: ids or embeddings first. The
+        caller moves them to where the decoder is.
+        """
 
 
 class TokenIds(DecoderInputs):
@@ -141,16 +143,18 @@ class TokenEmbeddings(DecoderInputs):
 
     def __init__(self, embedding: fx.GraphModule, axes: int) -> None:
         """embedding: the graph with real weights. axes: 0 for a decoder without position_ids."""
-        self._embed, self._axes = call_reference(embedding), axes
-        self._no_features = torch.empty(0, int(shape_of(inputs_of(embedding)["image_features"])[1]))
+        self._embed, self._axes, self._device = call_reference(embedding), axes, device_of(embedding)
+        width = int(shape_of(inputs_of(embedding)["image_features"])[1])
+        self._no_features = torch.empty(0, width, device=self._device)
 
     def of(self, rows: Rows, slots: Tensor) -> tuple[Tensor, ...]:
-        (embeddings,) = self._embed(rows.ids.gather(1, slots), self._no_features)
+        (embeddings,) = self._embed(rows.ids.gather(1, slots).to(self._device), self._no_features)
         position_ids = slots.expand(self._axes, -1, -1)
         if (images := rows.images) is not None:
             index = images.index.gather(1, slots)
             places = index >= 0
-            embeddings = ops.REFERENCE[ops.scatter_features](embeddings, places, images.features[index[places]])
+            features = images.features[index[places]].to(self._device)
+            embeddings = ops.REFERENCE[ops.scatter_features](embeddings, places.to(self._device), features)
             position_ids = images.position_ids.gather(2, position_ids)
         return (embeddings, position_ids) if self._axes else (embeddings,)
 

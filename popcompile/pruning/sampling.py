@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from popcompile.errors import PopcompileError
 from popcompile.passes import Program, ops
 from popcompile.passes.graph import find, shape_of
-from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, fast_products, materialise
+from popcompile.pruning.execution import NO_NUMBERS, Reader, call_reference, device_of, fast_products, materialise
 from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows, decoder_inputs
 
 #: tokens of the vocabulary whose probabilities are summed before one is drawn
@@ -47,15 +47,16 @@ def sample(
     random = torch.Generator().manual_seed(seed)
     first = 1 if rows.images is None else min(given)  # tokens of an image may see one another: they are run at once
     total, done = -(-len(rows) // batch) * (rows.length - first), 0
-    heat, counts = torch.tensor(temperatures)[:, None] if temperatures else None, torch.tensor(given)
+    device, counts = device_of(model), torch.tensor(given)
+    heat = torch.tensor(temperatures, device=device)[:, None] if temperatures else None
     sampled = []
     for begin in range(0, len(rows), batch):
         those = slice(begin, begin + batch)
-        part = _Batch(run, inputs, rows[those], _cache_shapes(model, rows.length))
+        part = _Batch(run, inputs, rows[those], _cache_shapes(model, rows.length), device)
         ids = part.rows.ids
         for n in range(first, rows.length):
             logits = part.logits_at_once(n) if n == first > 1 else part.logits(slice(None), range(n - 1, n))
-            drawn = _draw(logits if heat is None else logits / heat[those], random)
+            drawn = _draw(logits if heat is None else logits / heat[those], random).cpu()
             ids[:, n] = torch.where(n < counts[those], ids[:, n], drawn)
             done += 1
             if progress:
@@ -68,17 +69,23 @@ class _Batch:
     """Rows that are drawn together, and their cache. rows: with the tokens so far."""
 
     def __init__(
-        self, run: fx.GraphModule, inputs: DecoderInputs, rows: Rows, shapes: Sequence[tuple[int, int, int]]
+        self,
+        run: fx.GraphModule,
+        inputs: DecoderInputs,
+        rows: Rows,
+        shapes: Sequence[tuple[int, int, int]],
+        device: torch.device,
     ) -> None:
-        self._run, self._inputs = run, inputs
+        self._run, self._inputs, self._device = run, inputs, device
         self.rows = replace(rows, ids=rows.ids.clone())
-        self._cache = [torch.zeros(len(rows), *shape, dtype=torch.float32) for shape in shapes]
+        self._cache = [torch.zeros(len(rows), *shape, dtype=torch.float32, device=device) for shape in shapes]
 
     def logits(self, chosen: slice, slots: range) -> Tensor:
         """Of the last of these tokens of some rows, [rows, vocabulary]; the cache has those before them."""
         rows = self.rows[chosen]
-        tokens, *others = self._inputs.of(rows, torch.tensor(slots).expand(len(rows), -1))
-        mask = torch.ones(len(rows), slots.stop, dtype=torch.int64)
+        inputs = self._inputs.of(rows, torch.tensor(slots).expand(len(rows), -1))
+        tokens, *others = (each.to(self._device) for each in inputs)
+        mask = torch.ones(len(rows), slots.stop, dtype=torch.int64, device=self._device)
         return self._run(tokens, mask, *others, *(c[chosen, :, : slots.stop] for c in self._cache))[0][:, -1]
 
     def logits_at_once(self, count: int) -> Tensor:
@@ -118,10 +125,10 @@ def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
     cumulated = blocks.sum(-1).cumsum(-1)
     if torch.isnan(cumulated[:, -1]).any():
         raise PopcompileError(f"the model cannot be sampled from: {NO_NUMBERS}")
-    threshold = torch.rand(len(logits), 1, generator=random) * cumulated[:, -1:]
+    threshold = torch.rand(len(logits), 1, generator=random).to(logits.device) * cumulated[:, -1:]
     block = torch.searchsorted(cumulated, threshold)
     rest = threshold - pad(cumulated, (1, 0)).gather(1, block)
-    within = blocks[torch.arange(len(blocks)), block[:, 0]].cumsum(-1)
+    within = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(-1)
     return (block * _BLOCK + torch.searchsorted(within, rest.minimum(within[:, -1:])))[:, 0]
 
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from popcompile.package.report import Loss, format_layers
+from popcompile.pruning.device import CPU
 from popcompile.pruning.held_out import HeldOutKinds
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.refinement import Answers, refine
@@ -174,17 +174,21 @@ class Search:
         """Maps in closed form."""
         if (states := self._states) is None:
             return Calibration()
-        name = f"maps_all_{format_layers(pruned)}"
-        return Calibration.of(self._kept.tensors(name, lambda: calibrate(states, pruned).constants()))
+        return self._kept_maps(f"maps_all_{format_layers(pruned)}", lambda: calibrate(states, pruned))
 
     def _refined(self, states: HiddenStates, pruned: list[int], start: Calibration) -> Calibration:
-        def compute() -> dict[str, Tensor]:
+        def compute() -> Calibration:
             return refine(
                 states, pruned, start, answers=self._answers(), steps=self._steps, seed=self._seed,
                 progress=lambda *n: self._progress("refine", *n),
-            ).constants()  # fmt: skip
+            )  # fmt: skip
 
-        return Calibration.of(self._kept.tensors(f"maps_refined_{format_layers(pruned)}", compute))
+        return self._kept_maps(f"maps_refined_{format_layers(pruned)}", compute)
+
+    def _kept_maps(self, name: str, compute: Callable[[], Calibration]) -> Calibration:
+        """The maps of this name, where the model is; kept on the CPU, so that any device can go on with them."""
+        kept = self._kept.tensors(name, lambda: compute().to(CPU).constants())
+        return Calibration.of(kept).to(self._held_out.model.device)
 
     def final(self, candidate: Candidate) -> Calibration:
         """The maps of a finished candidate."""

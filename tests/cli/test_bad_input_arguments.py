@@ -48,7 +48,7 @@ def flag(action: argparse.Action) -> str:
 OF_NUMBERS = [(command, flag(a), a.type) for command, a in options() if isinstance(a.type, Number)]
 #: metavar of paths and of what may be one
 PATHS = [(command, a) for command, a in options() if a.metavar in ("FILE", "DIR", "OUT", "MODEL", "NAME")]
-PATHS = [(command, a) for command, a in PATHS if flag(a) not in ("--provider", "--runtime", "--pass")]
+PATHS = [(command, a) for command, a in PATHS if flag(a) not in ("--provider", "--runtime", "--pass", "--device")]
 
 
 def test_every_number_has_a_kind() -> None:

@@ -19,7 +19,7 @@ from popcompile.frontend.checkpoint import Checkpoint
 from popcompile.frontend.source import Source, open_source
 from popcompile.frontend.tracing import trace
 from popcompile.passes import PassManager, Program, canonicalization
-from popcompile.pruning.execution import Reader, held_in_memory, materialise
+from popcompile.pruning.execution import HeldParameters, Reader, materialise
 from popcompile.pruning.image_prompts import ImagePrompt, ImagePrompts, ImageSource, asking_processor, image_source
 from popcompile.pruning.layerwise import LayerwiseModel
 from popcompile.pruning.rows import decoder_inputs
@@ -50,7 +50,7 @@ class VisionSubject:
     def _compiled(self) -> tuple[Program, Reader]:
         program = trace(self.source.config)
         program.add(trace_images(build_model(self.source.config)))
-        read = held_in_memory(Checkpoint(self.source, program, torch.float32).read)
+        read = HeldParameters(Checkpoint(self.source, program, torch.float32).read)
         PassManager(canonicalization()).run(program)
         return program, read
 
