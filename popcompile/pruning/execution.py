@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from popcompile.errors import PopcompileError
@@ -45,6 +46,15 @@ def fast_products(fast: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def run_again(run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What it returns; gradients run it again, with the same rounding, and hold on to nothing in between."""
+    fast = torch.get_float32_matmul_precision() != "highest"
+    again: Tensor = checkpoint(
+        run, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), fast_products(fast))
+    )
+    return again
 
 
 class _RoundedLinear(TorchFunctionMode):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils.checkpoint import checkpoint
 
 from popcompile.passes import ops
 from popcompile.passes.balance_activations import balanceable
@@ -30,6 +29,7 @@ from popcompile.passes.graph import (
     tokens_of,
 )
 from popcompile.passes.layers import layer_input, layer_output, projected_kv
+from popcompile.pruning.execution import run_again
 from popcompile.pruning.rows import TOKEN_IDS, DecoderInputs, Rows
 from popcompile.pruning.weights import HeldWeights, Weights
 
@@ -224,8 +224,7 @@ class LayerwiseModel:
     def _again_for_gradients(self, run: Callable[..., Tensor], *args: Any) -> Tensor:
         """What it returns. Where weights are streamed, gradients run it again, and do not hold on to its weights."""
         if self._weights.streamed and torch.is_grad_enabled():
-            again: Tensor = checkpoint(run, *args, use_reentrant=False)
-            return again
+            return run_again(run, *args)
         return run(*args)
 
     def _run(

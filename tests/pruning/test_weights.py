@@ -17,7 +17,7 @@ from words import save_words
 
 from popcompile.errors import PopcompileError
 from popcompile.package.manifest import REPORT
-from popcompile.pruning import weights
+from popcompile.pruning import execution, weights
 from popcompile.pruning.execution import bytes_in_fp32, computing_in_fp32, parameter_reader
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
@@ -73,8 +73,12 @@ def fitted(model: LayerwiseModel, folder: Path) -> tuple[list[Tensor], list[floa
     return [*maps(plain), *maps(refined)], [loss.kl for loss in losses] + [loss.first_token_kl for loss in losses]
 
 
-def test_the_same_maps_and_losses(source: Traced, tmp_path: Path) -> None:
-    """With no room at all every weight is read for each node that wants it."""
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_same_maps_and_losses(
+    source: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: bool
+) -> None:
+    """With no room at all every weight is read for each node that wants it. Also on a CPU with bf16 units."""
+    monkeypatch.setattr(execution, "rounds_in_avx512", lambda: rounds)
     expected, losses = fitted(source.layers, tmp_path)
     found, ours = fitted(streaming(source, room=0), tmp_path)
     for a, b in zip(found, expected, strict=True):
