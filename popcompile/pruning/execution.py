@@ -35,9 +35,9 @@ def fast_products(fast: bool = True) -> Iterator[None]:
     """Let matrix products of fp32 tensors round their operands to bf16 where the CPU has units for it, and on a GPU to
     TF32.
 
-    For what hardly depends on it (README.md): sampling text, ranking and choosing layers, and refinement get several
-    times as fast with AMX, which PyTorch uses by a setting, and twice as fast with AVX-512's bf16, for which layers'
-    products are rounded here. fast=False: not so.
+    For what hardly depends on it (README.md): sampling text, ranking and choosing layers, calibration and refinement.
+    PyTorch uses AMX by a setting; for AVX-512's bf16 layers' products are rounded here. fast=False: not so, also inside
+    of a block that rounds.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if fast else "highest")

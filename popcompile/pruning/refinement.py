@@ -18,7 +18,6 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
 
-from popcompile.pruning.execution import fast_products
 from popcompile.pruning.hidden_states import HiddenStates, at_positions
 from popcompile.pruning.pruned_prefill import Prompts, last_hidden_state
 from popcompile.pruning.regression import Calibration
@@ -74,7 +73,7 @@ def refine(
     size = _ROWS // 2 if answers else _ROWS
     rows = _shuffled(len(states.rows), size, random)
     asked = _shuffled(len(answers.states.rows), size, random) if answers else iter(())
-    with torch.enable_grad(), fast_products():
+    with torch.enable_grad():
         for step in range(steps):
             optimizer.zero_grad()
             _loss(states, pruned, refined, next(rows), random).backward()

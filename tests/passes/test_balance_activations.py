@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
     "llama with biases": (tiny_llama(num_hidden_layers=3, mlp_bias=True), 6),
     "gemma3": (tiny_gemma3(num_hidden_layers=3), 6),  # norms of 1 + weight
     "phi3": (Phi3Config(**SIZES), 6),  # gate and up are one projection
+    "phi3, up first": (Phi3Config(**SIZES), 6),
     "olmo2": (Olmo2Config(**SIZES), 3),  # no norm before the feed-forward block
     "experts": (tiny_moe(), 0),  # a router reads the norm too, and experts are no linear layers
 }
@@ -46,6 +48,16 @@ def random_factors(program: Program) -> dict[str, Tensor]:
     }
 
 
+def with_up_first(program: Program) -> Program:
+    """The other half of what is one projection goes through the activation."""
+    for gm in program.graphs.values():
+        for node in gm.graph.nodes:
+            if node.target is operator.getitem and node.args[0].target == torch.ops.aten.chunk.default:
+                node.args = node.args[0], 1 - node.args[1]
+        gm.recompile()
+    return program
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_balanced_graphs_compute_the_same_bit_for_bit(family: str) -> None:
     config, count = CONFIGS[family]
@@ -56,7 +68,10 @@ def test_balanced_graphs_compute_the_same_bit_for_bit(family: str) -> None:
         for parameter in traced.model.parameters():
             if parameter.dim() == 1:  # biases and norms
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    program, balanced = traced.program.clone(), traced.program.clone()
+    program = traced.program.clone()
+    if family == "phi3, up first":
+        assert {each.begin for each in balanceable(with_up_first(program).graphs["model"])} == {0}
+    balanced = program.clone()
     balanced.constants |= (factors := random_factors(program))
     assert len(factors) == count
     balance = BalanceActivations()

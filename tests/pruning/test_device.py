@@ -40,9 +40,9 @@ from popcompile.pruning.rows import decoder_inputs
 from popcompile.pruning.sampling import sample_behind
 from popcompile.pruning.steps import KeptSteps
 
-#: what a model multiplies in; a plan may compute nothing of it on the CPU
 #: tokens that models of images have room for, and of prompts
 CONTEXT, TOKENS = 96, 48
+#: what a model multiplies in; a plan may compute nothing of it on the CPU
 PRODUCTS = {"linear", "matmul", "scaled_dot_product_attention"}
 
 

@@ -18,7 +18,7 @@ from words import save_words
 from popcompile.errors import PopcompileError
 from popcompile.package.manifest import REPORT
 from popcompile.pruning import execution, weights
-from popcompile.pruning.execution import bytes_in_fp32, computing_in_fp32, parameter_reader
+from popcompile.pruning.execution import bytes_in_fp32, computing_in_fp32, fast_products, parameter_reader
 from popcompile.pruning.held_out import HeldOut
 from popcompile.pruning.hidden_states import HiddenStates
 from popcompile.pruning.layerwise import LayerwiseModel
@@ -68,7 +68,8 @@ def fitted(model: LayerwiseModel, folder: Path) -> tuple[list[Tensor], list[floa
     states = HiddenStates(model, rows(12, 1), FIRST, folder)
     held_out = HeldOut(model, rows(4, 2), FIRST, 22, seed=0, window=3)
     plain = calibrate(states, PRUNED)
-    refined = refine(states, PRUNED, plain, steps=3)
+    with fast_products():
+        refined = refine(states, PRUNED, plain, steps=3)
     losses = [held_out.measure(PRUNED, found) for found in (Calibration(), plain, refined)]
     return [*maps(plain), *maps(refined)], [loss.kl for loss in losses] + [loss.first_token_kl for loss in losses]
 
